@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the shipped networks share: a convolution block, checks, and reading of widths."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxprune import base
+
+he_normal = nn.initializers.he_normal()
+
+
+def conv_bn(
+    x: jax.Array,
+    stage: str,
+    index: int,
+    features: int,
+    *,
+    kernel: int = 3,
+    train: bool,
+    relu: bool = True,
+    norm: bool = True,
+    dtype: Any = None,
+) -> jax.Array:
+    """Convolution, batch norm and ReLU, named `<stage>_conv<index>`, `<stage>_bn<index>`.
+
+    To be called inside a compact method. x: [B, H, W, C] -> [B, H, W, features].
+    """
+    x = conv(x, f"{stage}_conv{index}", features, kernel=kernel, dtype=dtype)
+    if norm:
+        x = nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=dtype,
+            name=f"{stage}_bn{index}",
+        )(x)
+    return nn.relu(x) if relu else x
+
+
+def conv(
+    x: jax.Array, name: str, features: int, *, kernel: int = 3, dtype: Any = None
+) -> jax.Array:
+    """A square convolution with bias that keeps the size, He-normal ('msra') init."""
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        padding=kernel // 2,
+        kernel_init=he_normal,
+        dtype=dtype,
+        name=name,
+    )(x)
+
+
+def check_images(images: jax.Array, channels: int = 3) -> None:
+    """Raises DataError unless images are floats [B, H, W, channels]."""
+    shape = list(images.shape)
+    if len(shape) != 4:
+        raise base.DataError(
+            f"expected images [B, H, W, {channels}], got shape {shape}; a single image"
+            " needs a batch axis: images[None]"
+        )
+    if shape[-1] != channels:
+        raise base.DataError(
+            f"expected {channels} channels in the last axis of images, got shape {shape}"
+        )
+    if 0 in shape:
+        raise base.DataError(f"images of shape {shape} are empty")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise base.DataError(
+            f"expected images as floats in [0, 1], got {images.dtype}; "
+            "divide 8-bit images by 255"
+        )
+
+
+def check_widths(
+    net: str, widths: Sequence[int], num_classes: int, lengths: Mapping[int, str]
+) -> None:
+    """Raises ConfigError unless widths are positive integers and `len` is in lengths.
+
+    lengths: {valid length: what the entries are}, for the message.
+    """
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise base.ConfigError(f"{net}: num_classes={num_classes!r}; must be 1 or more")
+    if not isinstance(widths, Sequence) or len(widths) not in lengths:
+        valid = ", or ".join(f"{n} ({what})" for n, what in lengths.items())
+        raise base.ConfigError(f"{net}: widths={widths!r}; must have length {valid}")
+    for i, width in enumerate(widths):
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise base.ConfigError(
+                f"{net}: widths[{i}]={width!r}; must be a positive integer"
+            )
+
+
+def check_ties(net: str, widths: Mapping[str, int], ties: Mapping[str, str]) -> None:
+    """Raises ConfigError unless the convolutions of each tie have one width."""
+    for a, b in ties.items():
+        if widths[a] != widths[b]:
+            raise base.ConfigError(
+                f"{net}: widths of {a} ({widths[a]}) and {b} ({widths[b]}) must be "
+                "equal: the locations of one place the values of the other"
+            )
+
+
+def read_widths(variables: Mapping[str, Any], names: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of output channels of the named convolutions' kernels.
+
+    Raises GraphError naming the first kernel that is missing.
+    """
+    params = variables.get("params", {})
+    for name in names:
+        if name not in params or "kernel" not in params[name]:
+            raise base.GraphError(f"variables have no leaf params/{name}/kernel")
+    return tuple(int(params[name]["kernel"].shape[-1]) for name in names)
+
+
+def check_fit(net: nn.Module, variables: Mapping[str, Any]) -> None:
+    """Raises GraphError naming the first leaf whose shape is not what `net` expects."""
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    want = _shapes(jax.eval_shape(net.init, jax.random.key(0), images))
+    seen = _shapes(
+        {c: variables[c] for c in ("params", "batch_stats") if c in variables}
+    )
+    for path in sorted(want.keys() | seen.keys()):
+        if want.get(path) != seen.get(path):
+            raise base.GraphError(
+                f"{type(net).__name__}: leaf {path} has shape {seen.get(path, 'none')}, "
+                f"the network of these widths has {want.get(path, 'none')}"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
