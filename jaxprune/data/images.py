@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One image and its mask: looked at, decoded, resized, each fault named by its file."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprune.base import DataError
+from jaxprune.data.types import Classes, Size
+
+_IMAGE_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "1", "CMYK", "YCbCr")
+
+
+class Pair(NamedTuple):
+    """An image file, its mask file, and the stem that both share."""
+
+    stem: str
+    image: Path
+    mask: Path
+
+
+def header(pair: Pair) -> Size:
+    """Height and width of a pair, from the files' headers alone.
+
+    Raises DataError for a file that is no image, an image of high bit depth, a mask that
+    is not one label a pixel, or two sizes.
+    """
+    (size, mode), (mask_size, mask_mode) = _peek(pair.image), _peek(pair.mask)
+    if mode not in _IMAGE_MODES:
+        raise DataError(
+            f"{pair.image}: mode {mode} is no 8-bit image; convert it to RGB"
+        )
+    if mask_mode not in ("L", "P"):
+        raise DataError(
+            f"{pair.mask}: a mask of mode {mask_mode}; it must be a PNG of one 8-bit"
+            " label a pixel (mode L or P): convert colours to class numbers first"
+        )
+    if size != mask_size:
+        raise DataError(
+            f"{pair.image} is {size[0]}x{size[1]} but its mask {pair.mask} is"
+            f" {mask_size[0]}x{mask_size[1]}; give both one size"
+        )
+    return size[1], size[0]
+
+
+def read(pair: Pair, size: Size, classes: Classes) -> tuple[np.ndarray, np.ndarray]:
+    """Image uint8[H, W, 3] and label uint8[H, W] of a pair, resized to `size`.
+
+    Images shrink by area-weighted interpolation, labels take the nearest pixel. Raises
+    DataError for a damaged file or a label beyond the classes.
+    """
+    image, mask = decode(pair.image), decode(pair.mask)
+    # Checked before resizing, which could drop the only wrong pixel.
+    classes.check(np.asarray(mask), str(pair.mask))
+    return fit(image.convert("RGB"), mask, size)
+
+
+def fit(image: Any, mask: Any, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """An RGB and an L or P picture as arrays uint8[H, W, 3] and uint8[H, W]."""
+    from PIL import Image
+
+    width_height = size[1], size[0]
+    if image.size != width_height:
+        # PIL's bilinear filter widens with the reduction, so it averages areas.
+        image = image.resize(width_height, Image.Resampling.BILINEAR)
+        mask = mask.resize(width_height, Image.Resampling.NEAREST)
+    return np.asarray(image), np.asarray(mask)
+
+
+def decode(path: Path) -> Any:
+    """The decoded PIL image; DataError, naming the file, if it is damaged."""
+    from PIL import Image
+
+    try:
+        if path.suffix.lower() == ".png":
+            with Image.open(path) as image:
+                image.verify()  # checksums, which load() skips
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Exception as error:  # PIL raises half a dozen kinds for damaged data
+        raise _damaged(path, error) from error
+
+
+def _peek(path: Path) -> tuple[tuple[int, int], str]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.size, image.mode
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: damaged, truncated or no image at all ({error}); fetch it anew, or"
+        " remove it together with its partner"
+    )
