@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's plots, each drawn from plain numbers into one PNG file.
+
+Colours are Okabe and Ito's (2008, "Color universal design"); every network also has a
+line style and a marker of its own. No figure needs a display.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxprune.report import words
+
+INK = "#202020"
+GREY = "#999999"
+DENSE, PRUNED, SCRATCH = "#0072B2", "#D55E00", "#009E73"
+COLOR = {"dense": DENSE, "pruned": PRUNED, "scratch": SCRATCH}
+STAGES = {  # colour, line style, what it is called
+    "train": (DENSE, "-", "dense training"),
+    "prune": ("#CC79A7", ":", "pruning"),
+    "retrain": (PRUNED, "-", "retraining"),
+    "scratch": (SCRATCH, "--", "from scratch"),
+}
+WIDTH = 6.4  # inches; at 160 dpi a phone's screen still shows 9 point text
+
+
+def _figure(height: float, rows: int = 1, *, sharex: bool = False) -> tuple[Any, Any]:
+    """A figure without pyplot's global state: dark text on white."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 10, "axes.edgecolor": INK, "text.color": INK}):
+        figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained")
+        axes = figure.subplots(rows, 1, squeeze=False, sharex=sharex)[:, 0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(colors=INK, labelsize=9)
+        ax.grid(color="#E4E4E4", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Any, file: Path) -> Path:
+    figure.savefig(file, metadata={"Software": None})
+    return file
+
+
+def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
+    """Loss (training) and mIoU (validation) against epochs, a colour a stage.
+
+    Retraining begins where training ended; the from-scratch net begins at 0.
+    """
+    figure, (top, bottom) = _figure(5.2, 2, sharex=True)
+    trained = max((_epoch(r) for r in rows if r["stage"] == "train"), default=0.0)
+    for stage, (color, style, label) in STAGES.items():
+        mine = [r for r in rows if r["stage"] == stage]
+        offset = trained if stage in ("prune", "retrain") else 0.0
+        for ax, key, split in ((top, "loss", "train"), (bottom, "miou", "val")):
+            points = sorted(
+                (_epoch(r) + offset, r[key])
+                for r in mine
+                if r.get("split") == split and r.get(key) is not None
+            )
+            if points:
+                marker = "o" if len(points) < 50 else None
+                ax.plot(
+                    *zip(*points, strict=True),
+                    color=color,
+                    linestyle=style,
+                    marker=marker,
+                    markersize=3,
+                    label=label,
+                )
+    top.set_ylabel("training loss (nats)")
+    bottom.set_ylabel("validation mIoU")
+    bottom.set_xlabel("epochs of training")
+    for ax in (top, bottom):
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=9)
+    return _save(figure, file)
+
+
+def _epoch(row: Mapping[str, Any]) -> float:
+    return float(row.get("epoch", row["step"]) or 0.0)
+
+
+def widths(groups: Sequence[Mapping[str, Any]], file: Path) -> Path:
+    """A bar a group: its channels, and how many of them stay."""
+    figure, (ax,) = _figure(1.2 + 0.26 * len(groups))
+    y = np.arange(len(groups))
+    before = np.array([g["before"] for g in groups])
+    after = np.array([g["after"] for g in groups])
+    ax.barh(y, before, color="#D9D9D9", height=0.78, label="before")
+    ax.barh(y, after, color=PRUNED, height=0.5, label="after")
+    for i, group in enumerate(groups):
+        exact = "" if group.get("exact", True) else " (not exact)"
+        text = f" {after[i]} of {before[i]}{exact}"
+        ax.text(before[i], i, text, va="center", fontsize=8, color=INK)
+    ax.set_yticks(y, [words.shorten(g["name"]) for g in groups], fontsize=8)
+    ax.set_xlim(0, before.max() * 1.22)
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.set_xlabel("channels")
+    ax.grid(False, axis="y")
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    return _save(figure, file)
+
+
+def path(
+    steps: Sequence[Mapping[str, Any]], dense_flops: float | None, file: Path
+) -> Path:
+    """mIoU and risk, where known, against the FLOPs that stay; the choice is marked."""
+    series = [
+        (key, label)
+        for key, label in (
+            ("miou", "mIoU, not retrained"),
+            ("risk", "risk (nats)"),
+        )
+        if any(s.get(key) is not None for s in steps)
+    ]
+    figure, axes = _figure(0.8 + 2.4 * max(1, len(series)), max(1, len(series)))
+    whole = dense_flops or max(s["flops"] for s in steps)
+    for ax, (key, label) in zip(axes, series, strict=False):
+        known = sorted(
+            (s for s in steps if s.get(key) is not None), key=lambda s: s["flops"]
+        )
+        x = [100 * s["flops"] / whole for s in known]
+        y = [s[key] for s in known]
+        error = [s.get("stderr") or 0.0 for s in known] if key == "risk" else None
+        ax.errorbar(x, y, error, color=DENSE, marker="o", markersize=4, capsize=2)
+        for s in (s for s in known if s.get("chosen")):
+            at = 100 * s["flops"] / whole
+            ax.plot(at, s[key], "D", color=PRUNED, markersize=9, label="chosen")
+            ax.legend(frameon=False, fontsize=9)
+        ax.set_ylabel(label)
+    axes[-1].set_xlabel(f"FLOPs that stay (% of {words.quantity(whole)}FLOPs)")
+    return _save(figure, file)
+
+
+def confusion(matrix: np.ndarray, classes: Sequence[str], file: Path) -> Path:
+    """The confusion matrix [K, K], rows = truth, each row in percent of its pixels."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shares = 100 * words.row_shares(matrix)
+    k = len(classes)
+    figure, (ax,) = _figure(5.5)
+    white_to_blue = LinearSegmentedColormap.from_list("blue", ["#FFFFFF", DENSE])
+    mesh = ax.imshow(shares, cmap=white_to_blue, vmin=0, vmax=100)
+    if k <= 15:
+        for i, j in np.ndindex(k, k):
+            if shares[i, j] >= 0.5:
+                color = "white" if shares[i, j] > 50 else INK
+                text = f"{shares[i, j]:.0f}"
+                ax.text(j, i, text, ha="center", va="center", color=color, fontsize=9)
+    ax.set_xticks(range(k), classes, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(k), classes)
+    ax.set_xlabel("what the pruned net says")
+    ax.set_ylabel("truth")
+    ax.grid(False)
+    bar = figure.colorbar(mesh, ax=ax, shrink=0.7, label="% of the true class's pixels")
+    bar.outline.set_visible(False)
+    return _save(figure, file)
+
+
+def per_class(
+    series: Mapping[str, Sequence[float | None]], classes: Sequence[str], file: Path
+) -> Path:
+    """IoU of each class, a bar for each network of `series` (dense, pruned, scratch)."""
+    height = 0.8 / len(series)
+    figure, (ax,) = _figure(1.2 + 0.22 * len(series) * len(classes))
+    y = np.arange(len(classes))
+    for i, (name, values) in enumerate(series.items()):
+        known = [np.nan if v is None else v for v in values]
+        at = y + (i - (len(series) - 1) / 2) * height
+        label = words.NAMES.get(name, name)
+        ax.barh(at, known, height * 0.92, color=COLOR.get(name, GREY), label=label)
+        for j, value in enumerate(known):
+            if np.isfinite(value):
+                text = f" {words.share(value)}"
+                ax.text(value, at[j], text, va="center", fontsize=8, color=INK)
+    ax.set_yticks(y, classes)
+    ax.set_xlim(0, 1.08)
+    ax.set_ylim(len(classes) - 0.5, -0.5)
+    ax.set_xlabel("IoU (1 = every pixel right)")
+    ax.grid(False, axis="y")
+    figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9)
+    return _save(figure, file)
