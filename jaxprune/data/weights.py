@@ -17,15 +17,14 @@ def class_pixels(split: Split) -> np.ndarray:
 def class_weights(split: Split, power: float = 1.0) -> np.ndarray:
     """float32[K], (median frequency / frequency of the class) to the `power`.
 
-    A class's frequency is its pixels over all pixels of the images that show it; the
-    median is over the classes that occur. A class that never does has weight 1.
+    A class's frequency is its pixels over all labelled pixels of the images that show
+    it; the median is over the classes that occur. A class that never does has weight 1.
     Eigen and Fergus, 2015, "Predicting depth, surface normals and semantic labels",
     section 6.3.2.
     """
-    pixels = class_pixels(split)
-    shown = pixels[:, :-1] > 0
-    of_class = pixels[:, :-1].sum(0)
-    around = shown.T @ pixels.sum(1)
+    pixels = class_pixels(split)[:, :-1]
+    of_class = pixels.sum(0)
+    around = (pixels > 0).T @ pixels.sum(1)
     occurs = of_class > 0
     frequency = of_class[occurs] / around[occurs]
     weights = np.ones(len(split.classes), np.float32)
