@@ -5,7 +5,14 @@ Needs matplotlib and pillow, no accelerator and no JAX.
 """
 
 from jaxprune.report.files import Record, read
-from jaxprune.report.pictures import colorize, legend, overlay, strips, with_legend
+from jaxprune.report.pictures import (
+    colorize,
+    legend,
+    overlay,
+    save_png,
+    strips,
+    with_legend,
+)
 from jaxprune.report.sections import write
 from jaxprune.report.tables import results_rows, results_table
 
@@ -17,6 +24,7 @@ __all__ = [
     "read",
     "results_rows",
     "results_table",
+    "save_png",
     "strips",
     "with_legend",
     "write",

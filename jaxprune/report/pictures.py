@@ -7,6 +7,7 @@ import numpy as np
 
 INK = (32, 32, 32)
 GAP = 4  # white pixels between the pictures of a strip
+NARROW = 160  # the narrowest picture, in pixels, that a legend fits below
 
 
 def colorize(labels: np.ndarray, colors: Sequence[Sequence[int]]) -> np.ndarray:
@@ -99,8 +100,14 @@ def headings(titles: Sequence[str], width: int) -> np.ndarray:
 def with_legend(
     picture: np.ndarray, names: Sequence[str], colors: Sequence[Sequence[int]]
 ) -> np.ndarray:
-    """`picture` (uint8[H, W, 3]) with the classes' legend below it."""
-    return np.concatenate([picture, legend(names, colors, picture.shape[1])])
+    """`picture` (uint8[H, W, 3]) with the classes' legend below it.
+
+    A picture too narrow for a legend is given a white margin at the right.
+    """
+    width = max(picture.shape[1], NARROW)
+    margin = ((0, 0), (0, width - picture.shape[1]), (0, 0))
+    picture = np.pad(picture, margin, constant_values=255)
+    return np.concatenate([picture, legend(names, colors, width)])
 
 
 def save_png(path, picture: np.ndarray) -> None:

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a network sees in images: labels, and overlays of any files one points at."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, tee
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import base, report
+from jaxprune.data import images as image_files
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
+Size = tuple[int, int]
+
+
+def predict(
+    pruned: Any,
+    images: Iterable[np.ndarray],
+    *,
+    size: Size | Literal["native"] | None = None,
+    batch: int = 4,
+) -> Iterator[np.ndarray]:
+    """The most likely class of every pixel, image by image.
+
+    pruned: what `jaxprune.load` returns. images: uint8[H, W, 3] each, of any sizes.
+    size: (H, W) that the network runs at: by default the one it was trained at (the
+    logits are scaled back up), 'native' for each image's own. batch: images a call.
+    Yields uint8[H, W], in the images' own sizes and order. Raises ConfigError where
+    no size is given and the network's file names none.
+    """
+    run = _compiled(pruned)
+    at = _training_size(pruned) if size is None else size
+    for some in _batches(images, batch, alike=at == "native"):
+        shape = some[0].shape[:2] if at == "native" else at
+        inputs = [_resized(image, shape) for image in some]
+        inputs += inputs[:1] * (batch - len(some))  # one shape, one compilation
+        logits = np.asarray(run(pruned.variables, np.stack(inputs)))
+        for image, scores in zip(some, logits, strict=False):
+            yield _labels(scores, image.shape[:2])
+
+
+def find(inputs: Sequence[str | Path]) -> list[Path]:
+    """The files that `inputs` name: image files, folders of images, glob patterns.
+
+    Sorted within each input, each file once. Raises DataError, naming it, for an input
+    that does not exist, a folder without images, or a pattern that matches no file.
+    """
+    found: dict[Path, None] = {}
+    for entry in inputs:
+        found.update(dict.fromkeys(_expand(entry)))
+    return list(found)
+
+
+def read_image(file: Path) -> np.ndarray:
+    """An image file as uint8[H, W, 3], upright; transparency is shown on white.
+
+    Grey, palette, 16-bit and CMYK files become RGB. Raises DataError, naming the file,
+    where it is damaged or no image.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image_files.decode(file))
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def write(
+    pruned: Any,
+    files: Sequence[Path],
+    out: Path,
+    *,
+    size: Size | Literal["native"] | None = None,
+    batch: int = 4,
+    opacity: float = 0.5,
+    labels: bool = False,
+) -> Iterator[Path]:
+    """Write NAME_overlay.png, the image in its classes' colours with a legend, to `out`.
+
+    files: as `find` returns them. labels: write NAME_labels.png too, a palette PNG
+    whose values are the class numbers. Yields each overlay's path as it is written.
+    Raises DataError for a damaged file before anything is written.
+    """
+    names, colors = classes(pruned)
+    stems = _stems(files)
+    for file in files:  # all are looked at first: no work is half done
+        read_image(file)
+    out.mkdir(parents=True, exist_ok=True)
+    images, inputs = tee(read_image(file) for file in files)
+    answers = predict(pruned, inputs, size=size, batch=batch)
+    for stem, image, answer in zip(stems, images, answers, strict=True):
+        picture = report.overlay(image, answer, colors, opacity=opacity)
+        target = out / f"{stem}_overlay.png"
+        report.save_png(target, report.with_legend(picture, names, colors))
+        if labels:
+            _save_labels(out / f"{stem}_labels.png", answer, colors)
+        yield target
+
+
+def classes(pruned: Any) -> tuple[list[str], list[list[int]]]:
+    """Class names and colours [K, 3] that were saved with the network.
+
+    Raises CheckpointError where it was saved without.
+    """
+    known = (pruned.info or {}).get("classes")
+    if not known:
+        raise base.CheckpointError(
+            "the saved network names no classes, so its labels have no colours; save it "
+            "with classes={'names': [...], 'colors': [[r, g, b], ...]}"
+        )
+    return list(known["names"]), [list(color) for color in known["colors"]]
+
+
+def _expand(entry: str | Path) -> list[Path]:
+    path = Path(entry)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise base.DataError(
+                f"{path} holds no image ({', '.join(SUFFIXES)}); name another folder"
+            )
+        return files
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(entry)):
+        raise base.DataError(
+            f"{path} does not exist; name an image, a folder or a glob"
+        )
+    files = sorted(Path(p) for p in glob.glob(str(entry), recursive=True))
+    files = [p for p in files if p.is_file()]
+    if not files:
+        raise base.DataError(f"no file matches {entry!s}")
+    return files
+
+
+def _stems(files: Sequence[Path]) -> list[str]:
+    """A name for each file's results: the stem, or more of the path where two agree."""
+    root = os.path.commonpath([file.resolve().parent for file in files])
+    inner = [file.resolve().relative_to(root) for file in files]
+    for stems in (
+        [path.stem for path in inner],
+        [path.name for path in inner],
+        ["_".join(path.parts) for path in inner],
+    ):
+        if len(set(stems)) == len(stems):
+            return stems
+    raise base.DataError(
+        f"results for the files below {root} would have the same names; predict them "
+        "in two calls with different --out folders"
+    )
+
+
+def _compiled(pruned: Any) -> Any:
+    """The network as a jitted function: variables, uint8 images -> logits."""
+
+    @jax.jit
+    def run(variables: Any, images: jax.Array) -> jax.Array:
+        return pruned.apply(variables, images.astype(jnp.float32) / 255, train=False)
+
+    return run
+
+
+def _training_size(pruned: Any) -> Size:
+    size = (pruned.info or {}).get("size")
+    if size is None:
+        raise base.ConfigError(
+            "the saved network does not say which image size it was trained at; give "
+            "one: --size HxW, or --size native"
+        )
+    return int(size[0]), int(size[1])
+
+
+def _batches(
+    images: Iterable[np.ndarray], batch: int, *, alike: bool
+) -> Iterator[list[np.ndarray]]:
+    """Lists of up to `batch` images; `alike`: of neighbours of one size only."""
+    if not alike:
+        stream = iter(images)
+        while some := list(islice(stream, batch)):
+            yield some
+        return
+    some = []
+    for image in images:
+        if some and (len(some) == batch or image.shape != some[0].shape):
+            yield some
+            some = []
+        some.append(image)
+    if some:
+        yield some
+
+
+def _resized(image: np.ndarray, size: Size) -> np.ndarray:
+    """uint8[H, W, 3] at another size, by the filter that training data went through."""
+    from PIL import Image
+
+    if image.shape[:2] == tuple(size):
+        return image
+    height, width = size
+    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(picture)
+
+
+def _labels(logits: np.ndarray, size: Size) -> np.ndarray:
+    """uint8[H, W] of the largest of logits[h, w, K], each scaled to H, W first."""
+    from PIL import Image
+
+    if logits.shape[:2] == tuple(size):
+        return logits.argmax(-1).astype(np.uint8)
+    height, width = size
+    best = np.full(size, -np.inf, np.float32)
+    labels = np.zeros(size, np.uint8)
+    for k in range(logits.shape[-1]):  # one plane at a time: K of them can be large
+        plane = Image.fromarray(np.ascontiguousarray(logits[..., k], np.float32))
+        scores = np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR))
+        labels[scores > best] = k
+        best = np.maximum(best, scores)
+    return labels
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Grey values of 16 or 32 bits, or floats, as uint8; what fits 8 bits stays."""
+    peak = float(values.max(initial=0))
+    if values.dtype.kind == "f" and peak <= 1:
+        scale = 255.0
+    else:
+        scale = 1.0 if peak <= 255 else 255 / 65535
+    return np.clip(np.round(values * scale), 0, 255).astype(np.uint8)
+
+
+def _save_labels(
+    file: Path, labels: np.ndarray, colors: Sequence[Sequence[int]]
+) -> None:
+    from PIL import Image
+
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(colors)] = colors
+    picture = Image.fromarray(labels)
+    picture.putpalette(palette.ravel().tolist())
+    picture.save(file, format="PNG")
