@@ -9,18 +9,28 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import base
-from jaxprune.models import pooling as pooling
-from jaxprune.models import segnet
+from jaxprune.models import layers, segnet, segnet_basic, unet
 from jaxprune.models.pooling import max_pool, unpool
 from jaxprune.models.segnet import SegNet
+from jaxprune.models.segnet_basic import SegNetBasic
+from jaxprune.models.unet import UNet
 
-__all__ = ["SegNet", "build", "init", "max_pool", "rebuild", "unpool"]
+__all__ = [
+    "SegNet",
+    "SegNetBasic",
+    "UNet",
+    "build",
+    "init",
+    "max_pool",
+    "rebuild",
+    "unpool",
+]
 
-_NAMES = ("segnet",)
+_NAMES = ("segnet", "segnet_basic", "unet")
 
 
 def build(name: str, args: Mapping[str, Any]) -> nn.Module:
-    """The network called `name`, 'segnet', with the fields `args`.
+    """The network called `name` ('segnet', 'segnet_basic', 'unet'), with the fields `args`.
 
     args: e.g. `{'num_classes': 11, 'widths': [16, 32, 64, 128, 128]}`; a dtype may be
     given by name.
@@ -30,13 +40,20 @@ def build(name: str, args: Mapping[str, Any]) -> nn.Module:
     """
     if name == "segnet":
         return _construct(SegNet, name, args)
+    if name == "segnet_basic":
+        return _construct(SegNetBasic, name, args)
+    if name == "unet":
+        return _construct(UNet, name, args)
     raise base.ConfigError(f"no network {name!r}; choose one of {', '.join(_NAMES)}")
 
 
 def init(net: nn.Module, key: jax.Array, size: tuple[int, int]) -> dict[str, Any]:
-    """Fresh variables `{'params': ..., 'batch_stats': ...}` for images of size (H, W)."""
-    # Compiled as a whole, so that the forward pass, whose result is unused, falls away.
-    return jax.jit(lambda k: net.init(k, jnp.zeros((1, *size, 3))))(key)
+    """Fresh variables `{'params': ..., 'batch_stats': ...}` for images of size (H, W).
+
+    Distributed as `net.init` draws them (He-normal kernels), though not the same numbers.
+    """
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    return layers.draw(key, jax.eval_shape(net.init, key, images))
 
 
 def rebuild(net: nn.Module, variables: Mapping[str, Any]) -> nn.Module:
@@ -47,6 +64,10 @@ def rebuild(net: nn.Module, variables: Mapping[str, Any]) -> nn.Module:
     """
     if isinstance(net, SegNet):
         return segnet.rebuild(net, variables)
+    if isinstance(net, SegNetBasic):
+        return segnet_basic.rebuild(net, variables)
+    if isinstance(net, UNet):
+        return unet.rebuild(net, variables)
     raise base.GraphError(
         f"cannot rebuild a {type(net).__name__}: not a shipped network"
     )

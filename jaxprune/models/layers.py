@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the shipped networks share: a convolution block, checks, and reading of widths."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +12,8 @@ import jax.numpy as jnp
 
 from jaxprune import base
 
-he_normal = nn.initializers.he_normal()
+# Caffe's "msra" filler: a Gaussian that is not truncated.
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def conv_bn(
@@ -53,6 +56,40 @@ def conv(
         dtype=dtype,
         name=name,
     )(x)
+
+
+def draw(key: jax.Array, shapes: Any) -> Any:
+    """Initial variables of the given tree of shapes: kernels He-normal, the rest constant.
+
+    All kernels are cut from one draw: a draw each takes XLA several times as long to
+    compile, which for SegNet is longer than the first training step.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    sizes = [math.prod(leaf.shape) if _is_kernel(path) else 0 for path, leaf in leaves]
+    starts = list(itertools.accumulate(sizes, initial=0))
+
+    def fill(key: jax.Array) -> list[jax.Array]:
+        normal = jax.random.normal(key, (starts[-1],), jnp.float32)
+        return [
+            normal[start : start + size].reshape(leaf.shape) * _he_scale(leaf.shape)
+            if size
+            else jnp.full(leaf.shape, _constant(path), leaf.dtype)
+            for (path, leaf), start, size in zip(leaves, starts, sizes, strict=False)
+        ]
+
+    return jax.tree_util.tree_unflatten(tree, jax.jit(fill)(key))
+
+
+def _is_kernel(path: tuple[Any, ...]) -> bool:
+    return path[-1].key == "kernel"
+
+
+def _constant(path: tuple[Any, ...]) -> float:
+    return float(path[-1].key in ("scale", "var"))
+
+
+def _he_scale(shape: tuple[int, ...]) -> float:
+    return math.sqrt(2 / math.prod(shape[:-1]))
 
 
 def check_images(images: jax.Array, channels: int = 3) -> None:
