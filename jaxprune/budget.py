@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Budgets: what fraction of a network's FLOPs, parameters, channels or bytes may stay."""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from jaxprune.base import BudgetError, Graph
+from jaxprune.cost import at
+
+Kind = Literal["flops", "params", "channels", "bytes"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """At most `ratio` of the dense network's `kind` stays.
+
+    Raises BudgetError for an unknown kind or a ratio outside (0, 1].
+    """
+
+    kind: Kind
+    ratio: float
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        number = isinstance(self.ratio, int | float | np.number)
+        if not number or isinstance(self.ratio, bool) or not 0 < self.ratio <= 1:
+            raise BudgetError(
+                f"{self.kind}({self.ratio!r}): a budget is the fraction that stays, a "
+                "number in (0, 1]; 0.4 keeps 40 %"
+            )
+
+
+def flops(ratio: float) -> Budget:
+    """At most `ratio` of the dense network's FLOPs stay; BudgetError outside (0, 1]."""
+    return Budget("flops", ratio)
+
+
+def params(ratio: float) -> Budget:
+    """At most `ratio` of the trained parameters stay; BudgetError outside (0, 1]."""
+    return Budget("params", ratio)
+
+
+def channels(ratio: float) -> Budget:
+    """At most `ratio` of the prunable channels stay; BudgetError outside (0, 1]."""
+    return Budget("channels", ratio)
+
+
+def bytes(ratio: float) -> Budget:
+    """At most `ratio` of the activation bytes stay; BudgetError outside (0, 1]."""
+    return Budget("bytes", ratio)
+
+
+def check_kind(kind: str) -> None:
+    """Raises BudgetError for a kind of cost that cannot be measured."""
+    if kind not in get_args(Kind):
+        raise BudgetError(
+            f"no budget kind {kind!r}; there are {', '.join(get_args(Kind))}"
+        )
+
+
+def measure(graph: Graph, kind: Kind, kept: Any) -> np.ndarray:
+    """The cost of `kind` at numbers of kept channels, int[..., G] -> int[...]."""
+    check_kind(kind)
+    if kind == "channels":
+        return np.asarray(kept).sum(axis=-1)
+    field = "activation_bytes" if kind == "bytes" else kind
+    return np.asarray(getattr(at(graph, kept), field))
+
+
+def sizes(graph: Graph) -> np.ndarray:
+    """int[G], the channels of each group, in the graph's order."""
+    return np.array([g.size for g in graph.groups.values()], np.int64)
+
+
+def limit(graph: Graph, budget: Budget) -> float:
+    """The most that may stay, in the budget's own unit, forgiving float rounding."""
+    return float(measure(graph, budget.kind, sizes(graph))) * budget.ratio * (1 + 1e-12)
+
+
+def rounded_up(ratio: float) -> str:
+    """A ratio for a message, rounded up so that asking for it succeeds."""
+    return f"{math.ceil(ratio * 1e4) / 1e4:.4f}"
+
+
+def marginal(graph: Graph, kind: Kind) -> np.ndarray:
+    """float[G]: the fraction of the dense cost that one channel of each group carries."""
+    full = sizes(graph)
+    dense = measure(graph, kind, full)
+    if dense == 0:
+        raise BudgetError(
+            f"the dense network has no {kind}; choose another kind of cost"
+        )
+    return (dense - measure(graph, kind, full - np.eye(len(full), dtype=int))) / dense

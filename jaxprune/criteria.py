@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Criteria: how much each channel matters, as composable (init, update) pairs.
+
+As an optax transformation passes updates along, a criterion passes scores along: those
+that measure (jaxprune/measures.py) put new scores in, those that transform (`normalize`,
+`per_cost`, `ema`) change what arrives, and `chain` strings them together.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import budget, trees
+from jaxprune.base import (
+    ConfigError,
+    DataError,
+    Graph,
+    GraphError,
+    Keep,
+    PyTree,
+    Scores,
+)
+
+Loss = Callable[[PyTree, Any], jax.Array]
+
+
+class Evidence(NamedTuple):
+    """What a criterion may look at; `loss(variables, batch)` -> scalar."""
+
+    graph: Graph
+    variables: PyTree
+    loss: Loss | None = None
+    batch: Any = None
+    key: jax.Array | None = None
+
+
+class Criterion(NamedTuple):
+    """`init(graph, variables)` -> state; `update(scores, state, evidence)` -> both anew.
+
+    Scores are {group: float[C]}, higher = more important. `update` is traced once and
+    called for every batch, so the state is a pytree of arrays.
+    """
+
+    init: Callable[[Graph, PyTree], PyTree]
+    update: Callable[[Scores, PyTree, Evidence], tuple[Scores, PyTree]]
+
+
+def score(
+    criterion: Criterion,
+    graph: Graph,
+    variables: PyTree,
+    *,
+    loss: Loss | None = None,
+    batches: Iterable[Any] | None = None,
+    key: jax.Array | None = None,
+) -> dict[str, np.ndarray]:
+    """Scores {group: float[C]} after all batches (a finite iterable), as NumPy arrays.
+
+    Without batches the criterion is updated once. The work of a batch is compiled once.
+    Raises ConfigError where the criterion needs a loss, batches or a key that is missing,
+    DataError for empty batches, GraphError naming the group of a score that is not finite.
+    """
+    return scorer(criterion, graph, loss)(variables, batches=batches, key=key)
+
+
+def scorer(
+    criterion: Criterion, graph: Graph, loss: Loss | None = None
+) -> Callable[..., dict[str, np.ndarray]]:
+    """`score` for many calls: `run(variables, *, batches, key, keep)`, traced once.
+
+    With a `keep` the masked network is scored.
+    """
+
+    @jax.jit
+    def update(state: PyTree, keep: Keep | None, variables: PyTree, batch, key):
+        if keep is not None:
+            variables = trees.mask(graph, keep, variables)
+        zeros = {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
+        evidence = Evidence(graph, variables, loss, batch, key)
+        return criterion.update(zeros, state, evidence)
+
+    def run(
+        variables: PyTree,
+        *,
+        batches: Iterable[Any] | None = None,
+        key: jax.Array | None = None,
+        keep: Keep | None = None,
+    ) -> dict[str, np.ndarray]:
+        state = criterion.init(graph, variables)
+        scores = None
+        for batch in [None] if batches is None else batches:
+            scores, state = update(state, keep, variables, batch, key)
+        if scores is None:
+            raise DataError("batches is empty (or an iterator that was used up before)")
+        return check_scores(graph, scores)
+
+    return run
+
+
+def check_scores(graph: Graph, scores: Scores) -> dict[str, np.ndarray]:
+    """The scores as finite NumPy arrays in the graph's order; else GraphError."""
+    checked = {}
+    for name in scores:
+        if name not in graph.groups:
+            raise GraphError(f"scores name group {name!r}, which the graph lacks")
+    for name, group in graph.groups.items():
+        if name not in scores:
+            raise GraphError(f"scores lack group {name!r} (float[{group.size}])")
+        value = np.asarray(scores[name])
+        if value.shape != (group.size,):
+            raise GraphError(
+                f"group {name!r} has {group.size} channels, its scores have shape "
+                f"{value.shape}"
+            )
+        if not np.isfinite(value).all():
+            bad = np.flatnonzero(~np.isfinite(value))
+            raise GraphError(
+                f"group {name!r}: the scores of {len(bad)} of {group.size} channels are "
+                f"not finite, the first is channel {bad[0]}; are weights, loss and "
+                "batches finite?"
+            )
+        checked[name] = value
+    return checked
+
+
+def chain(*criteria: Criterion) -> Criterion:
+    """Criteria one after the other, each fed with the scores of the one before."""
+
+    def init(graph: Graph, variables: PyTree) -> PyTree:
+        return tuple(c.init(graph, variables) for c in criteria)
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        states = []
+        for i, (criterion, s) in enumerate(zip(criteria, state, strict=True)):
+            key = evidence.key
+            own = key if key is None else jax.random.fold_in(key, i)
+            scores, s = criterion.update(scores, s, evidence._replace(key=own))
+            states.append(s)
+        return scores, tuple(states)
+
+    return Criterion(init, update)
+
+
+def stateless(f: Callable[[Scores, Evidence], Scores]) -> Criterion:
+    """A criterion out of `f(scores, evidence) -> scores`."""
+    return Criterion(lambda graph, variables: (), lambda s, state, e: (f(s, e), state))
+
+
+def normalize(by: Literal["mean", "max", "sum", "l2"] = "mean") -> Criterion:
+    """Scores of each group divided by their own mean, maximum, sum or 2-norm.
+
+    Of their absolute values; a group of zeros stays so. ConfigError for another `by`.
+    """
+    norms: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "mean": jnp.mean,
+        "max": jnp.max,
+        "sum": jnp.sum,
+        "l2": lambda x: jnp.sqrt(jnp.sum(x * x)),
+    }
+    if by not in norms:
+        raise ConfigError(f"normalize(by={by!r}): by is one of {', '.join(norms)}")
+
+    def normalized(x: jax.Array) -> jax.Array:
+        norm = norms[by](jnp.abs(x))
+        return x / jnp.where(norm > 0, norm, 1)
+
+    return stateless(lambda scores, evidence: jax.tree.map(normalized, dict(scores)))
+
+
+def per_cost(kind: budget.Kind = "flops") -> Criterion:
+    """Scores divided by what fraction of the dense network's cost a channel carries.
+
+    The cost is marginal, at the dense network: cost(all) - cost(all but one), relative
+    to cost(all). Raises GraphError naming the groups whose channels cost nothing.
+    """
+    budget.check_kind(kind)
+
+    def divided(scores: Scores, evidence: Evidence) -> Scores:
+        shares = budget.marginal(evidence.graph, kind)
+        free = [n for n, s in zip(evidence.graph.groups, shares) if s <= 0]
+        if free:
+            raise GraphError(
+                f"per_cost({kind!r}): the channels of group "
+                f"{', '.join(map(repr, free))} cost nothing; choose another kind of cost"
+            )
+        return {n: scores[n] / s for n, s in zip(evidence.graph.groups, shares)}
+
+    return stateless(divided)
+
+
+def ema(decay: float) -> Criterion:
+    """The exponential moving average of the scores that arrive, corrected for its start.
+
+    For scores of single batches or training steps: `chain(taylor(mean=False), ema(0.9))`.
+    ConfigError for a decay outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ConfigError(f"ema(decay={decay!r}): decay is in [0, 1)")
+
+    def init(graph: Graph, variables: PyTree) -> PyTree:
+        del variables
+        return jnp.zeros(()), {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        del evidence
+        weight, average = state
+        weight = decay * weight + (1 - decay)
+        average = {n: decay * a + (1 - decay) * scores[n] for n, a in average.items()}
+        return {n: a / weight for n, a in average.items()}, (weight, average)
+
+    return Criterion(init, update)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small graphs written by hand, for tests of what is done with a graph."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from jaxprune.base import Extent, Graph, Group, Leaf, Slot, Term
+
+
+def _slot(path, axis, size, role, offset=0):
+    return Slot(path, axis, np.arange(offset, offset + size)[:, None], role)
+
+
+def chain(*widths: int, inputs: int = 3, outputs: int = 2) -> Graph:
+    """Dense layers l0, l1, ... of these widths, prunable, before a last one of `outputs`.
+
+    FLOPs: 2 x input x output of every layer, as for one example.
+    """
+    sizes = (inputs, *widths, outputs)
+    leaves, groups, terms = [], {}, []
+    for i, (before, after) in enumerate(itertools.pairwise(sizes)):
+        kernel, bias = ("params", f"l{i}", "kernel"), ("params", f"l{i}", "bias")
+        leaves += [
+            Leaf(bias, (after,), "float32"),
+            Leaf(kernel, (before, after), "float32"),
+        ]
+        if i < len(widths):
+            slots = (
+                _slot(kernel, 1, after, "out"),
+                _slot(bias, 0, after, "out"),
+                _slot(("params", f"l{i + 1}", "kernel"), 0, after, "in"),
+            )
+            groups[f"l{i}"] = Group(f"l{i}", after, slots)
+        ends = (_extent(i - 1, widths, inputs), _extent(i, widths, outputs))
+        terms.append(Term("flops", 2, ends, f"l{i}"))
+        terms.append(Term("activation_bytes", 4, ends[1:], f"l{i}"))
+    return Graph(groups, (), tuple(leaves), tuple(terms))
+
+
+def _extent(i, widths, fixed):
+    return Extent(0, ((f"l{i}", 1),)) if 0 <= i < len(widths) else Extent(fixed)
+
+
+def variables(graph: Graph, seed: int = 0):
+    """Normal random {'params': ...} for a graph."""
+    rng = np.random.default_rng(seed)
+    tree: dict = {}
+    for leaf in graph.leaves:
+        node = tree
+        for name in leaf.path[:-1]:
+            node = node.setdefault(name, {})
+        node[leaf.path[-1]] = jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+    return tree
+
+
+def apply(variables, x):
+    """The ReLU network of a `chain`."""
+    layers = variables["params"]
+    for i in range(len(layers)):
+        x = jax.nn.relu(x) if i else x
+        x = x @ layers[f"l{i}"]["kernel"] + layers[f"l{i}"]["bias"]
+    return x
+
+
+def of(variables, graph, name, c):
+    """theta[g,c] as one float64 vector, read slot by slot, and its length."""
+    parts = []
+    for slot in graph.groups[name].slots:
+        x = variables
+        for key in slot.path:
+            x = x[key]
+        parts.append(
+            np.take(np.asarray(x, np.float64), slot.indices[c], slot.axis).ravel()
+        )
+    return np.concatenate(parts)
+
+
+@st.composite
+def chains(draw, max_layers=4, max_width=24):
+    """Random chains."""
+    widths = draw(st.lists(st.integers(1, max_width), min_size=1, max_size=max_layers))
+    return chain(
+        *widths, inputs=draw(st.integers(1, 5)), outputs=draw(st.integers(1, 5))
+    )
