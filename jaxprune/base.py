@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notation, types and errors that every other file speaks in.
+
+Letters used in shapes throughout: `G` channel groups, `C` channels of a group, `B` batch,
+`H`, `W` height and width; kernels are `[kh, kw, in, out]`, images `[B, H, W, 3]`, labels
+`[B, H, W]`. A *keep* is `{group name: bool[C]}`, True = stays; *scores* and *gates* are
+`{group name: float[C]}`. All are plain dicts, so they are pytrees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+PyTree = Any
+Apply = Callable[..., Any]
+Keep = Mapping[str, Any]
+Scores = Mapping[str, Any]
+Path = tuple[str, ...]
+Role = Literal["out", "in"]
+
+# Causes of freezing that any network has.
+INPUT = "the network's input"
+OUTPUT = "the network's output"
+SINGLE = "a single channel"
+WINDOW = "a convolution's window"
+
+
+class JaxpruneError(Exception):
+    """Base of every error that jaxprune raises on purpose."""
+
+
+class GraphError(JaxpruneError, ValueError):
+    """A graph, keep or tree does not fit another one."""
+
+
+class BudgetError(JaxpruneError, ValueError):
+    """A budget is malformed, or no selection of channels can meet it."""
+
+
+class ConfigError(JaxpruneError, ValueError):
+    """A field of a config is unknown, mistyped or out of range."""
+
+
+class DataError(JaxpruneError, ValueError):
+    """An image, a mask or a folder is missing, damaged or does not fit."""
+
+
+class CheckpointError(JaxpruneError, ValueError):
+    """A checkpoint is missing, damaged, or belongs to something else."""
+
+
+def path_str(path: Path) -> str:
+    """`('params', 'conv', 'kernel')` as `params/conv/kernel`."""
+    return "/".join(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of the dense variables: its key path, `shape`, `dtype`, whether trained."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    trained: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a group lies in one axis of one leaf.
+
+    `indices`: int[C, n], the n indices along `axis` that belong to each channel (n > 1
+    where an axis was flattened into the channels, or one weight serves twice).
+    `role`: 'in' where the axis is summed over by a convolution or matrix product (a
+    consumer of the channel), else 'out'.
+    """
+
+    path: Path
+    axis: int
+    indices: np.ndarray
+    role: Role = "out"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """`size` = C channels, each of which can only be cut from all its `slots` at once.
+
+    `exact`: cutting a channel computes what masking it does.
+    """
+
+    name: str
+    size: int
+    slots: tuple[Slot, ...]
+    exact: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """`count` indices of one axis of one leaf that cannot be cut, and the `cause`."""
+
+    path: Path
+    axis: int
+    count: int
+    cause: str
+
+
+class Extent(NamedTuple):
+    """The length of an axis, `fixed` + sum over groups of times * kept channels."""
+
+    fixed: int
+    groups: tuple[tuple[str, int], ...] = ()
+
+
+class Term(NamedTuple):
+    """One summand of a cost: `coefficient` * the product of the axes' lengths."""
+
+    kind: Literal["flops", "activation_bytes"]
+    coefficient: int
+    extents: tuple[Extent, ...]
+    name: str = ""
+
+
+class Cost(NamedTuple):
+    """What a network costs for the traced input.
+
+    flops: 2 x multiply-adds of convolutions and matrix products, padding taps counted.
+    params: trained scalars. activation_bytes: what those operations write (Dollar et
+    al., 2021, "Fast and accurate model scaling").
+    """
+
+    flops: Any
+    params: Any
+    activation_bytes: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """The channel groups of a network, as found by `jaxprune.trace`.
+
+    `groups` are in order of first use; `frozen` lists what cannot be cut and why; `leaves`
+    are the dense variables; `terms` are the network's costs as polynomials of the numbers
+    of kept channels. Immutable, and made of names and integers only: see `to_json`.
+    """
+
+    groups: Mapping[str, Group]
+    frozen: tuple[Frozen, ...]
+    leaves: tuple[Leaf, ...]
+    terms: tuple[Term, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
+
+    @property
+    def channels(self) -> int:
+        """Prunable channels of all groups together."""
+        return sum(g.size for g in self.groups.values())
+
+    def full(self) -> dict[str, np.ndarray]:
+        """The keep that keeps every channel."""
+        return {n: np.ones(g.size, bool) for n, g in self.groups.items()}
