@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading jaxprs: the only file that touches `jax.extend`.
+
+Jaxprs are read here and re-run equation by equation; none is ever built by hand.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex_core
+import numpy as np
+
+Eqn = jex_core.JaxprEqn
+
+
+class Program(NamedTuple):
+    """A jaxpr with its constants: `eqns` compute `outvars` from `invars`."""
+
+    invars: Sequence[Any]
+    constvars: Sequence[Any]
+    consts: Sequence[Any]
+    eqns: Sequence[Eqn]
+    outvars: Sequence[Any]
+
+
+def program(jaxpr: Any) -> Program:
+    """Open a jaxpr, closed or not (the two are one class in newer versions of JAX)."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    consts = getattr(jaxpr, "consts", ())
+    return Program(inner.invars, inner.constvars, consts, inner.eqns, inner.outvars)
+
+
+def trace(f: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+    """The program of f at the shapes and dtypes of args, and the tree of its outputs."""
+    jaxpr, out = jax.make_jaxpr(f, return_shape=True)(*args)
+    return program(jaxpr), out
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an equation's operand is a value rather than a variable."""
+    return isinstance(atom, jex_core.Literal)
+
+
+def bind(eqn: Eqn, *args: Any, **changed: Any) -> list[Any]:
+    """Run one equation on other operands, with some of its parameters changed."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    out = eqn.primitive.bind(*args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def is_array(aval: Any) -> bool:
+    """Whether a type is that of an array of numbers (not a key, a token, a reference)."""
+    dtype = getattr(aval, "dtype", None)
+    return (
+        hasattr(aval, "shape")
+        and dtype is not None
+        and not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+    )
+
+
+def scalar(value: Any) -> float | None:
+    """A literal's value as a number, or None where it is an array, a key or a tracer."""
+    if isinstance(value, jax.core.Tracer) or np.ndim(value):
+        return None
+    try:
+        return float(value)
+    except TypeError:
+        return None
+
+
+_LIBRARIES = tuple(
+    os.sep + name + os.sep for name in ("jax", "flax", "optax", "jaxprune")
+)
+
+
+class Site(NamedTuple):
+    """An equation as a cause: `primitive (file.py:12)`, the line being the user's."""
+
+    eqn: Eqn
+
+    def __str__(self) -> str:
+        name = self.eqn.primitive.name
+        traceback = getattr(self.eqn.source_info, "traceback", None)
+        for frame in traceback.frames if traceback else ():
+            if not any(part in frame.file_name for part in _LIBRARIES):
+                return f"{name} ({os.path.basename(frame.file_name)}:{frame.line_num})"
+        return name

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels: which indices of which axes can only go together.
+
+Every index of every axis carries an integer. Rules pass labels along, unify them, or
+freeze them; one connected-components call at the end says which are one channel. Label 0,
+or None for a whole axis, is fixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Axis = np.ndarray | None
+
+
+class Value(NamedTuple):
+    """What the analysis knows of one array of the program.
+
+    labels: per axis, int[length], or None where every index is fixed. fill: per axis,
+    the number that the masked network holds at removed indices, None if unknown (this is
+    DESIGN's zero flag, carried through functions such as logistic, where 0 becomes 1/2).
+    const: the number that the whole array is, if it is one. leaf: the variable that the
+    array is a mere rearrangement of.
+    """
+
+    labels: tuple[Axis, ...]
+    fill: tuple[float | None, ...]
+    const: float | None = None
+    leaf: int | None = None
+
+    def removed(self, axis: int) -> float | None:
+        """The number at removed indices of an axis."""
+        return self.fill[axis] if self.const is None else self.const
+
+
+def fixed(ndim: int, const: float | None = None) -> Value:
+    """An array of which nothing can be cut."""
+    return Value((None,) * ndim, (None,) * ndim, const)
+
+
+class RawTerm(NamedTuple):
+    """A cost before its labels are solved: coefficient * product of the axes' lengths."""
+
+    kind: str
+    coefficient: int
+    axes: tuple[np.ndarray, ...]
+    name: str
+
+
+class Solved(NamedTuple):
+    """`component[label]`; per component whether `frozen`, the `cause`, and `inexact`."""
+
+    component: np.ndarray
+    frozen: np.ndarray
+    inexact: np.ndarray
+    causes: dict[int, str]
+
+
+@dataclasses.dataclass
+class Labels:
+    """What one analysis gathers: labels handed out, unions, freezes, costs."""
+
+    exact: bool = True
+    count: int = 1
+    unions: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(
+        default_factory=list
+    )
+    freezes: list[tuple[np.ndarray, object]] = dataclasses.field(default_factory=list)
+    softened: list[tuple[np.ndarray, object]] = dataclasses.field(default_factory=list)
+    consumed: list[np.ndarray] = dataclasses.field(default_factory=list)
+    first_use: dict[int, int] = dataclasses.field(default_factory=dict)
+    terms: list[RawTerm] = dataclasses.field(default_factory=list)
+
+    def fresh(self, length: int) -> Axis:
+        """New labels for an axis; an axis of one index is never cut."""
+        if length <= 1:
+            return None
+        self.count += length
+        return np.arange(self.count - length, self.count)
+
+    def unify(self, a: Axis, b: Axis, cause: object) -> Axis:
+        """Tie two axes of one length, index by index; the labels of the tied axis."""
+        if a is None or b is None:
+            self.freeze(a, cause)
+            self.freeze(b, cause)
+            return None
+        if a is not b:
+            loose = (a > 0) & (b > 0)
+            self.unions.append((a[loose], b[loose]))
+            if not loose.all():
+                self.freeze(a[~loose], cause)
+                self.freeze(b[~loose], cause)
+        return a
+
+    def freeze(self, axis: Axis, cause: object) -> None:
+        """Nothing of this axis can be cut."""
+        if axis is not None and len(axis):
+            self.freezes.append((axis, cause))
+
+    def inexact(self, axis: Axis, cause: object) -> None:
+        """Cutting this axis is not the same as masking it: frozen unless asked for."""
+        if axis is not None:
+            (self.freezes if self.exact else self.softened).append((axis, cause))
+
+    def solve(self) -> Solved:
+        """Merge what was unified."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        pairs = self.unions or [(np.zeros(0, int), np.zeros(0, int))]
+        a, b = (np.concatenate(side) for side in zip(*pairs))
+        matrix = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.count,) * 2)
+        number, component = connected_components(matrix, directed=False)
+        frozen, inexact = np.zeros(number, bool), np.zeros(number, bool)
+        frozen[component[0]] = True
+        causes: dict[int, str] = {}
+        for marked, events in ((frozen, self.freezes), (inexact, self.softened)):
+            for axis, cause in events:
+                hit = np.unique(component[axis[axis > 0]])
+                for c in hit[~marked[hit]]:
+                    causes.setdefault(int(c), str(cause))
+                marked[hit] = True
+        return Solved(component, frozen, inexact, causes)
+
+
+def joined(axes: list[tuple[Axis, int]]) -> Axis:
+    """Axes end to end, as (labels, length); None where all are fixed."""
+    if all(axis is None for axis, _ in axes):
+        return None
+    return np.concatenate(
+        [np.zeros(length, int) if axis is None else axis for axis, length in axes]
+    )
+
+
+def kept_indices(mask: Any) -> np.ndarray | None:
+    """The True positions of a bool array; None for 'all' (and for None)."""
+    return None if mask is None or np.all(mask) else np.flatnonzero(mask)

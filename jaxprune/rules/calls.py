@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equations that call a program: analysed inside, re-emitted around the cut body."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import jaxpr as jx
+from jaxprune.base import GraphError
+from jaxprune.labels import Labels, Value, kept_indices
+from jaxprune.walk import Context, Cut, Kept, Rule, Tape, analyse, run
+
+
+def _call(name: str) -> Callable[..., Any]:
+    def rule(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
+        tape = context.walk(jx.program(eqn.params[name]), ins)
+        return list(tape.outs), tape
+
+    return rule
+
+
+def _rewrite_jit(cut: Cut) -> list[Any]:
+    def body(*args: Any) -> list[Any]:
+        return cut.run(cut.node.aux, *args)
+
+    body.__name__ = cut.eqn.params.get("name") or "body"
+    return jax.jit(body, inline=bool(cut.eqn.params.get("inline")))(*cut.args)
+
+
+def _rewrite_inline(cut: Cut) -> list[Any]:
+    return cut.run(cut.node.aux, *cut.args)
+
+
+def _rewrite_remat(cut: Cut) -> list[Any]:
+    p = cut.eqn.params
+    body = jax.checkpoint(
+        lambda *args: cut.run(cut.node.aux, *args),
+        prevent_cse=p["prevent_cse"],
+        policy=p["policy"],
+    )
+    return body(*cut.args)
+
+
+# Custom derivatives. JAX derives the dense equation; the programs that come out, tangents
+# for custom_jvp, residuals and cotangents for custom_vjp, are cut as the primal one is.
+# So relu'(0) stays 0, and a rule's own choice of residuals is kept.
+
+
+def _rewrite_custom_jvp(cut: Cut) -> list[Any]:
+    node = cut.node
+
+    @jax.custom_jvp
+    def f(*args: Any) -> list[Any]:
+        return cut.run(node.aux, *args)
+
+    @f.defjvp
+    def f_jvp(primals: Any, tangents: Any) -> Any:
+        moving = [i for i, x in enumerate(primals) if _is_float(x)]
+
+        def dense(*args: Any) -> Any:
+            xs, ts = args[: len(primals)], list(args[len(primals) :])
+            zeros = [np.zeros(x.shape, jax.dtypes.float0) for x in xs]
+            for i in moving:
+                zeros[i] = ts.pop(0)
+            return jax.jvp(lambda *a: jx.bind(node.eqn, *a), xs, tuple(zeros))
+
+        still = [_still(v) for v in node.ins]
+        values = [*node.ins, *(still[i] for i in moving)]
+        outs = [*node.outs, *map(_still, node.outs)]
+        args = (*primals, *(tangents[i] for i in moving))
+        avals = [v.aval for v in node.eqn.invars]
+        avals += [v.aval for i, v in enumerate(node.eqn.invars) if i in moving]
+        flat = _derived(cut, dense, avals, values, outs, args)
+        return flat[: len(node.outs)], flat[len(node.outs) :]
+
+    return f(*cut.args)
+
+
+def _rewrite_custom_vjp(cut: Cut) -> list[Any]:
+    node = cut.node
+    avals = [v.aval for v in node.eqn.invars]
+    tree: list[Any] = []
+
+    def dense_forward(*args: Any) -> Any:
+        out, pull = jax.vjp(lambda *a: jx.bind(node.eqn, *a), *args)
+        residuals, treedef = jax.tree.flatten(pull)
+        tree[:] = [treedef]
+        return out, residuals
+
+    def dense_backward(*args: Any) -> Any:
+        count = len(args) - len(node.outs)
+        return jax.tree.unflatten(tree[0], args[:count])(list(args[count:]))
+
+    forward: list[tuple[Tape, Any, Any]] = []
+
+    @jax.custom_vjp
+    def f(*args: Any) -> list[Any]:
+        return cut.run(node.aux, *args)
+
+    def f_forward(*args: Any) -> Any:
+        tape, kept, shapes = _plan(cut, dense_forward, avals, node.ins, node.outs)
+        forward[:] = [(tape, kept, shapes)]
+        flat = run(tape, kept, cut.rules, args)
+        return flat[: len(node.outs)], flat[len(node.outs) :]
+
+    def f_backward(residuals: Any, cotangents: Any) -> Any:
+        tape, kept_forward, shapes = forward[0]
+        values = tape.outs[len(node.outs) :]
+        pulled = [_unknown(v) for v in node.outs]
+        flat = _derived(
+            cut,
+            dense_backward,
+            [*shapes[1], *(v.aval for v in node.eqn.outvars)],
+            [*values, *pulled],
+            [_unknown(v) for v in node.ins],
+            [*residuals, *cotangents],
+            kept=[*map(kept_forward, values), *map(cut.kept, node.outs)],
+        )
+        return tuple(flat)
+
+    f.defvjp(f_forward, f_backward)
+    return f(*cut.args)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def _still(value: Value) -> Value:
+    """A tangent: where a removed index holds a known number, it does not move."""
+    fill = [value.removed(a) for a in range(len(value.labels))]
+    return Value(value.labels, tuple(None if f is None else 0.0 for f in fill))
+
+
+def _unknown(value: Value) -> Value:
+    return Value(value.labels, (None,) * len(value.labels))
+
+
+def _derived(
+    cut: Cut,
+    dense: Callable[..., Any],
+    avals: Sequence[Any],
+    ins: Sequence[Value],
+    outs: Sequence[Value],
+    args: Sequence[Any],
+    kept: Sequence[Kept] | None = None,
+) -> list[Any]:
+    """Run a program that was derived from this equation on small operands."""
+    tape, resolve, _ = _plan(cut, dense, avals, ins, outs, kept)
+    return run(tape, resolve, cut.rules, args)
+
+
+def _plan(
+    cut: Cut,
+    dense: Callable[..., Any],
+    avals: Sequence[Any],
+    ins: Sequence[Value],
+    outs: Sequence[Value],
+    kept: Sequence[Kept] | None = None,
+) -> tuple[Tape, Callable[[Value], Kept], Any]:
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    program, shapes = jx.trace(dense, *structs)
+    kept_in = [cut.kept(v) for v in ins] if kept is None else kept
+    kept_out: list[Kept | None] = [cut.kept(v) for v in outs]
+    kept_out += [None] * (len(program.outvars) - len(outs))
+    fills = [tuple(v.removed(a) for a in range(len(v.labels))) for v in ins]
+    tape, resolve = plan(
+        program, list(kept_in), kept_out, fills, cut.rules, str(jx.Site(cut.eqn))
+    )
+    return tape, resolve, shapes
+
+
+def plan(
+    program: jx.Program,
+    kept_in: Sequence[Kept],
+    kept_out: Sequence[Kept | None],
+    fills: Sequence[tuple[float | None, ...]],
+    rules: Any,
+    name: str,
+    exact: bool = True,
+) -> tuple[Tape, Callable[[Value], Kept]]:
+    """Analyse a program of which it is known what is kept at its ends.
+
+    kept_out None leaves an output to the analysis. Returns the tape and the function that
+    says what is kept of any value in it. Raises GraphError where the program ties a
+    removed index to one that stays.
+    """
+    labels = Labels(exact=exact)
+    ins, ends = [], []
+    for var, kept, fill in zip(program.invars, kept_in, fills):
+        value, seeds = _seed(labels, var.aval.shape, kept, fill)
+        ins.append(value)
+        ends += seeds
+    tape = analyse(Context(labels, rules), program, ins)
+    for var, kept, value in zip(program.outvars, kept_out, tape.outs):
+        if kept is not None:
+            seed, seeds = _seed(labels, var.aval.shape, kept, (None,) * len(kept))
+            ends += seeds
+            for a, b in zip(value.labels, seed.labels):
+                labels.unify(a, b, f"an output of {name}")
+    return tape, _resolver(labels, ends, name)
+
+
+def _seed(
+    labels: Labels, shape: Sequence[int], kept: Kept, fill: tuple[float | None, ...]
+) -> tuple[Value, list[tuple[np.ndarray, np.ndarray]]]:
+    """Labels for the cut axes of an end of the program, with what is kept of them."""
+    axes, seeds = [], []
+    for length, indices in zip(shape, kept):
+        axis = None if indices is None else labels.fresh(length)
+        if axis is not None:
+            mask = np.zeros(length, bool)
+            mask[indices] = True
+            seeds.append((axis, mask))
+        axes.append(axis)
+    return Value(tuple(axes), tuple(fill)), seeds
+
+
+def _resolver(
+    labels: Labels, ends: list[tuple[np.ndarray, np.ndarray]], name: str
+) -> Callable[[Value], Kept]:
+    solved = labels.solve()
+    number = len(solved.frozen)
+    stays, goes = solved.frozen.copy(), np.zeros(number, bool)
+    for axis, mask in ends:
+        component = solved.component[axis]
+        stays[component[mask]] = True
+        goes[component[~mask]] = True
+    both = np.flatnonzero(stays & goes)
+    if len(both):
+        cause = solved.causes.get(int(both[0]), "other channels that stay")
+        raise GraphError(
+            f"in {name}, {len(both)} removed channels are tied to {cause}; keep them, or "
+            "trace the function in this mode"
+        )
+    cache: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+
+    def one(axis: np.ndarray | None) -> np.ndarray | None:
+        if axis is None:
+            return None
+        if id(axis) not in cache:
+            cache[id(axis)] = (axis, kept_indices(~goes[solved.component[axis]]))
+        return cache[id(axis)][1]
+
+    return lambda value: tuple(map(one, value.labels))
+
+
+RULES = {
+    "jit": Rule(_call("jaxpr"), _rewrite_jit),
+    "pjit": Rule(_call("jaxpr"), _rewrite_jit),
+    "closed_call": Rule(_call("call_jaxpr"), _rewrite_inline),
+    "core_call": Rule(_call("call_jaxpr"), _rewrite_inline),
+    "remat": Rule(_call("jaxpr"), _rewrite_remat),
+    "remat2": Rule(_call("jaxpr"), _rewrite_remat),
+    "checkpoint": Rule(_call("jaxpr"), _rewrite_remat),
+    "custom_jvp_call": Rule(_call("call_jaxpr"), _rewrite_custom_jvp),
+    "custom_vjp_call": Rule(_call("call_jaxpr"), _rewrite_custom_vjp),
+    "custom_vjp_call_jaxpr": Rule(_call("call_jaxpr"), _rewrite_custom_vjp),
+}

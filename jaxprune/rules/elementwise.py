@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Elementwise primitives: same-length axes go together; size-1 axes and scalars don't.
+
+Run on small operands they are themselves. What the masked network holds at removed
+indices is followed through those of `_NUMPY`, where it is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxprune import jaxpr as jx
+from jaxprune.labels import Value
+from jaxprune.walk import Context, Cut, Rule
+
+_NUMPY: dict[str, Callable[..., Any]] = {
+    "abs": np.abs,
+    "add": np.add,
+    "add_any": np.add,
+    "ceil": np.ceil,
+    "cos": np.cos,
+    "div": np.divide,
+    "eq": np.equal,
+    "erf": math.erf,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "floor": np.floor,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "is_finite": np.isfinite,
+    "le": np.less_equal,
+    "log": np.log,
+    "log1p": np.log1p,
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "pow": np.power,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "select_n": lambda which, *cases: cases[int(which)],
+    "sign": np.sign,
+    "sin": np.sin,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": np.subtract,
+    "tan": np.tan,
+    "tanh": np.tanh,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+}
+_SAME = (
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "name",
+    "optimization_barrier",
+    "psum",
+    "psum_invariant",
+    "pvary",
+    "reduce_precision",
+    "stop_gradient",
+)
+_OPAQUE = (
+    *("acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt"),
+    *("cosh", "digamma", "erf_inv", "erfc", "integer_pow", "lgamma", "nextafter"),
+    *("not", "or", "population_count", "rem", "round", "shift_left", "sinh", "xor"),
+    *("shift_right_arithmetic", "shift_right_logical", "clz", "real", "imag"),
+)
+
+
+def _analyse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    shape = eqn.outvars[0].aval.shape
+    labels = tuple(
+        _tied(context, eqn, ins, axis, length) for axis, length in enumerate(shape)
+    )
+    fill = tuple(
+        _apply(eqn, [_at(eqn, i, v, axis, length) for i, v in enumerate(ins)])
+        for axis, length in enumerate(shape)
+    )
+    const = None
+    if all(v.const is not None for v in ins):
+        const = _apply(eqn, [v.const for v in ins])
+    return [Value(labels, fill, const, _leaf(eqn, ins))]
+
+
+def _tied(
+    context: Context, eqn: jx.Eqn, ins: Sequence[Value], axis: int, length: int
+) -> np.ndarray | None:
+    """Unify one axis over all operands that have it in full."""
+    if length == 1:
+        return None
+    axes = [
+        value.labels[axis]
+        for atom, value in zip(eqn.invars, ins)
+        if atom.aval.shape and atom.aval.shape[axis] == length
+    ]
+    tied = axes[0]
+    for other in axes[1:]:
+        tied = context.labels.unify(tied, other, jx.Site(eqn))
+    return tied
+
+
+def _at(eqn: jx.Eqn, i: int, value: Value, axis: int, length: int) -> float | None:
+    """Operand i at the removed indices of an axis."""
+    shape = eqn.invars[i].aval.shape
+    full = bool(shape) and shape[axis] == length
+    return value.removed(axis) if full else value.const
+
+
+def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
+    """The primitive at known numbers; None where the result is not known."""
+    name = eqn.primitive.name
+    if name in ("mul", "and") and 0.0 in numbers or name == "div" and numbers[0] == 0:
+        return 0.0
+    if name == "select_n" and None not in numbers[1:] and len(set(numbers[1:])) == 1:
+        return numbers[1]
+    if None in numbers:
+        return None
+    if name in _SAME:
+        number: Any = numbers[0]
+    elif name == "integer_pow":
+        number = np.float64(numbers[0]) ** eqn.params["y"]
+    elif name in _NUMPY:
+        with np.errstate(all="ignore"):
+            number = _NUMPY[name](*numbers)
+    else:
+        return None
+    if name == "convert_element_type":
+        number = np.asarray(number).astype(eqn.params["new_dtype"])
+    return float(number) if np.isfinite(number) else None
+
+
+def _leaf(eqn: jx.Eqn, ins: Sequence[Value]) -> int | None:
+    """A variable that was only cast or scaled is still that variable."""
+    whole = [v for v, a in zip(ins, eqn.invars) if np.prod(a.aval.shape) > 1]
+    return whole[0].leaf if len(whole) == 1 else None
+
+
+def _analyse_each(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Primitives that pass each operand on, one output each."""
+    del context, eqn
+    return list(ins)
+
+
+def _rewrite(cut: Cut) -> list[Any]:
+    return cut.bind()
+
+
+RULES = {name: Rule(_analyse, _rewrite) for name in (*_NUMPY, *_SAME, *_OPAQUE)}
+for _name in ("optimization_barrier", "psum", "psum_invariant", "pvary", "copy_p"):
+    RULES[_name] = Rule(_analyse_each, _rewrite)

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Primitives that move, repeat or make indices: labels are moved with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import jaxpr as jx
+from jaxprune.labels import Axis, Value, fixed, joined
+from jaxprune.walk import Context, Cut, Rule, freeze_all, pick, take
+
+
+def _broadcast(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """New axes get labels of their own: they can be made at any length."""
+    (value, *_), shape = ins, eqn.params["shape"]
+    labels = [context.labels.fresh(n) for n in shape]
+    fill: list[float | None] = [value.const] * len(shape)
+    for axis, to in enumerate(eqn.params["broadcast_dimensions"]):
+        if eqn.invars[0].aval.shape[axis] == shape[to]:
+            labels[to] = value.labels[axis]
+            fill[to] = value.fill[axis]
+    return [Value(tuple(labels), tuple(fill), value.const, value.leaf)]
+
+
+def _rewrite_broadcast(cut: Cut) -> list[Any]:
+    return cut.bind(shape=cut.shape_out())
+
+
+def _transpose(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    del context
+    (value,), order = ins, eqn.params["permutation"]
+    labels = tuple(value.labels[a] for a in order)
+    return [value._replace(labels=labels, fill=tuple(value.fill[a] for a in order))]
+
+
+def _squeeze(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    del context
+    (value,) = ins
+    rest = [a for a in range(len(value.labels)) if a not in eqn.params["dimensions"]]
+    labels = tuple(value.labels[a] for a in rest)
+    return [value._replace(labels=labels, fill=tuple(value.fill[a] for a in rest))]
+
+
+def _reverse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    del context
+    (value,), turned = ins, eqn.params["dimensions"]
+    labels = tuple(
+        axis[::-1] if a in turned and axis is not None else axis
+        for a, axis in enumerate(value.labels)
+    )
+    return [value._replace(labels=labels, leaf=None)]
+
+
+def _same(cut: Cut) -> list[Any]:
+    return cut.bind()
+
+
+def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    along, shape = eqn.params["dimension"], eqn.outvars[0].aval.shape
+    labels: list[Axis] = []
+    fill: list[float | None] = []
+    for axis in range(len(shape)):
+        axes = [v.labels[axis] for v in ins]
+        known = {v.removed(axis) for v, a in zip(ins, axes) if a is not None}
+        fill.append(known.pop() if len(known) == 1 else None)
+        if axis == along:
+            lengths = [atom.aval.shape[axis] for atom in eqn.invars]
+            labels.append(joined(list(zip(axes, lengths))))
+            continue
+        tied = axes[0]
+        for other in axes[1:]:
+            tied = context.labels.unify(tied, other, jx.Site(eqn))
+        labels.append(tied)
+    return [Value(tuple(labels), tuple(fill))]
+
+
+def _stack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    axis, ndim = eqn.params["axis"], len(eqn.outvars[0].aval.shape)
+    labels: list[Axis] = []
+    fill: list[float | None] = []
+    for old in range(ndim - 1):
+        tied = ins[0].labels[old]
+        for other in ins[1:]:
+            tied = context.labels.unify(tied, other.labels[old], jx.Site(eqn))
+        known = {value.removed(old) for value in ins}
+        labels.append(tied)
+        fill.append(known.pop() if len(known) == 1 else None)
+    labels.insert(axis % ndim, None)
+    fill.insert(axis % ndim, None)
+    return [Value(tuple(labels), tuple(fill))]
+
+
+def _slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    (value,), windows = ins, _windows(eqn)
+    labels = [
+        _part(context, eqn, axis, None if axis is None else axis[w])
+        for axis, w in zip(value.labels, windows)
+    ]
+    return [value._replace(labels=tuple(labels), leaf=None)]
+
+
+def _part(context: Context, eqn: jx.Eqn, axis: Axis, part: Axis) -> Axis:
+    """Part of an axis; one index alone is an axis that cannot vanish, so it stays."""
+    if part is None or len(part) > 1 or len(axis) == 1:
+        return part
+    context.labels.freeze(part, jx.Site(eqn))
+    return None
+
+
+def _windows(eqn: jx.Eqn) -> list[slice]:
+    p = eqn.params
+    strides = p["strides"] or (1,) * len(p["start_indices"])
+    return [slice(*w) for w in zip(p["start_indices"], p["limit_indices"], strides)]
+
+
+def _rewrite_slice(cut: Cut) -> list[Any]:
+    (x,) = cut.args
+    windows = _windows(cut.eqn)
+    starts, limits, strides = [], [], []
+    for axis, (w, kept) in enumerate(zip(windows, cut.kept_in(0))):
+        plain = kept is None
+        starts.append(w.start if plain else 0)
+        limits.append(w.stop if plain else len(kept))
+        strides.append((w.step or 1) if plain else 1)
+    x = jax.lax.slice(x, starts, limits, strides)
+    for axis, (w, kept) in enumerate(zip(windows, cut.kept_in(0))):
+        if kept is not None:
+            x = pick(x, axis, _positions(kept, w))
+    return [x]
+
+
+def _positions(kept: np.ndarray, window: slice) -> np.ndarray:
+    """Where the kept indices that a window selects lie among the kept ones."""
+    chosen = np.arange(window.start, window.stop, window.step or 1)
+    return np.flatnonzero(np.isin(kept, chosen))
+
+
+def _split(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    (value,), along = ins, eqn.params["axis"]
+    ends = np.cumsum(eqn.params["sizes"])[:-1]
+    length = eqn.invars[0].aval.shape[along]
+    axis = value.labels[along]
+    axis = np.zeros(length, int) if axis is None else axis
+    pieces = []
+    for part in np.split(axis, ends):
+        labels = list(value.labels)
+        labels[along] = _part(context, eqn, axis, part) if len(part) else None
+        pieces.append(value._replace(labels=tuple(labels), leaf=None))
+    return pieces
+
+
+def _rewrite_split(cut: Cut) -> list[Any]:
+    along = cut.eqn.params["axis"]
+    sizes = [cut.shape_out(i)[along] for i in range(len(cut.eqn.outvars))]
+    return cut.bind(sizes=tuple(sizes))
+
+
+def _tile(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Copies of an index go together."""
+    (value,), reps = ins, eqn.params["reps"]
+    new = len(eqn.outvars[0].aval.shape)
+    labels = (None,) * (new - len(value.labels)) + value.labels
+    fill = (None,) * (new - len(value.fill)) + value.fill
+    for axis, times in zip(labels, reps):
+        if axis is not None and times == 0:
+            context.labels.freeze(axis, jx.Site(eqn))
+    tiled = tuple(
+        axis if axis is None or times == 1 else np.tile(axis, times)
+        for axis, times in zip(labels, reps)
+    )
+    return [Value(tiled, fill, value.const)]
+
+
+def _pad(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Padded-on indices are free: they go with whatever they are added to."""
+    value, padding = ins
+    labels: list[Axis] = []
+    fill: list[float | None] = []
+    for axis, (low, high, inner) in enumerate(eqn.params["padding_config"]):
+        old, length = value.labels[axis], eqn.invars[0].aval.shape[axis]
+        same = low == high == inner == 0
+        if same or old is None or inner or low < 0 or high < 0:
+            if not same:
+                context.labels.freeze(old, jx.Site(eqn))
+            labels.append(old if same else None)
+            fill.append(value.removed(axis) if same else None)
+            continue
+        ends = [(_fresh(context, n), n) for n in (low, high)]
+        labels.append(joined([ends[0], (old, length), ends[1]]))
+        known = {value.removed(axis), padding.const}
+        fill.append(known.pop() if len(known) == 1 else None)
+    return [Value(tuple(labels), tuple(fill))]
+
+
+def _fresh(context: Context, length: int) -> Axis:
+    """Labels even for one index: here it is part of a longer axis."""
+    if length == 0:
+        return np.zeros(0, int)
+    longer = context.labels.fresh(length + 1)
+    return None if longer is None else longer[:length]
+
+
+def _rewrite_pad(cut: Cut) -> list[Any]:
+    config = list(cut.eqn.params["padding_config"])
+    for axis, kept in enumerate(cut.kept_out()):
+        low, high, inner = config[axis]
+        if kept is not None:
+            end = cut.eqn.outvars[0].aval.shape[axis] - high
+            config[axis] = (int((kept < low).sum()), int((kept >= end).sum()), inner)
+    return cut.bind(padding_config=tuple(config))
+
+
+def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Factor into blocks: passed on, merged (labels tiled), or split (coupled)."""
+    value, old = ins[0], eqn.invars[0].aval.shape
+    new = eqn.outvars[0].aval.shape
+    if value.const is not None:
+        axes = tuple(context.labels.fresh(n) for n in new)
+        return [Value(axes, (None,) * len(new), value.const)]
+    labels: list[Axis] = [None] * len(new)
+    fill: list[float | None] = [None] * len(new)
+    for olds, news in _blocks(old, new):
+        _reshape_block(context, eqn, value, olds, news, labels, fill)
+    return [Value(tuple(labels), tuple(fill), None, value.leaf)]
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
+    """Pairs of runs of axes, longer than 1, with the same product."""
+    olds = [a for a, n in enumerate(old) if n != 1]
+    news = [a for a, n in enumerate(new) if n != 1]
+    blocks, i, j = [], 0, 0
+    while i < len(olds) and j < len(news):
+        left, right = [olds[i]], [news[j]]
+        i, j = i + 1, j + 1
+        while (a := math.prod(old[k] for k in left)) != (
+            b := math.prod(new[k] for k in right)
+        ):
+            if a < b:
+                left.append(olds[i])
+                i += 1
+            else:
+                right.append(news[j])
+                j += 1
+        blocks.append((left, right))
+    return blocks
+
+
+def _reshape_block(
+    context: Context,
+    eqn: jx.Eqn,
+    value: Value,
+    olds: list[int],
+    news: list[int],
+    labels: list[Axis],
+    fill: list[float | None],
+) -> None:
+    old = [eqn.invars[0].aval.shape[a] for a in olds]
+    new = [eqn.outvars[0].aval.shape[a] for a in news]
+    loose = [a for a in olds if value.labels[a] is not None]
+    for a in loose[:-1]:
+        context.labels.freeze(value.labels[a], jx.Site(eqn))
+    if not loose:
+        return
+    last = loose[-1]
+    place = [-1 if a == last else 1 for a in olds]
+    merged = np.broadcast_to(value.labels[last].reshape(place), old).ravel()
+    if len(news) == 1:
+        labels[news[0]], fill[news[0]] = merged, value.fill[last]
+        return
+    grid = merged.reshape(new)
+    axis = _varying(grid)
+    if axis is None:
+        axis = max(range(len(new)), key=lambda a: (new[a], a))
+    lines = np.moveaxis(grid, axis, -1).reshape(-1, new[axis])
+    if not (lines == lines[:1]).all():
+        for line in lines[1:]:
+            context.labels.unify(lines[0], line, jx.Site(eqn))
+    labels[news[axis]], fill[news[axis]] = lines[0], value.fill[last]
+
+
+def _varying(grid: np.ndarray) -> int | None:
+    """The one axis along which a tiled array of labels changes, if there is one."""
+    for axis in range(grid.ndim):
+        lines = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
+        if (lines == lines[:1]).all():
+            return axis
+    return None
+
+
+def _rewrite_reshape(cut: Cut) -> list[Any]:
+    const, shape = cut.node.ins[0].const, cut.shape_out()
+    if const is not None:
+        return [jnp.full(shape, const, cut.eqn.outvars[0].aval.dtype)]
+    return cut.bind(new_sizes=shape, dimensions=None)
+
+
+def _source(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Arrays made from nothing: any index may be left out."""
+    for value in ins:
+        for axis in value.labels:
+            context.labels.freeze(axis, jx.Site(eqn))
+    outs = []
+    for var in eqn.outvars:
+        shape = getattr(var.aval, "shape", ())
+        if not jx.is_array(var.aval):
+            outs.append(fixed(len(shape)))
+            continue
+        labels = tuple(context.labels.fresh(n) for n in shape)
+        outs.append(Value(labels, (None,) * len(shape)))
+    return outs
+
+
+def _rewrite_source(cut: Cut) -> list[Any]:
+    """Made whole, then cut: positions and random draws are the masked network's."""
+    return [take(x, cut.kept_out(i)) for i, x in enumerate(cut.bind())]
+
+
+def _dynamic_slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Axes taken whole pass; axes that are indexed at run time are fixed."""
+    value, sizes = ins[0], eqn.params["slice_sizes"]
+    labels: list[Axis] = []
+    for axis, size in enumerate(sizes):
+        whole = size == eqn.invars[0].aval.shape[axis]
+        if not whole:
+            context.labels.freeze(value.labels[axis], jx.Site(eqn))
+        labels.append(value.labels[axis] if whole else None)
+    return [value._replace(labels=tuple(labels), leaf=None)]
+
+
+def _rewrite_dynamic_slice(cut: Cut) -> list[Any]:
+    return cut.bind(slice_sizes=cut.shape_out())
+
+
+def _gather(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Axes taken whole pass; axes that are indexed are fixed."""
+    value, dims = ins[0], eqn.params["dimension_numbers"]
+    if getattr(dims, "operand_batching_dims", ()):
+        return freeze_all(context, eqn, ins)
+    for axis in ins[1].labels:
+        context.labels.freeze(axis, jx.Site(eqn))
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    out = fixed(len(eqn.outvars[0].aval.shape))
+    labels, fill = list(out.labels), list(out.fill)
+    taken = [a for a in range(len(shape)) if a not in dims.collapsed_slice_dims]
+    for to, axis in zip(dims.offset_dims, taken):
+        if axis not in dims.start_index_map and sizes[axis] == shape[axis]:
+            labels[to], fill[to] = value.labels[axis], value.removed(axis)
+        else:
+            context.labels.freeze(value.labels[axis], jx.Site(eqn))
+    for axis in dims.collapsed_slice_dims:
+        context.labels.freeze(value.labels[axis], jx.Site(eqn))
+    if str(eqn.params["mode"]).upper().find("FILL") >= 0:
+        fill = [None] * len(fill)
+    return [Value(tuple(labels), tuple(fill))]
+
+
+def _rewrite_gather(cut: Cut) -> list[Any]:
+    sizes = [
+        n if kept is None else len(kept)
+        for n, kept in zip(cut.eqn.params["slice_sizes"], cut.kept_in(0))
+    ]
+    return cut.bind(slice_sizes=tuple(sizes))
+
+
+RULES = {
+    "broadcast_in_dim": Rule(_broadcast, _rewrite_broadcast),
+    "concatenate": Rule(_concatenate, _same),
+    "dynamic_slice": Rule(_dynamic_slice, _rewrite_dynamic_slice),
+    "gather": Rule(_gather, _rewrite_gather),
+    "pad": Rule(_pad, _rewrite_pad),
+    "reshape": Rule(_reshape, _rewrite_reshape),
+    "rev": Rule(_reverse, _same),
+    "slice": Rule(_slice, _rewrite_slice),
+    "split": Rule(_split, _rewrite_split),
+    "stack": Rule(_stack, _same),
+    "squeeze": Rule(_squeeze, _same),
+    "tile": Rule(_tile, _same),
+    "transpose": Rule(_transpose, _same),
+    **{
+        name: Rule(_source, _rewrite_source)
+        for name in ("iota", "random_bits", "rng_uniform", "rng_bit_generator")
+    },
+    **{
+        name: Rule(_source, _same)
+        for name in ("random_fold_in", "random_seed", "random_split", "random_wrap")
+    },
+}

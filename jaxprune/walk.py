@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two passes over a program: `analyse` labels it, `run` evaluates it when cut.
+
+Behaviour per primitive lives in `rules/`; nothing here knows any of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprune import jaxpr as jx
+from jaxprune.labels import Labels, Value, fixed
+
+Kept = tuple[np.ndarray | None, ...]
+
+
+class Node(NamedTuple):
+    """One analysed equation; `aux` is what its rule wants to see again when it runs."""
+
+    eqn: jx.Eqn
+    ins: tuple[Value, ...]
+    outs: tuple[Value, ...]
+    aux: Any = None
+
+
+class Tape(NamedTuple):
+    """An analysed program at one call site: labels are per site, jaxprs are shared."""
+
+    program: jx.Program
+    consts: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    ins: tuple[Value, ...]
+    outs: tuple[Value, ...]
+
+
+class Rule(NamedTuple):
+    """How one primitive is analysed and how it is run when cut.
+
+    analyse(context, eqn, ins) -> the output Values, or (Values, aux).
+    rewrite(cut) -> the outputs, for a `Cut` that holds the small operands.
+    """
+
+    analyse: Callable[..., Any]
+    rewrite: Callable[[Cut], list[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an analysis rule works with: the labels, and the way into sub-programs."""
+
+    labels: Labels
+    rules: Mapping[str, Rule]
+
+    def walk(self, program: jx.Program, ins: Sequence[Value]) -> Tape:
+        return analyse(self, program, ins)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One equation to run: small operands `args`, and the indices that are kept.
+
+    kept(value) gives, per axis, the int indices that stay, or None for all of them.
+    """
+
+    node: Node
+    args: tuple[Any, ...]
+    kept: Callable[[Value], Kept]
+    rules: Mapping[str, Rule]
+
+    @property
+    def eqn(self) -> jx.Eqn:
+        return self.node.eqn
+
+    def kept_in(self, i: int) -> Kept:
+        return self.kept(self.node.ins[i])
+
+    def kept_out(self, i: int = 0) -> Kept:
+        return self.kept(self.node.outs[i])
+
+    def shape_out(self, i: int = 0) -> tuple[int, ...]:
+        """The i-th output's shape once cut."""
+        dense = self.eqn.outvars[i].aval.shape
+        return tuple(
+            n if k is None else len(k) for n, k in zip(dense, self.kept_out(i))
+        )
+
+    def bind(self, *args: Any, **changed: Any) -> list[Any]:
+        return jx.bind(self.eqn, *(args or self.args), **changed)
+
+    def run(self, tape: Tape, *args: Any) -> list[Any]:
+        return run(tape, self.kept, self.rules, args)
+
+
+def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape:
+    """Label a program, given the labels of its inputs."""
+    labels = context.labels
+    env: dict[Any, Value] = dict(zip(program.invars, ins))
+    consts = tuple(const_value(labels, c) for c in program.consts)
+    env.update(zip(program.constvars, consts))
+
+    def read(atom: Any) -> Value:
+        return const_value(labels, atom.val) if jx.is_literal(atom) else env[atom]
+
+    nodes = []
+    for eqn in program.eqns:
+        values = tuple(read(atom) for atom in eqn.invars)
+        rule = context.rules.get(eqn.primitive.name)
+        if rule is None:
+            outs, aux = freeze_all(context, eqn, values), None
+        else:
+            if not has_jaxpr(eqn):
+                _note_use(labels, values)
+            result = rule.analyse(context, eqn, values)
+            outs, aux = result if isinstance(result, tuple) else (result, None)
+        nodes.append(Node(eqn, values, tuple(outs), aux))
+        env.update(zip(eqn.outvars, outs))
+    outs = tuple(read(atom) for atom in program.outvars)
+    return Tape(program, consts, tuple(nodes), tuple(ins), outs)
+
+
+def run(
+    tape: Tape,
+    kept: Callable[[Value], Kept],
+    rules: Mapping[str, Rule],
+    args: Sequence[Any],
+) -> list[Any]:
+    """Evaluate an analysed program on small inputs."""
+    program = tape.program
+    env: dict[Any, Any] = dict(zip(program.invars, args))
+    for var, const, value in zip(program.constvars, program.consts, tape.consts):
+        env[var] = take(const, kept(value))
+
+    for node in tape.nodes:
+        small = []
+        for atom, value in zip(node.eqn.invars, node.ins):
+            literal = jx.is_literal(atom)
+            small.append(take(atom.val, kept(value)) if literal else env[atom])
+        untouched = all(
+            k is None for value in (*node.ins, *node.outs) for k in kept(value)
+        )
+        if untouched and not _cut_inside(node, kept):
+            outs = jx.bind(node.eqn, *small)
+        else:
+            rule = rules[node.eqn.primitive.name]
+            outs = rule.rewrite(Cut(node, tuple(small), kept, rules))
+        env.update(zip(node.eqn.outvars, outs))
+    return [
+        take(a.val, kept(v)) if jx.is_literal(a) else env[a]
+        for a, v in zip(program.outvars, tape.outs)
+    ]
+
+
+def _cut_inside(node: Node, kept: Callable[[Value], Kept]) -> bool:
+    """Whether a sub-program of this equation is cut although its ends are not."""
+    tape = node.aux
+    if not isinstance(tape, Tape):
+        return False
+    values = [v for n in tape.nodes for v in (*n.ins, *n.outs)] + list(tape.consts)
+    return any(k is not None for v in values for k in kept(v)) or any(
+        _cut_inside(n, kept) for n in tape.nodes
+    )
+
+
+def take(x: Any, kept: Kept) -> Any:
+    """x at the kept indices of every axis."""
+    for axis, indices in enumerate(kept):
+        if indices is not None:
+            x = pick(x, axis, indices)
+    return x
+
+
+def pick(x: Any, axis: int, indices: np.ndarray) -> Any:
+    """x at static indices of one axis: a slice where they are evenly spaced."""
+    import jax
+
+    steps = np.diff(indices)
+    if len(indices) and (steps > 0).all() and (steps == steps[:1]).all():
+        step = int(steps[0]) if len(steps) else 1
+        start, limit = int(indices[0]), int(indices[-1]) + 1
+        if start == 0 and limit == x.shape[axis] and step == 1:
+            return x
+        return jax.lax.slice_in_dim(x, start, limit, step, axis)
+    return jax.numpy.take(x, indices, axis=axis)
+
+
+def const_value(labels: Labels, x: Any) -> Value:
+    """A literal or a closed-over constant: cut like a variable, but not masked."""
+    shape = np.shape(x)
+    if not jx.is_array(x) and shape:
+        return fixed(len(shape))
+    axes = tuple(labels.fresh(n) for n in shape)
+    return Value(axes, (None,) * len(shape), None if shape else jx.scalar(x))
+
+
+def freeze_all(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """What happens at a primitive without a rule: nothing that it touches is cut."""
+    _note_use(context.labels, ins)
+    cause = jx.Site(eqn)
+    for value in ins:
+        for axis in value.labels:
+            context.labels.freeze(axis, cause)
+    return [fixed(len(getattr(v.aval, "shape", ()))) for v in eqn.outvars]
+
+
+def has_jaxpr(eqn: jx.Eqn) -> bool:
+    """Whether an equation calls a program; its variables are used inside, not by it."""
+    return any("jaxpr" in name for name in eqn.params)
+
+
+def _note_use(labels: Labels, values: Sequence[Value]) -> None:
+    for value in values:
+        if value.leaf is not None:
+            labels.first_use.setdefault(value.leaf, len(labels.first_use))
