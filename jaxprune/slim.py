@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`slim`: the function transformation that runs a network on shrunk variables.
+
+The user's function is traced at its dense shapes; each equation is then run at the sizes
+that the keep leaves. Nothing is traced at the new widths, so code that branches on
+channel counts does what it did.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import jaxpr as jx
+from jaxprune import trees
+from jaxprune.base import Apply, Graph, GraphError, Keep, Leaf, PyTree, path_str
+from jaxprune.labels import Value
+from jaxprune.rules import RULES
+from jaxprune.rules.calls import plan
+from jaxprune.trace import abstract_inputs, state_outputs, struct
+from jaxprune.walk import Kept, Tape, run, take
+
+_PLANS = 16
+
+
+def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
+    """Transform `apply` so that it takes variables shrunk by `keep`.
+
+        slim(apply, graph, keep)(shrink(graph, keep, v), x) == apply(mask(graph, keep, v), x)
+
+    The result takes what apply takes: other batch and image sizes, train mode, mutable
+    collections, rngs; under jit, grad, vmap, remat and scan. Custom derivatives are kept.
+    Arguments that are not arrays are static. Raises GraphError for variables that do not
+    have the shrunk shapes, and where another mode of the function ties a removed channel
+    to one that stays.
+    """
+    keep = trees.check_keep(graph, keep, concrete=True)
+    if all(k.all() for k in keep.values()):
+        return apply
+    kept = trees.kept_indices(graph, keep)
+    leaves = graph.leaves
+    exact = all(g.exact or keep[n].all() for n, g in graph.groups.items())
+    plans: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+
+    @functools.wraps(apply)
+    def slimmed(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
+        flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
+        arrays = [x for _, x in flat]
+        abstract, rebuild = abstract_inputs((inputs, kwargs))
+        given = [x for x in jax.tree.leaves((inputs, kwargs)) if hasattr(x, "shape")]
+        key = _key((inputs, kwargs), arrays, treedef)
+        if key is not None and key in plans:
+            plans.move_to_end(key)
+            return plans[key](arrays, given)
+        structs, order = _dense_structs(graph, kept, flat)
+
+        def dense(flat_variables: list[Any], flat_inputs: list[Any]) -> Any:
+            args, more = rebuild(flat_inputs)
+            return apply(jax.tree.unflatten(treedef, flat_variables), *args, **more)
+
+        name = getattr(apply, "__name__", "apply")
+        cuts = [kept[number] for number in order]
+        program, out = jx.trace(dense, structs, abstract)
+        states = [None if s is None else kept[s] for s in state_outputs(out, leaves)]
+        tape, resolve = _plan(program, cuts, states, name, exact)
+        runner = functools.partial(_run, tape, resolve, jax.tree.structure(out))
+        reusable = not any(isinstance(c, jax.core.Tracer) for c in program.consts)
+        if key is not None and reusable:
+            plans[key] = runner
+            while len(plans) > _PLANS:
+                plans.popitem(last=False)
+        return runner(arrays, given)
+
+    return slimmed
+
+
+def verify(
+    apply: Apply,
+    graph: Graph,
+    keep: Keep,
+    variables: PyTree,
+    *inputs: Any,
+    **kwargs: Any,
+) -> float:
+    """The largest relative error of slim's law on this input, over all outputs.
+
+    variables are the dense ones. For each output, max |slim - masked| / max |masked|.
+    """
+    masked = apply(trees.mask(graph, keep, variables), *inputs, **kwargs)
+    small = trees.shrink(graph, keep, variables)
+    cut = slim(apply, graph, keep)(small, *inputs, **kwargs)
+    worst = 0.0
+    masked = _cut_state(graph, keep, masked)
+    for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(cut), strict=True):
+        if jx.is_array(a) and np.size(a):
+            a, b = (np.asarray(x).astype(np.float64) for x in (a, b))
+            scale = np.max(np.abs(a)) or 1.0
+            worst = max(worst, float(np.max(np.abs(a - b)) / scale))
+    return worst
+
+
+def _cut_state(graph: Graph, keep: Keep, out: PyTree) -> PyTree:
+    """Updated variables among the masked function's outputs, cut as slim's are."""
+    flat, treedef = jax.tree.flatten(out)
+    kept = trees.kept_indices(graph, keep)
+    for i, number in enumerate(state_outputs(out, graph.leaves)):
+        if number is not None:
+            flat[i] = take(flat[i], kept[number])
+    return jax.tree.unflatten(treedef, flat)
+
+
+def _key(arguments: Any, arrays: Sequence[Any], treedef: Any) -> Any:
+    """What a plan depends on; None where an argument cannot be hashed."""
+    flat, tree = jax.tree.flatten(arguments)
+    static = tuple(
+        (struct(x).shape, str(struct(x).dtype)) if hasattr(x, "shape") else (type(x), x)
+        for x in flat
+    )
+    key = (treedef, tree, static, tuple(str(jnp.result_type(x)) for x in arrays))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _dense_structs(
+    graph: Graph, kept: Sequence[Kept], flat: Sequence[tuple[Any, Any]]
+) -> tuple[list[jax.ShapeDtypeStruct], list[int]]:
+    """The dense shapes of shrunk variables, checked, and each one's leaf number."""
+    numbers = {leaf.path: i for i, leaf in enumerate(graph.leaves)}
+    order: list[int] = []
+    structs = []
+    for keys, x in flat:
+        path = trees.key_path(keys)
+        number = numbers.get(path)
+        if number is None:
+            raise GraphError(f"variables hold {path_str(path)}, which the graph lacks")
+        order.append(number)
+        leaf, x = graph.leaves[number], struct(x)
+        small = _small_shape(leaf, kept[number])
+        if tuple(x.shape) != small:
+            raise GraphError(
+                f"{path_str(path)} has shape {tuple(x.shape)}, shrunk it is {small} "
+                f"(dense {leaf.shape}); pass jaxprune.shrink(graph, keep, variables)"
+            )
+        structs.append(jax.ShapeDtypeStruct(leaf.shape, x.dtype))
+    for i, leaf in enumerate(graph.leaves):
+        if i not in order:
+            raise GraphError(f"variables lack {path_str(leaf.path)} {leaf.shape}")
+    return structs, order
+
+
+def _small_shape(leaf: Leaf, kept: Kept) -> tuple[int, ...]:
+    return tuple(n if k is None else len(k) for n, k in zip(leaf.shape, kept))
+
+
+def _plan(
+    program: jx.Program,
+    cuts: Sequence[Kept],
+    states: Sequence[Kept | None],
+    name: str,
+    exact: bool,
+) -> tuple[Tape, Callable[[Value], Kept]]:
+    """Analyse with the keep at the variables and at updated variables; all else whole."""
+    rest = program.invars[len(cuts) :]
+    kept_in = [*cuts, *((None,) * len(v.aval.shape) for v in rest)]
+    fills: list[tuple[float | None, ...]] = [(0.0,) * len(k) for k in cuts]
+    fills += [(None,) * len(v.aval.shape) for v in rest]
+    kept_out = [
+        (None,) * len(var.aval.shape) if state is None else state
+        for var, state in zip(program.outvars, states)
+    ]
+    return plan(program, kept_in, kept_out, fills, RULES, name, exact)
+
+
+def _run(
+    tape: Tape,
+    resolve: Callable[[Value], Kept],
+    out: Any,
+    arrays: Sequence[Any],
+    given: Sequence[Any],
+) -> Any:
+    flat = run(tape, resolve, RULES, [*map(jnp.asarray, arrays), *given])
+    return jax.tree.unflatten(out, flat)
