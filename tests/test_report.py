@@ -44,7 +44,7 @@ def test_page_shows_every_picture_and_loads_nothing_else(whole):
         "Chosen: 25 % of the FLOPs, mIoU .28",
         "63 % of Sky is taken for Road",
         "the function&#x27;s output",
-        "params/head/kernel",
+        "head axis 3",
         "group lasso, 1-SE",
         "Best validation mIoU: .460 after pruning and retraining, .260 before",
     ],
@@ -220,6 +220,15 @@ def test_results_table_without_latency_or_a_split():
 )
 def test_numbers_as_people_read_them(function, value, shown):
     assert function(value) == shown
+
+
+def test_frozen_axes_are_summed_up_by_cause():
+    frozen = [(f"params/c{i}/kernel", 0, 3, "sort") for i in range(5)]
+    rows = words.by_cause([*frozen, ("params/d/kernel", 1, 8, "cumsum")])
+    assert rows[1:] == [
+        ["sort", "5", "15", "c0 axis 0, c1 axis 0, c2 axis 0 and 2 more"],
+        ["cumsum", "1", "8", "d axis 1"],
+    ]
 
 
 def test_percent_of_nothing():

@@ -148,14 +148,16 @@ def _pruning(record: files.Record, out: Path) -> list[str]:
 def _frozen(frozen: list) -> str:
     if not frozen:
         return html.section("Nothing is frozen: every channel could be cut")
-    rows = [["what", "axis", "channels", "why it stays"]]
+    entries = []
     for entry in frozen:
         path = entry["path"]
         path = path if isinstance(path, str) else "/".join(path)
-        rows.append([path, str(entry["axis"]), str(entry["count"]), entry["cause"]])
-    count = len(frozen)
-    title = f"{count} {'axis' if count == 1 else 'axes'} cannot be cut"
-    return html.section(title, html.table(rows, numbers=False))
+        entries.append((path, entry["axis"], entry["count"], entry["cause"]))
+    rows = words.by_cause(entries)
+    causes = "one cause" if len(rows) == 2 else f"{len(rows) - 1} causes"
+    title = f"{len(frozen)} axes of kernels and vectors cannot be cut, for {causes}"
+    whole = html.folded("all of them", [" ".join(map(str, e)) for e in entries])
+    return html.section(title, html.table(rows, numbers=False), whole)
 
 
 def _dense_flops(record: files.Record) -> float | None:

@@ -104,6 +104,24 @@ def shorten(name: str, length: int = 34) -> str:
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
+def by_cause(
+    frozen: Sequence[tuple[str, int, int, str]], examples: int = 3
+) -> list[list[str]]:
+    """What cannot be cut, a row a cause: cause, axes, indices, where; a head first.
+
+    frozen: (path, axis, count, cause) each; of more than `examples` places of one cause
+    the rest is counted.
+    """
+    rows = [["what keeps it", "axes", "indices", "where"]]
+    for cause in dict.fromkeys(entry[3] for entry in frozen):
+        mine = [entry for entry in frozen if entry[3] == cause]
+        where = [f"{shorten(path)} axis {axis}" for path, axis, _, _ in mine]
+        more = len(mine) - examples
+        text = ", ".join(where[:examples]) + (f" and {more} more" if more > 0 else "")
+        rows.append([cause, str(len(mine)), str(sum(e[2] for e in mine)), text])
+    return rows
+
+
 def path(steps: Sequence[Mapping[str, Any]], dense_flops: float | None) -> str:
     """What the pruning path shows."""
     chosen = next((s for s in steps if s.get("chosen")), None)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `jaxprune`: a verb each for what one does with a network.
+
+Each verb imports what it needs when it runs, so that `--help` is quick. Exit codes: 0
+done, 2 bad input (one line on stderr), 130 Ctrl-C, 143 SIGTERM (`run` can be resumed).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxprune import base
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+# What each verb does: as the list of verbs says it, and what its own help adds.
+RUN = (
+    "train, prune, retrain, evaluate and report",
+    "Stages that are done are skipped: the same command resumes a stopped run.",
+)
+INSPECT = (
+    "show a network's channel groups and costs, and what cannot be cut",
+    (
+        "TARGET is a shipped network (segnet, segnet_basic, unet), a work folder, a saved "
+        "network, or pkg.module:function, where the function returns (apply, variables, "
+        "*inputs) or (module, *inputs); inputs are arrays, jax.ShapeDtypeStruct or shapes."
+    ),
+)
+EVAL = (
+    "measure the pruned network on a split of its data set",
+    "The data set is the one that the work folder's config names.",
+)
+PREDICT = (
+    "write overlays of images with the classes the network sees",
+    "INPUT is an image, a folder of images, or a quoted pattern such as 'day1/*.png'.",
+)
+REPORT = (
+    "draw DIR/report/index.html anew from the run's files",
+    "Needs no accelerator; a run that has not ended gives a report of what is there.",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's); returns its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return args.verb(args)
+    except base.JaxpruneError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments; each verb's function is its default for `verb`."""
+    top = argparse.ArgumentParser(
+        prog="jaxprune",
+        description="Structural pruning of JAX networks.",
+        epilog="jaxprune VERB --help tells more about one verb",
+    )
+    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, (short, more), function, add_arguments in (
+        ("run", RUN, _run, _add_run),
+        ("inspect", INSPECT, _inspect, _add_inspect),
+        ("eval", EVAL, _eval, _add_eval),
+        ("predict", PREDICT, _predict, _add_predict),
+        ("report", REPORT, _report, _add_report),
+    ):
+        text = f"{short.capitalize()}. {more}"
+        verb = verbs.add_parser(name, help=short, description=text)
+        verb.set_defaults(verb=function)
+        add_arguments(verb)
+    return top
+
+
+def _add_run(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", metavar="CONFIG", help="a file like those in configs/")
+    verb.add_argument(
+        "--workdir", metavar="DIR", help="where to work (runs/NAME-OF-CONFIG)"
+    )
+    _add_settings(verb, "A.B=VALUE", "change a field of the config; repeatable")
+
+
+def _add_inspect(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("target", metavar="TARGET")
+    verb.add_argument(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="image size of a shipped network (360x480)",
+    )
+    verb.add_argument(
+        "--budget",
+        metavar="KIND=RATIO",
+        help="widths when every group is cut alike to this budget, e.g. flops=0.5",
+    )
+    _add_settings(verb, "FIELD=VALUE", "a field of a shipped network; repeatable")
+
+
+def _add_eval(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", metavar="DIR", help="a work folder")
+    verb.add_argument("--split", default="test", choices=("train", "val", "test"))
+
+
+def _add_predict(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", metavar="DIR", help="a work folder or a saved network")
+    verb.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="an image, a folder or a 'glob*'"
+    )
+    verb.add_argument("--out", required=True, metavar="DIR", help="for the overlays")
+    verb.add_argument(
+        "--size",
+        type=_size_or_native,
+        metavar="HxW",
+        help="run at this size, or 'native': each image's own (the training size)",
+    )
+    verb.add_argument("--batch", type=_positive, default=4, help="images a step (4)")
+    verb.add_argument(
+        "--opacity", type=_share, default=0.5, help="of the colours, 0 to 1 (0.5)"
+    )
+    verb.add_argument(
+        "--labels", action="store_true", help="write the labels as palette PNGs too"
+    )
+
+
+def _add_report(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", metavar="DIR", help="a work folder")
+
+
+def _add_settings(verb: argparse.ArgumentParser, form: str, text: str) -> None:
+    verb.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar=form, help=text
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from jaxprune.train import config, run
+
+    settings = config.load_config(args.config, args.settings)
+    workdir = args.workdir or Path("runs") / Path(args.config).stem
+    run(settings, workdir)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from jaxprune import inspection
+
+    found = inspection.find(args.target, size=args.size, settings=args.settings)
+    print(inspection.describe(found, budget=args.budget))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from jaxprune import inspection, predict
+
+    files = predict.find(args.inputs)
+    pruned = inspection.load(args.folder)
+    for path in predict.write(
+        pruned,
+        files,
+        Path(args.out),
+        size=args.size,
+        batch=args.batch,
+        opacity=args.opacity,
+        labels=args.labels,
+    ):
+        print(path, flush=True)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from jaxprune import report
+
+    print(report.write(args.folder))
+    return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    """`360x480` as (360, 480)."""
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it 360x480")
+    if not (int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text!r} is empty; write it 360x480")
+    return int(height), int(width)
+
+
+def _size_or_native(text: str) -> tuple[int, int] | str:
+    return text if text == "native" else _size(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} does not lie between 0 and 1")
+    return value

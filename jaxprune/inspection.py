@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `jaxprune inspect` shows: a network's groups and costs, and what is frozen."""
+
+import ast
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+
+from jaxprune import base, budget, models
+from jaxprune.cost import cost
+from jaxprune.report import words
+from jaxprune.select import select
+from jaxprune.trace import trace
+
+SIZE = (360, 480)  # of CamVid; what a shipped network is shown at by default
+EXAMPLE = (
+    "it returns (apply, variables, *inputs) or (module, *inputs); inputs are arrays, "
+    "jax.ShapeDtypeStruct, or shapes such as (1, 224, 224, 3)"
+)
+
+
+class Subject(NamedTuple):
+    """What is inspected: a `title`, the dense graph, and a pruned network's keep."""
+
+    title: str
+    graph: base.Graph
+    keep: base.Keep | None = None
+
+
+def find(
+    target: str,
+    *,
+    size: tuple[int, int] | None = None,
+    settings: Sequence[str] = (),
+) -> Subject:
+    """What `target` names: a folder, `pkg.module:function`, or a shipped network.
+
+    size: (H, W), and settings: 'field=value', of a shipped network only. Raises
+    ConfigError where the target, a field or a function's result is not understood, and
+    CheckpointError or DataError for a folder that holds no network.
+    """
+    folder, function = Path(target).is_dir(), ":" in target
+    if (folder or function) and (size or settings):
+        raise base.ConfigError(
+            f"--size and --set build a shipped network; {target} brings its own"
+        )
+    if folder:
+        return _saved(Path(target))
+    if function:
+        return _user_function(target)
+    if os.sep in target:
+        raise base.ConfigError(f"{target} is not a folder; name a work folder")
+    return _shipped(target, size or SIZE, settings)
+
+
+def load(folder: str | Path) -> Any:
+    """The pruned network of a work folder (its final/) or of a saved network's folder.
+
+    Raises CheckpointError, naming the folder, where there is none.
+    """
+    from jaxprune import checkpoint
+
+    folder = Path(folder)
+    if (folder / "config.json").exists() and not (folder / "final").is_dir():
+        raise base.CheckpointError(
+            f"{folder}: the run has not saved its pruned network (final/) yet; repeat "
+            "'jaxprune run' with this --workdir to finish it"
+        )
+    final = folder / "final"
+    return checkpoint.load(final if final.is_dir() else folder)
+
+
+def describe(subject: Subject, *, budget: str | None = None) -> str:
+    """The subject as text: groups, costs, what is frozen and why.
+
+    budget: 'flops=0.5', a kind and a ratio; the widths that are left when every group
+    is cut alike to meet it. Raises BudgetError for another form, or one not to be met.
+    """
+    graph, keep = subject.graph, subject.keep
+    if budget is not None:
+        keep = _alike(graph, parse_budget(budget))
+    lines = [subject.title, "", *_groups(graph, keep), "", *_costs(graph, keep)]
+    return "\n".join([*lines, "", *_frozen(graph)])
+
+
+def parse_budget(text: str) -> budget.Budget:
+    """`flops=0.5` as a Budget. Raises BudgetError for another form."""
+    kind, equals, ratio = text.partition("=")
+    try:
+        value = float(ratio)
+    except ValueError:
+        value = None
+    if not equals or value is None:
+        raise base.BudgetError(
+            f"{text!r} is no budget; write KIND=RATIO, such as flops=0.5"
+        )
+    return budget.Budget(kind.strip(), value)  # type: ignore[arg-type]
+
+
+def _shipped(name: str, size: tuple[int, int], settings: Sequence[str]) -> Subject:
+    args = {"num_classes": 11, **dict(_setting(s) for s in settings)}
+    net = models.build(name, args)
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    graph = trace(net.apply, variables, images, train=False)
+    shown = ", ".join(f"{field}={value}" for field, value in args.items())
+    return Subject(f"{name}({shown}) at {size[0]}x{size[1]}", graph)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    field, equals, value = text.partition("=")
+    if not (equals and field.isidentifier()):
+        raise base.ConfigError(f"--set {text!r}: write FIELD=VALUE, num_classes=19")
+    try:
+        return field, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return field, value
+
+
+def _saved(folder: Path) -> Subject:
+    file = folder / "graph.json"
+    if file.exists() and not (folder / "final").is_dir():
+        return Subject(f"{folder} (not pruned yet)", _read_graph(file))
+    pruned = load(folder)
+    return Subject(f"{folder}", pruned.graph, pruned.keep)
+
+
+def _read_graph(file: Path) -> base.Graph:
+    try:
+        return base.Graph.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise base.CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def _user_function(target: str) -> Subject:
+    module_name, _, name = target.partition(":")
+    found = getattr(_module(module_name, target), name, None)
+    if not callable(found):
+        raise base.ConfigError(f"{target}: {module_name} has no function {name!r}")
+    result = found()
+    if not isinstance(result, tuple) or len(result) < 2:
+        raise base.ConfigError(f"{target} returned {type(result).__name__}; {EXAMPLE}")
+    first, *rest = result
+    if isinstance(first, linen.Module):
+        inputs = [_struct(x) for x in rest]
+        variables = jax.eval_shape(first.init, jax.random.key(0), *inputs)
+        return Subject(target, trace(first.apply, variables, *inputs))
+    if isinstance(first, nnx.Module):
+        definition, state = nnx.split(first)
+
+        def apply(state: Any, *inputs: Any) -> Any:
+            return nnx.merge(definition, state)(*inputs)
+
+        return Subject(target, trace(apply, state, *map(_struct, rest)))
+    if not callable(first):
+        raise base.ConfigError(f"{target} returned a {type(first).__name__}; {EXAMPLE}")
+    variables, *inputs = rest
+    return Subject(target, trace(first, variables, *map(_struct, inputs)))
+
+
+def _module(name: str, target: str) -> Any:
+    """Import a user's module, also one that lies in the working directory."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except (ModuleNotFoundError, ValueError) as error:
+        missing = getattr(error, "name", None) or ""
+        if missing and not f"{name}.".startswith(f"{missing}."):
+            raise  # their module lacks something of its own: its traceback says what
+        raise base.ConfigError(
+            f"{target}: there is no module {name!r} here; run in the folder that holds "
+            "it, or install it"
+        ) from error
+
+
+def _struct(x: Any) -> Any:
+    """A shape such as (1, 224, 224, 3) as float32 of that shape; all else as it is."""
+    if isinstance(x, tuple | list) and x and all(isinstance(n, int) for n in x):
+        return jax.ShapeDtypeStruct(tuple(x), jnp.float32)
+    return x
+
+
+def _alike(graph: base.Graph, wanted: budget.Budget) -> base.Keep:
+    """Every group cut by the same share; which of its channels go does not matter."""
+    scores = {name: np.ones(group.size) for name, group in graph.groups.items()}
+    return select(graph, scores, wanted, scope="local")
+
+
+def _groups(graph: base.Graph, keep: base.Keep | None) -> list[str]:
+    """A row a group: its width (before and after), a channel's share, exact or not."""
+    if not graph.groups:
+        return ["no channel group: nothing of this network can be pruned"]
+    dense = cost(graph)
+    shares = (
+        budget.marginal(graph, "flops") if dense.flops else [0.0] * len(graph.groups)
+    )
+    head = ["group", "channels", *(["", ""] if keep else []), "FLOPs a channel", ""]
+    rows = [head]
+    for (name, group), share in zip(graph.groups.items(), shares, strict=True):
+        kept = int(np.sum(keep[name])) if keep else group.size
+        after = [f"-> {kept}", _bar(kept / group.size)] if keep else []
+        flops = words.quantity(share * dense.flops)
+        note = "" if group.exact else "not exact"
+        rows.append([words.shorten(name, 40), str(group.size), *after, flops, note])
+    return _aligned(rows)
+
+
+def _costs(graph: base.Graph, keep: base.Keep | None) -> list[str]:
+    dense = cost(graph)
+    count = (
+        f"{_plural(len(graph.groups), 'group')}, {_plural(graph.channels, 'channel')}"
+    )
+    if keep is not None:
+        count += f", {sum(int(np.sum(k)) for k in keep.values()):,} kept"
+    rows = []
+    small = cost(graph, keep) if keep is not None else dense
+    for field, label in (
+        ("flops", "FLOPs"),
+        ("params", "parameters"),
+        ("activation_bytes", "activation bytes"),
+    ):
+        before, after = getattr(dense, field), getattr(small, field)
+        row = [label, f"{before:,}"]
+        if keep is not None:
+            row += [f"-> {after:,}", words.percent(after, before)]
+        rows.append(row)
+    return [count, *_aligned(rows)]
+
+
+def _frozen(graph: base.Graph) -> list[str]:
+    if not graph.frozen:
+        return ["nothing is frozen"]
+    entries = [(base.path_str(f.path), f.axis, f.count, f.cause) for f in graph.frozen]
+    return ["cannot be cut:", *_aligned(words.by_cause(entries, 2), text=(0, 3))]
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _bar(share: float, cells: int = 10) -> str:
+    full = round(share * cells)
+    return "█" * full + "░" * (cells - full)
+
+
+def _aligned(rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)) -> list[str]:
+    """Rows of cells as lines: the columns in `text` to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i in text else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

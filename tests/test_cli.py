@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: verbs, exit codes, and one clear line for bad input."""
+
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import workfolder
+
+from jaxprune import cli
+
+VERBS = ("run", "inspect", "eval", "predict", "report")
+
+
+def error_line(capsys) -> str:
+    """The one line that a failed call left on stderr."""
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_help_lists_exactly_the_verbs_that_exist(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    listed = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert tuple(listed) == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: jaxprune {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["prune"],
+        ["run"],
+        ["predict", "DIR", "image.png"],
+        ["predict", "DIR", "image.png", "--out", "o", "--size", "big"],
+        ["predict", "DIR", "image.png", "--out", "o", "--batch", "0"],
+        ["predict", "DIR", "image.png", "--out", "o", "--opacity", "2"],
+        ["inspect", "segnet", "--size", "0x10"],
+        ["inspect", "segnet", "--size", "native"],
+        ["eval", "DIR", "--split", "all"],
+    ],
+)
+def test_wrong_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: jaxprune" in capsys.readouterr().err
+
+
+def test_help_loads_neither_jax_nor_matplotlib():
+    code = (
+        "import sys, jaxprune; before = set(sys.modules)\n"
+        "from jaxprune import cli; cli.parser().format_help()\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new & {'jax', 'flax', 'orbax', 'matplotlib', 'PIL', 'rich'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_ctrl_c_exits_with_130(monkeypatch, capsys):
+    def stopped(workdir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxprune.report.write", stopped)
+    assert cli.main(["report", "DIR"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_report_prints_the_page_s_path(tmp_path, capsys):
+    folder = workfolder.write(tmp_path / "run")
+    assert cli.main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report" / "index.html")
+
+
+def test_report_of_no_work_folder(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is not a folder" in error_line(capsys)
+
+
+def test_report_of_a_damaged_file(tmp_path, capsys):
+    folder = workfolder.write(tmp_path / "run")
+    (folder / "prune.json").write_text("{\n'")
+    assert cli.main(["report", str(folder)]) == 2
+    assert "prune.json is damaged" in error_line(capsys)
+
+
+def test_inspect_segnet(capsys):
+    assert cli.main(["inspect", "segnet", "--budget", "flops=0.25"]) == 0
+    shown = capsys.readouterr().out
+    assert "segnet(num_classes=11) at 360x480" in shown
+    assert "21 groups, 6,976 channels" in shown
+    assert "213,424,865,280" in shown and "29,449,355" in shown
+    assert re.search(r"^encoder1_conv1 +64 +-> 32 +█████░░░░░", shown, re.MULTILINE)
+    assert re.search(r"^FLOPs.* 25 %$", shown, re.MULTILINE)
+    assert "the network's output" in shown
+
+
+def test_inspect_a_shipped_network_s_fields(capsys):
+    settings = ["--set", "num_classes=3", "--set", "widths=(4, 6, 8, 8, 8)"]
+    assert cli.main(["inspect", "segnet", "--size", "32x64", *settings]) == 0
+    shown = capsys.readouterr().out
+    assert "at 32x64" in shown and "21 groups" in shown
+
+
+@pytest.fixture
+def my_nets(tmp_path, monkeypatch):
+    """A user's module of networks in the working directory."""
+    (tmp_path / "my_nets.py").write_text(
+        textwrap.dedent("""
+        import jax, jax.numpy as jnp
+        from flax import linen, nnx
+
+        class Net(linen.Module):
+            @linen.compact
+            def __call__(self, x):
+                return linen.Dense(3)(jnp.sort(linen.Dense(5)(linen.Dense(7)(x))))
+
+        def of_linen():
+            return Net(), (2, 4)
+
+        def of_nnx():
+            rngs = nnx.Rngs(0)
+            hidden, head = nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+            return nnx.Sequential(hidden, nnx.relu, head), jnp.ones((1, 4))
+
+        def of_function():
+            variables = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 2))}
+            return lambda v, x: jnp.tanh(x @ v["a"]) @ v["b"], variables, (1, 4)
+
+        def of_nothing():
+            return 3
+
+        def of_numbers():
+            return 3, 4
+
+        constant = 3
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("my_nets", None)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("of_linen", "1 group, 7 channels"),
+        ("of_linen", r"sort +2 +10 +Dense_1 axis 1, Dense_1/bias axis 0"),
+        ("of_nnx", "1 group, 8 channels"),
+        ("of_function", r"a +6 +12"),
+    ],
+)
+def test_inspect_a_user_s_function(my_nets, function, said, capsys):
+    assert cli.main(["inspect", f"my_nets:{function}"]) == 0
+    assert re.search(said, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["my_nets:of_nothing"], "returned int; it returns (apply, variables"),
+        (["my_nets:of_numbers"], "returned a int"),
+        (["my_nets:constant"], "has no function 'constant'"),
+        (["my_nets:missing"], "has no function 'missing'"),
+        (["no.such.module:f"], "no module 'no.such.module'"),
+        (["my_nets:of_linen", "--size", "8x8"], "brings its own"),
+        (["my_nets:of_linen", "--budget", "flops"], "'flops' is no budget"),
+        (["my_nets:of_linen", "--budget", "flops=1.5"], "(0, 1]"),
+        (["my_nets:of_linen", "--budget", "flop=0.5"], "flop"),
+        (["segnut"], "segnut"),
+        (["no/such/folder"], "is not a folder"),
+        (["segnet", "--set", "width=3"], "width"),
+        (["segnet", "--set", "width"], "FIELD=VALUE"),
+    ],
+)
+def test_inspect_bad_targets(my_nets, argv, said, capsys):
+    assert cli.main(["inspect", *argv]) == 2
+    assert said in error_line(capsys)
+
+
+def test_a_module_s_own_missing_import_is_its_own_error(tmp_path, monkeypatch):
+    (tmp_path / "needs.py").write_text("import no_such_package_of_theirs\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_of_theirs"):
+        cli.main(["inspect", "needs:f"])
