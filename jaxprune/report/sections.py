@@ -80,8 +80,13 @@ def _strips(record: files.Record, out: Path) -> list[str]:
     samples, colors = record.samples, record.evaluation["colors"]
     names = record.evaluation["classes"]
     columns = ("image", "truth", "dense", "pruned")
-    arrays = (samples["images"], *(samples[name] for name in columns[1:]))
-    picture = pictures.strips(*arrays, colors)
+    images, truth, dense, pruned = arrays = (
+        samples["images"],
+        samples["truth"],
+        samples["dense"],
+        samples["pruned"],
+    )
+    picture = pictures.strips(images, truth, dense, pruned, colors)
     head = pictures.headings(columns, picture.shape[1])
     picture = pictures.with_legend(np.concatenate([head, picture]), names, colors)
     pictures.save_png(out / "strips.png", picture)

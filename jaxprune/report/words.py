@@ -138,7 +138,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> str:
     """The largest confusion of one class with another; matrix[K, K] rows = truth."""
     shares = row_shares(matrix)
     np.fill_diagonal(shares, 0)
-    truth, said = np.unravel_index(np.argmax(shares), shares.shape)
+    truth, said = divmod(int(np.argmax(shares)), len(classes))
     if shares[truth, said] == 0:
         return "Pruned confuses no class with another"
     return (
