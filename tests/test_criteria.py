@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores against sums written out in float64, and the laws of the combinators."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toygraphs
+
+import jaxprune
+from jaxprune.base import BudgetError, ConfigError, DataError, GraphError
+from jaxprune.criteria import chain, ema, normalize, per_cost, score, scorer, stateless
+from jaxprune.measures import bn_scale, magnitude, random, taylor
+
+GRAPH = toygraphs.chain(5, 4)
+VARIABLES = toygraphs.variables(GRAPH)
+KERNELS = {
+    n: np.asarray(v["kernel"], np.float64) for n, v in VARIABLES["params"].items()
+}
+BIASES = {n: np.asarray(v["bias"], np.float64) for n, v in VARIABLES["params"].items()}
+
+
+def loss(variables, batch):
+    return jnp.mean((toygraphs.apply(variables, batch["x"]) - batch["y"]) ** 2)
+
+
+def make_batches(n=3):
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    return [{"x": draw(8, 3), "y": draw(8, 2)} for _ in range(n)]
+
+
+def given(values):
+    """A criterion that puts fixed scores in."""
+    return stateless(lambda scores, evidence: values)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_magnitude_of_the_filter(p):
+    scores = score(magnitude(p), GRAPH, VARIABLES)
+    for name in GRAPH.groups:
+        every = np.concatenate([KERNELS[name], BIASES[name][None]])
+        np.testing.assert_allclose(
+            scores[name], np.linalg.norm(every, ord=p, axis=0), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_magnitude_of_all_that_belongs_to_a_channel(p):
+    scores = score(magnitude(p, roles=("out", "in")), GRAPH, VARIABLES)
+    for name, group in GRAPH.groups.items():
+        expected = [
+            np.linalg.norm(toygraphs.of(VARIABLES, GRAPH, name, c), ord=p)
+            for c in range(group.size)
+        ]
+        np.testing.assert_allclose(scores[name], expected, rtol=1e-6)
+
+
+def test_magnitude_of_params_alone_and_of_bfloat16():
+    whole = score(magnitude(), GRAPH, VARIABLES)
+    chex.assert_trees_all_equal(whole, score(magnitude(), GRAPH, VARIABLES["params"]))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), VARIABLES)
+    scores = score(magnitude(), GRAPH, half)
+    assert all(s.dtype == np.float32 for s in scores.values())
+    chex.assert_trees_all_close(scores, whole, rtol=1e-2)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        a = nn.Conv(6, (3, 3), name="a")(x)
+        a = nn.relu(nn.BatchNorm(use_running_average=not train, name="bn_a")(a))
+        b = nn.Conv(6, (3, 3), name="b")(a)
+        b = nn.relu(a + nn.BatchNorm(use_running_average=not train, name="bn_b")(b))
+        return nn.Dense(3)(b.mean(axis=(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def traced():
+    net, x = Net(), jnp.ones((2, 8, 8, 3))
+    variables = net.init(jax.random.key(0), x)
+    for i, name in enumerate(("bn_a", "bn_b")):
+        gamma = np.random.default_rng(i).normal(size=6).astype(np.float32)
+        variables["params"][name]["scale"] = gamma
+    return net, variables, jaxprune.trace(net.apply, variables, x)
+
+
+def test_bn_scale_averages_the_scales_of_a_group(traced):
+    _, variables, graph = traced
+    scales = [np.abs(variables["params"][n]["scale"]) for n in ("bn_a", "bn_b")]
+    (scores,) = score(bn_scale(), graph, variables).values()
+    np.testing.assert_allclose(scores, np.mean(scales, axis=0), rtol=1e-6)
+    (alone,) = score(bn_scale(), graph, variables["params"]).values()
+    np.testing.assert_array_equal(scores, alone)
+
+
+def test_bn_scale_names_groups_without_one():
+    with pytest.raises(GraphError, match="'l0', 'l1'"):
+        score(bn_scale(), GRAPH, VARIABLES)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_taylor_is_the_mean_over_batches_of_the_summed_products(power):
+    batches = make_batches()
+    scores = score(taylor(power), GRAPH, VARIABLES, loss=loss, batches=batches)
+    gradients = [jax.grad(loss)(VARIABLES, b) for b in batches]
+    for name, group in GRAPH.groups.items():
+        for c in range(group.size):
+            theta = toygraphs.of(VARIABLES, GRAPH, name, c)
+            sums = [theta @ toygraphs.of(g, GRAPH, name, c) for g in gradients]
+            expected = np.mean(np.abs(sums) ** power)
+            np.testing.assert_allclose(scores[name][c], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_taylor_predicts_a_small_change_of_the_loss():
+    # Scaling what reads a channel by 1 - e changes the loss by e times the score.
+    (batch,) = make_batches(1)
+    scores = score(
+        taylor(1, roles=("in",)), GRAPH, VARIABLES, loss=loss, batches=[batch]
+    )
+    for c in range(5):
+        rows = np.ones((5, 1), np.float32)
+        rows[c] -= 1e-2
+        moved = jax.tree.map(lambda x: x, VARIABLES)
+        moved["params"]["l1"]["kernel"] = VARIABLES["params"]["l1"]["kernel"] * rows
+        change = abs(loss(moved, batch) - loss(VARIABLES, batch)) / 1e-2
+        np.testing.assert_allclose(scores["l0"][c], change, rtol=0.1, atol=0.02)
+
+
+def test_taylor_of_batch_statistics_and_counters(traced):
+    net, variables, graph = traced
+    variables = {**variables, "counters": {"steps": jnp.zeros((), jnp.int32)}}
+    image = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+
+    def of_images(variables, batch):
+        kept = {k: variables[k] for k in ("params", "batch_stats")}
+        return jnp.sum(net.apply(kept, batch) ** 2)
+
+    scores = score(taylor(), graph, variables, loss=of_images, batches=[image])
+    assert all((s > 0).any() for s in scores.values())
+
+
+def test_a_batch_is_traced_once():
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(loss, n=1)
+    score(taylor(), GRAPH, VARIABLES, loss=traced, batches=iter(make_batches(5)))
+
+
+def test_a_scorer_masks_and_is_traced_once():
+    chex.clear_trace_counter()
+    run = scorer(taylor(), GRAPH, chex.assert_max_traces(loss, n=1))
+    for c in range(3):
+        keep = GRAPH.full()
+        keep["l0"][c] = False
+        scores = run(VARIABLES, batches=make_batches(2), keep=keep)
+        assert scores["l0"][c] == 0
+        masked = jaxprune.mask(GRAPH, keep, VARIABLES)
+        chex.assert_trees_all_close(
+            scores,
+            score(taylor(), GRAPH, masked, loss=loss, batches=make_batches(2)),
+            rtol=1e-5,
+        )
+
+
+def test_random_follows_the_key_alone():
+    one = score(random(), GRAPH, VARIABLES, key=jax.random.key(0))
+    again = score(random(), GRAPH, VARIABLES, key=jax.random.key(0), batches=range(3))
+    other = score(random(), GRAPH, VARIABLES, key=jax.random.key(1))
+    chex.assert_trees_all_equal(one, again)
+    assert all((one[n] != other[n]).all() for n in one)
+    assert all((s >= 0).all() and (s < 1).all() for s in one.values())
+    assert (one["l0"][:4] != one["l1"]).all()
+
+
+@pytest.mark.parametrize(
+    ("by", "norm"),
+    [
+        ("mean", lambda x: np.mean(np.abs(x))),
+        ("max", lambda x: np.max(np.abs(x))),
+        ("sum", lambda x: np.sum(np.abs(x))),
+        ("l2", np.linalg.norm),
+    ],
+)
+def test_normalize(by, norm):
+    values = {"l0": np.array([1.0, -2, 3, 4, 5]), "l1": np.zeros(4)}
+    scores = score(chain(given(values), normalize(by)), GRAPH, VARIABLES)
+    np.testing.assert_allclose(
+        scores["l0"], values["l0"] / norm(values["l0"]), rtol=1e-6
+    )
+    np.testing.assert_array_equal(scores["l1"], 0)
+
+
+def test_normalizing_taylor_normalizes_the_mean():
+    options = {"loss": loss, "batches": make_batches()}
+    plain = score(taylor(), GRAPH, VARIABLES, **options)
+    scores = score(chain(taylor(), normalize("sum")), GRAPH, VARIABLES, **options)
+    chex.assert_trees_all_close(
+        scores, jax.tree.map(lambda s: s / s.sum(), plain), rtol=1e-5
+    )
+
+
+def test_per_cost_by_hand():
+    # 3 -> 5 -> 4 -> 2: 2 (15 + 20 + 8) = 86 FLOPs; a channel of l0 has 2 (3 + 4) of
+    # them, one of l1 2 (5 + 2). Parameters: 20 + 24 + 10 = 54; 3 + 1 + 4 and 5 + 1 + 2.
+    ones = {n: np.ones(g.size) for n, g in GRAPH.groups.items()}
+    for kind, (of_l0, of_l1) in {
+        "flops": (86 / 14, 86 / 14),
+        "params": (54 / 8, 54 / 8),
+        "channels": (9, 9),
+        "bytes": (11, 11),
+    }.items():
+        scores = score(chain(given(ones), per_cost(kind)), GRAPH, VARIABLES)
+        np.testing.assert_allclose(scores["l0"], of_l0, rtol=1e-6)
+        np.testing.assert_allclose(scores["l1"], of_l1, rtol=1e-6)
+
+
+def test_per_cost_of_channels_that_cost_nothing():
+    free = jaxprune.Graph(GRAPH.groups, (), GRAPH.leaves, GRAPH.terms[:2])
+    with pytest.raises(GraphError, match="'l1' cost nothing"):
+        score(chain(magnitude(), per_cost("flops")), free, VARIABLES)
+    none = jaxprune.Graph(GRAPH.groups, (), GRAPH.leaves, ())
+    with pytest.raises(BudgetError, match="no flops"):
+        score(chain(magnitude(), per_cost("flops")), none, VARIABLES)
+
+
+def test_ema_is_the_weighted_mean():
+    per_batch = stateless(
+        lambda s, e: {n: e.batch * jnp.ones_like(x) for n, x in s.items()}
+    )
+    batches = [1.0, 5.0, 2.0]
+    scores = score(chain(per_batch, ema(0.9)), GRAPH, VARIABLES, batches=batches)
+    expected = np.average(batches, weights=[0.81, 0.9, 1])
+    np.testing.assert_allclose(scores["l1"], expected, rtol=1e-5)
+    same = score(chain(magnitude(), ema(0.9)), GRAPH, VARIABLES, batches=batches)
+    chex.assert_trees_all_close(same, score(magnitude(), GRAPH, VARIABLES), rtol=1e-5)
+
+
+def test_taylor_of_single_batches_under_ema():
+    batches = make_batches(2)
+    single = [
+        score(taylor(), GRAPH, VARIABLES, loss=loss, batches=[b])["l0"] for b in batches
+    ]
+    criterion = chain(taylor(mean=False), ema(0.5))
+    scores = score(criterion, GRAPH, VARIABLES, loss=loss, batches=batches)
+    expected = (0.5 * single[0] + single[1]) / 1.5
+    np.testing.assert_allclose(scores["l0"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: magnitude(3), ConfigError, "p is 1 or 2"),
+        (lambda: taylor(0), ConfigError, "power is 1 or 2"),
+        (lambda: normalize("median"), ConfigError, "mean, max, sum, l2"),
+        (lambda: ema(1), ConfigError, "decay is in"),
+        (lambda: per_cost("time"), BudgetError, "'time'"),
+        (lambda: score(random(), GRAPH, VARIABLES), ConfigError, "random needs a key"),
+        (
+            lambda: score(taylor(), GRAPH, VARIABLES, batches=make_batches()),
+            ConfigError,
+            "taylor needs loss=",
+        ),
+        (
+            lambda: score(taylor(), GRAPH, VARIABLES, loss=loss),
+            ConfigError,
+            "taylor needs batches=",
+        ),
+        (
+            lambda: score(taylor(), GRAPH, VARIABLES, loss=loss, batches=[]),
+            DataError,
+            "batches is empty",
+        ),
+        (
+            lambda: score(given({"l0": np.ones(5)}), GRAPH, VARIABLES),
+            GraphError,
+            "lack group 'l1'",
+        ),
+    ],
+)
+def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_scores_that_are_not_finite_name_the_group():
+    broken = jax.tree.map(lambda x: x, VARIABLES)
+    broken["params"]["l1"]["bias"] = (
+        VARIABLES["params"]["l1"]["bias"].at[2].set(jnp.nan)
+    )
+    with pytest.raises(GraphError, match="'l1'.*1 of 4 channels.*channel 2"):
+        score(magnitude(), GRAPH, broken)

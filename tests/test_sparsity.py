@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The penalty, its proximal step and the gates, against float64 NumPy and optimality."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+import toygraphs
+
+import jaxprune
+from jaxprune.base import ConfigError, GraphError
+from jaxprune.sparsity import (
+    dead,
+    flops_weights,
+    gate,
+    gates_to_keep,
+    group_lasso,
+    init_gates,
+    proximal,
+    proximal_gates,
+)
+
+SINGLE = toygraphs.chain(6)
+GRAPH = toygraphs.chain(5, 4)
+VARIABLES = toygraphs.variables(GRAPH)
+
+
+def zeros(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def after(tx, params, updates=None, state=None):
+    """What apply_updates makes of one update, under jit."""
+
+    @jax.jit
+    def step(params, updates, state):
+        updates, state = tx.update(updates, state, params)
+        return optax.apply_updates(params, updates)
+
+    updates = zeros(params) if updates is None else updates
+    return step(params, updates, tx.init(params) if state is None else state)
+
+
+def blocks(graph, tree, name):
+    """theta[g]: float64[C, n]."""
+    size = graph.groups[name].size
+    return np.stack([toygraphs.of(tree, graph, name, c) for c in range(size)])
+
+
+def test_group_lasso_sums_weighted_norms():
+    # theta of l0 has 3 + 1 + 4 entries a channel, of l1 5 + 1 + 2.
+    expected = sum(
+        np.sqrt(8) * np.linalg.norm(blocks(GRAPH, VARIABLES, n), axis=1).sum()
+        for n in GRAPH.groups
+    )
+    np.testing.assert_allclose(group_lasso(GRAPH, VARIABLES), expected, rtol=1e-6)
+    own = {"l0": 2.0, "l1": np.arange(4.0)}
+    expected = sum(
+        np.sum(own[n] * np.linalg.norm(blocks(GRAPH, VARIABLES, n), axis=1))
+        for n in own
+    )
+    np.testing.assert_allclose(group_lasso(GRAPH, VARIABLES, own), expected, rtol=1e-6)
+
+
+def test_group_lasso_of_the_makers_alone():
+    params = VARIABLES["params"]
+    expected = 0.0
+    for n in GRAPH.groups:
+        both = np.concatenate([params[n]["kernel"], params[n]["bias"][None]])
+        expected += np.sqrt(len(both)) * np.linalg.norm(both, axis=0).sum()
+    value = group_lasso(GRAPH, VARIABLES["params"], roles=("out",))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_the_gradient_is_the_unit_vector_and_zero_at_zero():
+    keep = SINGLE.full()
+    keep["l0"][2] = False
+    variables = jaxprune.mask(SINGLE, keep, toygraphs.variables(SINGLE))
+    gradient = jax.grad(lambda v: group_lasso(SINGLE, v))(variables)
+    theta = blocks(SINGLE, variables, "l0")
+    norms = np.linalg.norm(theta, axis=1, keepdims=True)
+    expected = np.sqrt(6) * theta / np.where(norms, norms, 1)
+    np.testing.assert_allclose(blocks(SINGLE, gradient, "l0"), expected, rtol=1e-5)
+
+
+def test_flops_weights_by_hand():
+    # 3 -> 5 -> 4 -> 20: a channel of l0 costs 3 + 4, one of l1 5 + 20 multiply-adds.
+    graph = toygraphs.chain(5, 4, outputs=20)
+    weights = flops_weights(graph)
+    mean = (5 * 7 + 4 * 25) / 9
+    np.testing.assert_allclose(weights["l0"], np.sqrt(8) * 7 / mean)
+    np.testing.assert_allclose(weights["l1"], np.sqrt(26) * 25 / mean)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.5, 1.2])
+def test_proximal_solves_its_problem(strength):
+    """x minimises |x - v|^2 / 2 + s sum w |x_c|: the subgradient conditions."""
+    variables = toygraphs.variables(SINGLE)
+    weights = {"l0": np.array([0.2, 1, 1, 1, 2, 3])}
+    updates = toygraphs.variables(SINGLE, seed=1)
+    new = after(proximal(SINGLE, strength, weights), variables, updates)
+    arrived = jax.tree.map(lambda p, u: p + u, variables, updates)
+    v, x = blocks(SINGLE, arrived, "l0"), blocks(SINGLE, new, "l0")
+    for c in range(6):
+        norm, threshold = np.linalg.norm(x[c]), strength * weights["l0"][c]
+        if norm:
+            residual = x[c] - v[c] + threshold * x[c] / norm
+            np.testing.assert_allclose(residual, 0, atol=2e-6)
+        else:
+            assert np.linalg.norm(v[c]) <= threshold
+    np.testing.assert_array_equal(  # what belongs to no channel takes its plain update
+        new["params"]["l1"]["bias"], arrived["params"]["l1"]["bias"]
+    )
+
+
+def test_proximal_agrees_with_a_general_minimiser():
+    variables = toygraphs.variables(toygraphs.chain(1))
+    graph, strength = toygraphs.chain(1), 0.3
+    v = blocks(graph, variables, "l0")[0]
+
+    def objective(x):
+        return np.sum((x - v) ** 2) / 2 + strength * np.sqrt(len(v)) * np.linalg.norm(x)
+
+    best = scipy.optimize.minimize(objective, v, tol=1e-12).x
+    new = after(proximal(graph, strength), variables)
+    np.testing.assert_allclose(blocks(graph, new, "l0")[0], best, atol=1e-4)
+
+
+def reference(graph, tree, strength):
+    """The docstring's equation, entry by entry, in float64."""
+    out = jax.tree.map(lambda x: np.array(x, np.float64), tree)
+    for name, group in graph.groups.items():
+        theta = blocks(graph, tree, name)
+        norms = np.linalg.norm(theta, axis=1)
+        factors = np.maximum(0, 1 - strength * np.sqrt(theta.shape[1]) / norms)
+        for slot in group.slots:
+            x = out["params"][slot.path[1]][slot.path[2]]
+            x *= np.expand_dims(factors, tuple(set(range(x.ndim)) - {slot.axis}))
+    return out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_overlapping_blocks_multiply_factors_of_one_point(seed):
+    variables = toygraphs.variables(GRAPH, seed)
+    new = after(proximal(GRAPH, 0.9), variables)
+    chex.assert_trees_all_close(new, reference(GRAPH, variables, 0.9), atol=1e-5)
+    alone = after(proximal(GRAPH, 0.9), variables["params"])
+    chex.assert_trees_all_equal(alone, new["params"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("optimiser", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9)])
+def test_training_reaches_exact_zeros_that_dead_reads(dtype, optimiser):
+    chex.clear_trace_counter()
+    variables = jax.tree.map(lambda x: x.astype(dtype), VARIABLES)
+    tx = optax.chain(optimiser, proximal(GRAPH, 0.05))
+    inputs = jax.random.normal(jax.random.key(0), (16, 3), dtype)
+
+    def loss(variables):
+        return jnp.mean((toygraphs.apply(variables, inputs) - inputs[:, :2]) ** 2)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(variables, state):
+        updates, state = tx.update(jax.grad(loss)(variables), state, variables)
+        return optax.apply_updates(variables, updates), state
+
+    state = tx.init(variables)
+    for _ in range(60):
+        variables, state = step(variables, state)
+    keep = dead(GRAPH, variables)
+    cut = sum((~k).sum() for k in keep.values())
+    assert 0 < cut < GRAPH.channels
+    chex.assert_trees_all_equal(jaxprune.mask(GRAPH, keep, variables), variables)
+    chex.assert_trees_all_equal(keep, dead(GRAPH, variables["params"]))
+    assert all(x.dtype == dtype for x in jax.tree.leaves(variables))
+
+
+def test_a_group_keeps_its_largest_channel_as_it_is():
+    variables = toygraphs.variables(SINGLE)
+    new = after(proximal(SINGLE, 100.0), variables)
+    theta, left = blocks(SINGLE, variables, "l0"), blocks(SINGLE, new, "l0")
+    largest = np.linalg.norm(theta, axis=1).argmax()
+    np.testing.assert_array_equal(left[largest], theta[largest])
+    assert not np.delete(left, largest, axis=0).any()
+    np.testing.assert_array_equal(np.flatnonzero(dead(SINGLE, new)["l0"]), [largest])
+
+
+def test_a_dead_channel_stays_dead_and_strength_zero_changes_nothing():
+    keep = SINGLE.full()
+    keep["l0"][:3] = False
+    variables = jaxprune.mask(SINGLE, keep, toygraphs.variables(SINGLE))
+    new = after(proximal(SINGLE, 0.1), variables)
+    np.testing.assert_array_equal(dead(SINGLE, new)["l0"], keep["l0"])
+    chex.assert_trees_all_equal(after(proximal(GRAPH, 0.0), VARIABLES), VARIABLES)
+
+
+def test_dead_never_empties_a_group():
+    keep = dead(GRAPH, zeros(VARIABLES))
+    np.testing.assert_array_equal(keep["l0"], [1, 0, 0, 0, 0])
+    # Too small to be squared in float32, but not zero.
+    tiny = jax.tree.map(lambda x: jnp.full_like(x, 1e-30), VARIABLES)
+    assert all(k.all() for k in dead(GRAPH, tiny).values())
+
+
+@pytest.mark.parametrize("make", [lambda s: proximal(SINGLE, s), proximal_gates])
+def test_strength_follows_a_schedule_of_the_step(make):
+    schedule = optax.linear_schedule(0.0, 0.3, 3)
+    gates = make is proximal_gates
+    point = {"l0": jnp.arange(1.0, 7)} if gates else toygraphs.variables(SINGLE)
+    state = make(schedule).init(point)
+    for step in range(5):
+        moving, _ = make(schedule).update(zeros(point), state, point)
+        fixed, _ = make(min(step, 3) * 0.1).update(zeros(point), state, point)
+        chex.assert_trees_all_close(moving, fixed, atol=1e-6)
+        _, state = make(schedule).update(zeros(point), state, point)
+
+
+def test_untrained_collections_are_left_alone():
+    statistics = {"l0": {"mean": jnp.ones(6)}}
+    variables = {**toygraphs.variables(SINGLE), "batch_stats": statistics}
+    new = after(proximal(SINGLE, 100.0), variables)
+    chex.assert_trees_all_equal(new["batch_stats"], statistics)
+
+
+def test_gates_scale_each_channel_once_where_it_is_read():
+    gates = {"l0": np.arange(5.0), "l1": np.array([1, 0.5, 0, 2])}
+    gated = gate(GRAPH, gates, VARIABLES)["params"]
+    for i, name in enumerate(("l0", "l1")):
+        reader = VARIABLES["params"][f"l{i + 1}"]["kernel"] * gates[name][:, None]
+        np.testing.assert_allclose(gated[f"l{i + 1}"]["kernel"], reader)
+    np.testing.assert_array_equal(
+        gated["l0"]["kernel"], VARIABLES["params"]["l0"]["kernel"]
+    )
+    chex.assert_trees_all_equal(gate(GRAPH, init_gates(GRAPH), VARIABLES), VARIABLES)
+
+
+def test_binary_gates_mask():
+    keep = {"l0": np.array([1, 0, 1, 0, 1], bool), "l1": np.array([0, 1, 1, 0], bool)}
+    gates = {n: k.astype(np.float32) for n, k in keep.items()}
+    x = jax.random.normal(jax.random.key(0), (7, 3))
+    masked = toygraphs.apply(jaxprune.mask(GRAPH, keep, VARIABLES), x)
+    gated = toygraphs.apply(gate(GRAPH, gates, VARIABLES), x)
+    np.testing.assert_allclose(gated, masked, rtol=1e-5)
+    chex.assert_trees_all_equal(gates_to_keep(gates), keep)
+
+
+def test_a_group_that_nobody_reads_is_gated_where_it_is_made():
+    group = SINGLE.groups["l0"]
+    makers = tuple(s for s in group.slots if s.role == "out")
+    unread = jaxprune.Graph(
+        {"l0": type(group)("l0", 6, makers)}, (), SINGLE.leaves, SINGLE.terms
+    )
+    variables = toygraphs.variables(unread)
+    gated = gate(unread, {"l0": np.arange(6.0)}, variables)["params"]["l0"]
+    expected = jax.tree.map(lambda x: x * np.arange(6.0), variables["params"]["l0"])
+    chex.assert_trees_all_close(gated, expected)
+
+
+def test_gates_are_soft_thresholded():
+    gates = {"l0": jnp.array([1.0, -1, 0.2, -0.2, 0, 3])}
+    updates = {"l0": jnp.array([0.0, 0, 0, 0, 0.5, -3])}
+    new = after(proximal_gates(0.25), gates, updates)
+    np.testing.assert_allclose(new["l0"], [0.75, -0.75, 0, 0, 0.25, 0], atol=1e-6)
+    np.testing.assert_array_equal(new["l0"] == 0, [0, 0, 1, 1, 0, 1])
+    np.testing.assert_array_equal(gates_to_keep(new)["l0"], [1, 1, 0, 0, 1, 0])
+    last = after(proximal_gates(9.0), gates)
+    np.testing.assert_array_equal(last["l0"], [0, 0, 0, 0, 0, 3])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: proximal(GRAPH, -1.0), ConfigError, "strength=-1.0"),
+        (lambda: proximal_gates(-1.0), ConfigError, "strength=-1.0"),
+        (
+            lambda: proximal(GRAPH, 0.1).update(VARIABLES, None),
+            ConfigError,
+            "needs the params",
+        ),
+        (
+            lambda: proximal_gates(0.1).update({}, None),
+            ConfigError,
+            "needs the gates",
+        ),
+        (
+            lambda: group_lasso(GRAPH, VARIABLES, {"l0": 1.0}),
+            GraphError,
+            "weights lack group 'l1'",
+        ),
+        (
+            lambda: proximal(GRAPH, 0.1, {"l0": 1.0, "l1": np.ones(3)}),
+            GraphError,
+            r"'l1' has 4 channels, its weights have shape \(3,\)",
+        ),
+        (
+            lambda: gate(GRAPH, {"l5": np.ones(3)}, VARIABLES),
+            GraphError,
+            "gates name group 'l5'",
+        ),
+        (
+            lambda: after(proximal(GRAPH, 0.1), toygraphs.variables(SINGLE)),
+            GraphError,
+            "l0/kernel|l0/bias",
+        ),
+    ],
+)
+def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
