@@ -99,7 +99,7 @@ def _view(
     last = np.maximum(last, first + 1)
     box = np.concatenate([corner + first * step, corner + last * step])
     box = np.clip(box, 0, np.tile(stored, 2))
-    shown = tuple(last - first)
+    shown = int(last[0] - first[0]), int(last[1] - first[1])
     picture_part = picture.resize(shown, Image.Resampling.BILINEAR, tuple(box))
     mask_part = mask.resize(shown, Image.Resampling.NEAREST, tuple(box))
     if shown == tuple(out):
@@ -107,7 +107,7 @@ def _view(
     mean = picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     framed = Image.new("RGB", tuple(out), mean), Image.new("L", tuple(out), ignore)
     for canvas, part in zip(framed, (picture_part, mask_part), strict=True):
-        canvas.paste(part, tuple(int(x) for x in first))
+        canvas.paste(part, (int(first[0]), int(first[1])))
     return framed
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoded splits as memory-mapped .npy files, written once and checked when opened."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -62,8 +63,8 @@ def store(source: Source, cache: str | os.PathLike | bool | None = None) -> Spli
     return Split(source.split, images, labels, source.stems, source.classes)
 
 
-def _paths(folder: Path, entry: str) -> tuple[Path, Path, Path]:
-    return tuple(folder / f"{entry}.{s}" for s in ("images.npy", "labels.npy", "json"))
+def _paths(folder: Path, entry: str) -> list[Path]:
+    return [folder / f"{entry}.{s}" for s in ("images.npy", "labels.npy", "json")]
 
 
 def _open(folder: Path, entry: str, fingerprint: str) -> tuple | None:
@@ -97,7 +98,8 @@ def _write(source: Source, folder: Path, entry: str) -> None:
         ) from error
     finally:
         for path in partial:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _write_arrays(source: Source, paths: list[Path], shapes: list[tuple]) -> list[int]:
@@ -110,8 +112,8 @@ def _write_arrays(source: Source, paths: list[Path], shapes: list[tuple]) -> lis
             np.lib.format.write_array_header_1_0(file, header)
         for sample in _decode(source):
             for k, (file, array) in enumerate(zip(files, sample, strict=True)):
-                sums[k] = zlib.crc32(array, sums[k])
-                file.write(array)
+                sums[k] = zlib.crc32(array.data, sums[k])
+                file.write(array.data)
     return sums
 
 

@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-from jaxprune.data import cache, camvid, paint, street
+from jaxprune.data import cache, camvid, paint, street, things
 from jaxprune.data.types import Size, Source
 
 _SPLITS = {"train": (0, 400, 0.0), "val": (1, 80, 0.0), "test": (2, 80, 0.4)}
@@ -45,7 +45,7 @@ def scene(split: str, size: Size, index: int) -> tuple[np.ndarray, np.ndarray]:
     flat = Image.new("RGB", (width, height))
     label = Image.new("L", (width, height), street.SKY)
     drawing = ImageDraw.Draw(flat), ImageDraw.Draw(label)
-    street.draw(street.Canvas(*drawing, layout, rng))
+    things.draw(street.Canvas(*drawing, layout, rng))
     labels = np.asarray(label)
     fine = paint.paint(rng, layout, np.asarray(flat), labels)
     image = np.asarray(Image.fromarray(fine).reduce(_FINER), np.float32)
