@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The path against brute force, the choices against tables written by hand."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toygraphs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxprune
+from jaxprune import budget as budgets
+from jaxprune.base import BudgetError, ConfigError, Cost, DataError
+from jaxprune.budget import channels, flops, params
+from jaxprune.criteria import Criterion
+from jaxprune.measures import magnitude, random, taylor
+from jaxprune.path import prune_path
+from jaxprune.steps import Path, Step
+
+
+def additive(graph, values):
+    """A loss that grows by values[g][c] when channel c of g is cut, whatever else is.
+
+    Linear in the biases, one entry a channel, so that first-order Taylor is exact.
+    """
+    layers = {}
+    for leaf in graph.leaves:
+        _, layer, name = leaf.path
+        value = values.get(layer) if name == "bias" else None
+        filler = np.ones(leaf.shape) if value is None else value
+        layers.setdefault(layer, {})[name] = jnp.asarray(filler, jnp.float32)
+    total = float(sum(np.sum(v) for v in values.values()))
+
+    def loss(variables, batch):
+        found = sum(jnp.sum(variables["params"][n]["bias"]) for n in values)
+        return total - found + 0 * batch
+
+    return loss, {"params": layers}
+
+
+def lower_hull(graph, values, kind):
+    """Brute force: for every alpha, the least of risk + alpha * cost over all keeps."""
+    sizes = [g.size for g in graph.groups.values()]
+    dense = budgets.measure(graph, kind, np.array(sizes))
+    best = []
+    for kept in itertools.product(*[range(1, n + 1) for n in sizes]):
+        # Of all keeps with these counts, the best keeps the largest values.
+        risk = sum(
+            np.sort(v)[: len(v) - k].sum() for v, k in zip(values.values(), kept)
+        )
+        best.append((risk, budgets.measure(graph, kind, np.array(kept)) / dense, kept))
+    return lambda alpha: min(best, key=lambda b: (b[0] + alpha * b[1], b[1]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 10**6))
+def test_every_minimiser_of_the_cost_complexity_lies_on_the_path(widths, seed):
+    """With additive loss and cost, weakest-link pruning is exact (CART, section 3.3)."""
+    graph = toygraphs.chain(*widths)
+    rng = np.random.default_rng(seed)
+    values = {n: rng.random(g.size) for n, g in graph.groups.items()}
+    loss, variables = additive(graph, values)
+    path = prune_path(
+        graph,
+        variables,
+        loss,
+        [jnp.zeros(())],
+        criterion=taylor(1),
+        block=0,
+        kind="channels",
+    )
+    minimiser = lower_hull(graph, values, "channels")
+    for alpha in np.geomspace(1e-2, 1e2, 40):
+        risk, _, kept = minimiser(alpha)
+        on_path = [s for s in path.steps if s.alpha <= alpha][-1]
+        assert on_path.risk == pytest.approx(risk, abs=1e-5)
+        assert [k.sum() for k in on_path.keep.values()] == list(kept)
+
+
+def test_the_cheapest_ratio_goes_first_by_hand():
+    # A channel of l0 saves 2 (3 + 4) FLOPs, one of l1 2 (5 + 20), at the dense network.
+    graph = toygraphs.chain(5, 4, outputs=20)
+    values = {"l0": np.array([0.3, 1, 1, 1, 1]), "l1": np.array([1, 1, 0.9, 1.0])}
+    loss, variables = additive(graph, values)
+    path = prune_path(
+        graph, variables, loss, [jnp.zeros(())], criterion=taylor(1), block=0
+    )
+    first, second = path.steps[1:3]
+    np.testing.assert_array_equal(first.keep["l1"], [1, 1, 0, 1])
+    assert first.alpha == pytest.approx(0.9 * 230 / 50, rel=1e-5)
+    # Then l0 saves 2 (3 + 3): 0.3 / 12 is less than 1 / 50; alpha takes the maximum.
+    np.testing.assert_array_equal(second.keep["l0"], [1, 1, 1, 1, 1])
+    assert second.alpha == pytest.approx(230 / 50, rel=1e-5)
+
+
+GRAPH = toygraphs.chain(8, 8)
+VARIABLES = toygraphs.variables(GRAPH)
+
+
+def squares(variables, batch):
+    x, y = batch
+    return jnp.mean((toygraphs.apply(variables, x) - y) ** 2, axis=-1)
+
+
+def loss(variables, batch):
+    return jnp.mean(squares(variables, batch))
+
+
+def make_batches(n=3, size=8):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    return [(draw(size, 3), draw(size, 2)) for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("block", "multiple_of"), [(0, 1), (0.05, 1), (0.2, 2), (0.1, 4)]
+)
+def test_laws_of_a_path(block, multiple_of):
+    batches = make_batches()
+    path = prune_path(
+        GRAPH,
+        VARIABLES,
+        loss,
+        batches,
+        risk=squares,
+        block=block,
+        multiple_of=multiple_of,
+    )
+    steps = path.steps
+    assert all(k.all() for k in steps[0].keep.values()) and steps[0].alpha == 0
+    for one, two in itertools.pairwise(steps):
+        assert two.alpha >= one.alpha
+        assert two.cost.flops < one.cost.flops
+        assert all((one.keep[n] | ~two.keep[n]).all() for n in GRAPH.groups)
+    for step in steps[1:-1]:
+        assert all(k.sum() % multiple_of == 0 for k in step.keep.values())
+    assert all(k.sum() == multiple_of for k in steps[-1].keep.values())
+    if block:
+        saved = [
+            (one.cost.flops - two.cost.flops) / steps[0].cost.flops
+            for one, two in itertools.pairwise(steps)
+        ]
+        assert min(saved[:-1]) >= block
+    step = steps[len(steps) // 2]
+    risks = np.concatenate(
+        [squares(jaxprune.mask(GRAPH, step.keep, VARIABLES), b) for b in batches]
+    ).astype(np.float64)
+    assert step.risk == pytest.approx(risks.mean(), rel=1e-5)
+    assert step.stderr == pytest.approx(risks.std(ddof=1) / np.sqrt(24), rel=1e-4)
+    assert step.cost == jaxprune.cost(GRAPH, step.keep)
+
+
+def test_masks_are_runtime_values():
+    chex.clear_trace_counter()
+    once = chex.assert_max_traces(loss, n=1)
+    risk = chex.assert_max_traces(lambda v, b: squares(v, b), n=1)
+    seen = []
+    path = prune_path(
+        GRAPH,
+        VARIABLES,
+        once,
+        iter(make_batches()),
+        risk=risk,
+        validation=iter(make_batches(2)),
+        on_step=seen.append,
+    )
+    assert len(path.steps) > 5 and list(path.steps) == seen
+
+
+def test_images_that_do_not_count_and_the_default_risk():
+    batches = make_batches()
+
+    def half(variables, batch):
+        risks = squares(variables, batch)
+        return jnp.where(jnp.arange(8) < 4, risks, jnp.nan), jnp.arange(8) < 4
+
+    options = {"until": flops(0.9)}
+    path = prune_path(GRAPH, VARIABLES, loss, batches, risk=half, **options)
+    risks = np.concatenate([squares(VARIABLES, b)[:4] for b in batches])
+    assert path.steps[0].risk == pytest.approx(risks.mean(), rel=1e-5)
+    plain = prune_path(GRAPH, VARIABLES, loss, batches, **options)
+    means = np.array([loss(VARIABLES, b) for b in batches], np.float64)
+    assert plain.steps[0].risk == pytest.approx(means.mean(), rel=1e-5)
+    expected = means.std(ddof=1) / np.sqrt(3)
+    assert plain.steps[0].stderr == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [flops(0.5), params(0.7), channels(0.25)])
+def test_until_is_met_by_the_last_step_alone(budget):
+    path = prune_path(GRAPH, VARIABLES, loss, make_batches(), until=budget, block=0.1)
+    graph_cost = [
+        budgets.measure(
+            GRAPH, budget.kind, np.array([k.sum() for k in s.keep.values()])
+        )
+        for s in path.steps
+    ]
+    ratios = np.array(graph_cost) / graph_cost[0]
+    assert ratios[-1] <= budget.ratio and (ratios[:-1] > budget.ratio).all()
+
+
+@pytest.mark.parametrize("criterion", [magnitude(2), random()])
+def test_other_criteria_and_kinds_of_cost(criterion):
+    path = prune_path(
+        GRAPH,
+        VARIABLES,
+        loss,
+        make_batches(1),
+        criterion=criterion,
+        kind="params",
+        min_channels=3,
+        key=jax.random.key(0),
+    )
+    assert all(k.sum() == 3 for k in path.steps[-1].keep.values())
+
+
+def table(*rows):
+    """A path of (risk, stderr, flops), widths 8 - i."""
+    return Path(
+        tuple(
+            Step(float(i), {"a": np.arange(8) < 8 - i}, Cost(f, f // 2, f // 4), r, e)
+            for i, (r, e, f) in enumerate(rows)
+        )
+    )
+
+
+TABLE = table(
+    (0.30, 0.02, 100),
+    (0.28, 0.02, 80),
+    (0.25, 0.03, 60),  # the least; within one standard error: 0.28
+    (0.29, 0.02, 50),
+    (0.27, 0.02, 40),  # the smallest that is
+    (0.31, 0.02, 20),
+    (float("nan"), 0.0, 10),
+)
+
+
+def test_choices_by_hand():
+    assert TABLE.select("min") is TABLE.steps[2]
+    assert TABLE.select("1se") is TABLE.steps[4]
+    assert TABLE.select(flops(0.5)) is TABLE.steps[4]
+    assert TABLE.select(flops(1.0)) is TABLE.steps[2]
+    assert TABLE.select(flops(0.3)) is TABLE.steps[5]
+    assert TABLE.select(params(0.2)) is TABLE.steps[5]
+    assert TABLE.select(channels(0.625)) is TABLE.steps[4]
+    with pytest.raises(BudgetError, match=r"the smallest has 0\.1000"):
+        TABLE.select(flops(0.05))
+    with pytest.raises(ConfigError, match="'1se', 'min' or a budget"):
+        TABLE.select("best")
+
+
+def test_equal_risks_choose_the_smaller():
+    path = table((0.3, 0.0, 100), (0.2, 0.0, 80), (0.2, 0.0, 60), (0.21, 0.0, 50))
+    assert path.select("min") is path.steps[2]
+    assert path.select("1se") is path.steps[2]
+
+
+def test_json_round_trip():
+    again = Path.from_json(TABLE.to_json())
+    assert "NaN" not in TABLE.to_json()
+    for one, two in zip(TABLE.steps[:-1], again.steps[:-1], strict=True):
+        chex.assert_trees_all_equal(one.keep, two.keep)
+        assert one._replace(keep=None) == two._replace(keep=None)
+    assert np.isnan(again.steps[-1].risk)
+    for text in ("{", "[]", '{"steps": [{"alpha": 1}]}', "3"):
+        with pytest.raises(DataError, match="not a pruning path"):
+            Path.from_json(text)
+
+
+def test_a_network_that_breaks_is_named():
+    broken = Criterion(
+        lambda graph, variables: (),
+        lambda s, state, e: ({**s, "l1": s["l1"] + jnp.inf}, state),
+    )
+    with pytest.raises(jaxprune.base.GraphError, match="'l1'.*not finite"):
+        prune_path(GRAPH, VARIABLES, loss, make_batches(1), criterion=broken)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"block": 1.0}, ConfigError, "block=1.0"),
+        ({"kind": "time"}, BudgetError, "'time'"),
+        ({"multiple_of": 0}, ConfigError, "multiple_of=0"),
+        ({"validation": []}, DataError, "validation is empty"),
+        ({"batches": []}, DataError, "batches is empty"),
+        (
+            {"risk": lambda v, b: (squares(v, b), jnp.zeros(8, bool))},
+            DataError,
+            "counts no image",
+        ),
+    ],
+)
+def test_errors(options, error, words):
+    options = {"batches": make_batches(1), **options}
+    batches = options.pop("batches")
+    with pytest.raises(error, match=words):
+        prune_path(GRAPH, VARIABLES, loss, batches, **options)
