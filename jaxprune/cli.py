@@ -158,10 +158,10 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from jaxprune import inspection, predict
+    from jaxprune import checkpoint, inspection, predict
 
     files = predict.find(args.inputs)
-    pruned = inspection.load(args.folder)
+    pruned = checkpoint.load(inspection.saved(args.folder))
     for path in predict.write(
         pruned,
         files,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from jaxprune import base, budget, models
+from jaxprune import base, budget, checkpoint, graph_io, integrity, models
 from jaxprune.cost import cost
 from jaxprune.report import words
 from jaxprune.select import select
@@ -61,21 +61,21 @@ def find(
     return _shipped(target, size or SIZE, settings)
 
 
-def load(folder: str | Path) -> Any:
-    """The pruned network of a work folder (its final/) or of a saved network's folder.
+def saved(folder: str | Path) -> Path:
+    """Where the pruned network lies: final/ of a work folder, else the folder itself.
 
-    Raises CheckpointError, naming the folder, where there is none.
+    Raises CheckpointError where the work folder's run has not got that far.
     """
-    from jaxprune import checkpoint
-
     folder = Path(folder)
-    if (folder / "config.json").exists() and not (folder / "final").is_dir():
+    if not (folder / "config.json").exists():
+        return folder
+    final = folder / "final"
+    if not integrity.resolve(final).is_dir():
         raise base.CheckpointError(
             f"{folder}: the run has not saved its pruned network (final/) yet; repeat "
             "'jaxprune run' with this --workdir to finish it"
         )
-    final = folder / "final"
-    return checkpoint.load(final if final.is_dir() else folder)
+    return final
 
 
 def describe(subject: Subject, *, budget: str | None = None) -> str:
@@ -127,16 +127,17 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def _saved(folder: Path) -> Subject:
     file = folder / "graph.json"
-    if file.exists() and not (folder / "final").is_dir():
+    work = (folder / "config.json").exists()
+    if work and file.exists() and not integrity.resolve(folder / "final").is_dir():
         return Subject(f"{folder} (not pruned yet)", _read_graph(file))
-    pruned = load(folder)
-    return Subject(f"{folder}", pruned.graph, pruned.keep)
+    pruned = checkpoint.read_card(saved(folder))
+    return Subject(str(folder), pruned.graph, pruned.keep)
 
 
 def _read_graph(file: Path) -> base.Graph:
     try:
-        return base.Graph.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return graph_io.graph_from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise base.CheckpointError(f"{file} is damaged: {error}") from error
 
 

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import workfolder
+from PIL import Image
 
-from jaxprune import cli
+from jaxprune import cli, graph_io
 
 VERBS = ("run", "inspect", "eval", "predict", "report")
 
@@ -199,3 +201,90 @@ def test_a_module_s_own_missing_import_is_its_own_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_package_of_theirs"):
         cli.main(["inspect", "needs:f"])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny pruned U-Net, saved as a run saves it: work folder with final/."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxprune import checkpoint, models
+    from jaxprune.budget import flops
+    from jaxprune.pruned import Pruned
+    from jaxprune.select import select
+    from jaxprune.trace import trace
+    from jaxprune.trees import shrink
+
+    folder = workfolder.write(tmp_path_factory.mktemp("saved"))
+    network = {"name": "unet", "args": {"num_classes": 4, "widths": [4, 4, 8, 8, 8]}}
+    net = models.build(network["name"], network["args"])
+    variables = models.init(net, jax.random.key(0), (32, 48))
+    images = jax.ShapeDtypeStruct((1, 32, 48, 3), jnp.float32)
+    graph = trace(net.apply, variables, images, train=False)
+    scores = {n: np.arange(g.size, dtype=float) for n, g in graph.groups.items()}
+    keep = select(graph, scores, flops(0.5), scope="local")
+    (folder / "graph.json").write_text(graph_io.graph_to_json(graph))
+    classes = {"names": workfolder.CLASSES, "colors": workfolder.COLORS, "ignore": 255}
+    checkpoint.save(
+        folder / "final",
+        Pruned(net.apply, shrink(graph, keep, variables), graph, keep),
+        network=network,
+        classes=classes,
+        size=[32, 48],
+    )
+    return folder
+
+
+def test_inspect_a_run_and_its_final_network(saved, capsys):
+    shown = []
+    for folder in (saved, saved / "final"):
+        assert cli.main(["inspect", str(folder)]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0].splitlines()[1:] == shown[1].splitlines()[1:]
+    assert " kept" in shown[0] and "-> " in shown[0]
+
+
+def test_inspect_a_run_that_has_not_pruned_yet(saved, tmp_path, capsys):
+    for name in ("config.json", "graph.json"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert "(not pruned yet)" in capsys.readouterr().out
+    (tmp_path / "graph.json").write_text("{}")
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert "graph.json is damaged" in error_line(capsys)
+
+
+def test_predict_with_a_saved_network(saved, tmp_path, capsys):
+    image = tmp_path / "in.png"
+    Image.new("L", (50, 40), 90).save(image)
+    out = tmp_path / "out"
+    argv = ["predict", str(saved), str(image), "--out", str(out), "--labels"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.strip() == str(out / "in_overlay.png")
+    with Image.open(out / "in_labels.png") as labels:
+        assert labels.size == (50, 40)
+    assert cli.main([*argv, "--size", "32x48", "--batch", "1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "entry", "said"),
+    [
+        (".", "none.png", "none.png does not exist"),
+        (".", "*.png", "no file matches"),
+        (".", "text.png", "text.png: damaged"),
+        ("no/folder", "good.jpg", "no/folder"),
+        ("begun", "good.jpg", "has not saved its pruned network"),
+    ],
+)
+def test_predict_bad_input(saved, tmp_path, monkeypatch, capsys, folder, entry, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
+    if entry == "text.png":
+        (tmp_path / "text.png").write_text("no image")
+    Image.new("RGB", (8, 8)).save("good.jpg")
+    target = saved if folder == "." else folder
+    assert cli.main(["predict", str(target), entry, "--out", "out"]) == 2
+    assert said in error_line(capsys)
+    assert not (tmp_path / "out").exists()
