@@ -86,5 +86,8 @@ def _construct(kind: Any, name: str, args: Mapping[str, Any]) -> nn.Module:
     if "widths" in values:
         values["widths"] = tuple(values["widths"])
     if isinstance(values.get("dtype"), str):
-        values["dtype"] = jnp.dtype(values["dtype"])
+        try:
+            values["dtype"] = jnp.dtype(values["dtype"])
+        except TypeError as error:
+            raise base.ConfigError(f"{name}: dtype={values['dtype']!r}") from error
     return kind(**values)

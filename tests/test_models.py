@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shipped networks against published counts and independent NumPy references."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import base, models
+from jaxprune.models import segnet, segnet_basic, unet
+
+SMALL = {
+    "segnet": (3, 4, 5, 6, 7),
+    "segnet_basic": (3, 4, 5, 6),
+    "unet": (2, 3, 4, 5, 6),
+}
+
+
+def abstract(name, classes, size=(8, 8), **fields):
+    net = models.build(name, {"num_classes": classes, **fields})
+    return net, jax.eval_shape(lambda k: models.init(net, k, size), jax.random.key(0))
+
+
+def small(name, **fields):
+    net = models.build(name, {"num_classes": 4, "widths": SMALL[name], **fields})
+    return net, fresh(name)
+
+
+@functools.cache
+def fresh(name):
+    net = models.build(name, {"num_classes": 4, "widths": SMALL[name]})
+    return models.init(net, jax.random.key(0), (9, 13))
+
+
+def quick_jit(function):
+    """Compiled with few optimisations: these networks are small, and run once."""
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(function, compiler_options=options)
+
+
+def run(net, variables, images):
+    return quick_jit(net.apply)(variables, images)
+
+
+def count(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def multiply_adds(jaxpr):
+    """Of all convolutions: output elements x kernel taps, padding counted."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            dims = eqn.params["dimension_numbers"]
+            kernel = eqn.invars[1].aval.shape
+            taps = math.prod(kernel) // kernel[dims.rhs_spec[0]]
+            total += math.prod(eqn.outvars[0].aval.shape) * taps
+        for value in eqn.params.values():
+            total += sum(multiply_adds(inner) for inner in inner_jaxprs(value))
+    return total
+
+
+def inner_jaxprs(value):
+    jaxpr = getattr(value, "jaxpr", value)
+    return [jaxpr] if hasattr(jaxpr, "eqns") else []
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "widths", "trained"),
+    [
+        ("segnet", 11, (64, 128, 256, 512, 512), 29_449_355),
+        ("segnet", 11, (32, 64, 128, 256, 256), 7_370_315),
+        ("segnet_basic", 11, (64,), 1_416_587),
+        # 31,037,698 is the known size with batch norm and without the 5,888 biases that
+        # batch norm makes redundant.
+        ("unet", 2, (64, 128, 256, 512, 1024), 31_037_698 + 5_888),
+    ],
+)
+def test_published_parameter_counts(name, classes, widths, trained):
+    _, shapes = abstract(name, classes, widths=widths)
+    assert count(shapes["params"]) == trained
+
+
+def test_segnet_counts_by_kind():
+    _, shapes = abstract("segnet", 11)
+    norms = {k: v for k, v in shapes["params"].items() if "_bn" in k}
+    convs = {k: v for k, v in shapes["params"].items() if k not in norms}
+    assert len(convs) == 26
+    assert len(norms) == 25
+    assert count(convs) == 29_433_483
+    assert count(norms) == count(shapes["batch_stats"]) == 15_872
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "want"),
+    [
+        ("segnet", segnet.WIDTHS, 106_712_432_640),
+        ("segnet", (32, 64, 128, 256, 256), 27_026_000_000),
+        ("segnet_basic", (64,), 59_188_838_400),
+    ],
+)
+def test_published_multiply_adds(name, widths, want):
+    net, shapes = abstract(name, 11, widths=widths)
+    images = jax.ShapeDtypeStruct((1, 360, 480, 3), jnp.float32)
+    jaxpr = jax.make_jaxpr(net.apply)(shapes, images).jaxpr
+    seen = multiply_adds(jaxpr)
+    if want % 1_000_000:
+        assert seen == want
+    else:  # published to five digits
+        assert abs(seen - want) < 500_000
+
+
+def test_names_are_stable():
+    _, shapes = abstract("segnet", 11)
+    names = segnet.conv_names()
+    assert (names[0], names[12], names[13], names[24]) == (
+        "encoder1_conv1",
+        "encoder5_conv3",
+        "decoder5_conv1",
+        "decoder1_conv1",
+    )
+    norms = [name.replace("conv", "bn") for name in names]
+    assert set(shapes["params"]) == {*names, *norms, "classifier"}
+    assert len(segnet_basic.conv_names()) == 8
+    assert len(unet.conv_names()) == 22
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("size", [(1, 1), (9, 13), (32, 48)])
+def test_any_size(name, size):
+    net, variables = small(name)
+    images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    logits = jax.eval_shape(net.apply, variables, images)
+    assert logits.shape == (2, *size, 4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_training_updates_statistics_and_reaches_every_leaf(name):
+    net, variables = small(name)
+    images = jax.random.uniform(jax.random.key(1), (2, 9, 14, 3))
+
+    def loss(params):
+        variables_ = {**variables, "params": params}
+        logits, new = net.apply(variables_, images, train=True, mutable=["batch_stats"])
+        return jnp.mean(jnp.square(logits - 1)), (logits, new["batch_stats"])
+
+    grads, (logits, stats) = quick_jit(jax.grad(loss, has_aux=True))(
+        variables["params"]
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(stats, variables["batch_stats"])
+    chex.assert_tree_all_finite(grads)
+    assert logits.shape == (2, 9, 14, 4)
+    changed = jax.tree.map(
+        lambda a, b: bool((a != b).any()), stats, variables["batch_stats"]
+    )
+    assert all(jax.tree.leaves(changed))
+    kernels = [g for path, g in _leaves(grads) if path.endswith("kernel")]
+    assert all(np.any(g) for g in kernels)
+
+
+def _leaves(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(p, simple=True, separator="/"), v) for p, v in leaves]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_bfloat16_computes_low_and_returns_float32(name):
+    net, variables = small(name, dtype="bfloat16")
+    assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    images = jax.ShapeDtypeStruct((1, 9, 13, 3), jnp.float32)
+    assert jax.eval_shape(net.apply, variables, images).dtype == jnp.float32
+    text = str(jax.make_jaxpr(net.apply)(variables, images))
+    assert "bf16[1,9,13,4] = conv_general_dilated" in text
+
+
+def cut(name, variables, keep):
+    """Cuts channels of every convolution by hand; keep: {convolution: bool[C]}."""
+    before = {"segnet": segnet, "segnet_basic": segnet_basic}[name].conv_names()
+    inputs = {b: a for a, b in zip(before, (*before[1:], "classifier"), strict=True)}
+    out = {"params": {}, "batch_stats": {}}
+    for path, value in _leaves(variables):
+        kind, layer, leaf = path.split("/")
+        conv = layer.replace("_bn", "_conv")
+        value = np.asarray(value)
+        if conv in keep:
+            value = value[..., keep[conv]]
+        if leaf == "kernel" and layer in inputs:
+            value = value[:, :, keep[inputs[layer]]]
+        out[kind].setdefault(layer, {})[leaf] = value
+    return out
+
+
+def tied_keep(name, widths, ties):
+    rng = np.random.default_rng(0)
+    keep = {}
+    for conv, width in widths.items():
+        tied = keep.get(ties.get(conv))
+        keep[conv] = rng.random(width) < 0.6
+        keep[conv][rng.integers(width)] = True
+        if tied is not None:
+            keep[conv] = tied
+    return keep
+
+
+def masked(variables, keep):
+    """Scale, shift and statistics of removed channels zeroed: they compute zeros."""
+    out = jax.tree.map(np.array, variables)
+    for conv, kept in keep.items():
+        norm = conv.replace("_conv", "_bn")
+        for leaf in out["params"][norm].values():
+            leaf[~kept] = 0
+    return out
+
+
+@pytest.mark.parametrize("name", ["segnet", "segnet_basic"])
+def test_rebuilt_network_equals_the_masked_one(name):
+    net, variables = small(name)
+    # Statistics and shifts away from their initial 0 and 1, so that each one matters.
+    rng = np.random.default_rng(3)
+    variables = jax.tree.map(
+        lambda v: v + 0.3 * rng.random(v.shape, np.float32), variables
+    )
+    depth = segnet.DEPTHS if name == "segnet" else (1, 1, 1, 1)
+    ties = {
+        f"decoder{s + 1}_conv{depth[s]}": f"encoder{s}_conv{depth[s - 1]}"
+        for s in range(1, len(depth))
+    }
+    module = {"segnet": segnet, "segnet_basic": segnet_basic}[name]
+    widths = {
+        conv: variables["params"][conv]["kernel"].shape[-1]
+        for conv in module.conv_names()
+    }
+    keep = tied_keep(name, widths, ties)
+    shrunk = cut(name, variables, keep)
+    rebuilt = models.rebuild(net, shrunk)
+    assert rebuilt.widths == tuple(int(k.sum()) for k in keep.values())
+    images = jax.random.uniform(jax.random.key(1), (2, 37, 51, 3))
+    want = run(net, masked(variables, keep), images)
+    seen = run(rebuilt, shrunk, images)
+    scale = np.abs(want).max()
+    assert np.ptp(want) > 1e-3 * scale
+    np.testing.assert_allclose(seen, want, atol=3e-5 * scale)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rebuild_of_itself_is_the_same_program(name):
+    net, variables = abstract(name, 4, widths=SMALL[name])
+    rebuilt = models.rebuild(net, variables)
+    assert len(rebuilt.widths) == {"segnet": 25, "segnet_basic": 8, "unet": 22}[name]
+    images = jax.ShapeDtypeStruct((1, 9, 13, 3), jnp.float32)
+    programs = [jax.make_jaxpr(n.apply)(variables, images) for n in (net, rebuilt)]
+    assert str(programs[0]) == str(programs[1])
+
+
+def test_unet_rebuild_takes_every_width():
+    widths = tuple(range(1, 23))
+    _, variables = abstract("unet", 3, widths=widths)
+    assert models.rebuild(models.UNet(3), variables).widths == widths
+
+
+def test_rebuild_names_what_does_not_fit():
+    net, variables = small("segnet")
+    broken = jax.tree.map(np.array, variables)
+    broken["params"]["encoder3_bn2"]["scale"] = jnp.ones(2)
+    with pytest.raises(base.GraphError, match=r"encoder3_bn2/scale has shape \(2,\)"):
+        models.rebuild(net, broken)
+    del broken["params"]["encoder2_conv1"]
+    with pytest.raises(base.GraphError, match="no leaf params/encoder2_conv1/kernel"):
+        models.rebuild(net, broken)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ((64, 128), r"length 5 \(one a stage\), or 25 \(one a convolution\)"),
+        ((64, 0, 1, 1, 1), r"widths\[1\]=0; must be a positive integer"),
+        ((64, 1.5, 1, 1, 1), r"widths\[1\]=1.5; must be a positive integer"),
+        ((1,) * 15 + (2,) + (1,) * 9, r"decoder5_conv3 \(2\) and encoder4_conv3 \(1\)"),
+    ],
+)
+def test_bad_widths_are_named(widths, message):
+    with pytest.raises(base.ConfigError, match=message):
+        models.SegNet(11, widths)
+
+
+def test_other_networks_say_their_lengths():
+    with pytest.raises(base.ConfigError, match="length 1 .* or 4 .* or 8"):
+        models.SegNetBasic(11, (1, 2))
+    with pytest.raises(base.ConfigError, match="length 5 .* or 22"):
+        models.UNet(11, (1, 2))
+    with pytest.raises(base.ConfigError, match="num_classes=0"):
+        models.UNet(0)
+
+
+def test_build_names_the_mistake():
+    with pytest.raises(base.ConfigError, match="segnet, segnet_basic, unet"):
+        models.build("resnet", {"num_classes": 2})
+    with pytest.raises(base.ConfigError, match="no field 'width'; it has num_classes"):
+        models.build("unet", {"num_classes": 2, "width": 3})
+    with pytest.raises(base.ConfigError, match="needs the field 'num_classes'"):
+        models.build("unet", {})
+    with pytest.raises(base.ConfigError, match="dtype='float33'"):
+        models.build("unet", {"num_classes": 2, "dtype": "float33"})
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((8, 8, 3), np.float32), r"images\[None\]"),
+        (np.zeros((1, 8, 8, 4), np.float32), "expected 3 channels"),
+        (np.zeros((1, 0, 8, 3), np.float32), "are empty"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "divide 8-bit images by 255"),
+    ],
+)
+@pytest.mark.parametrize("name", SMALL)
+def test_bad_images_are_named(name, images, message):
+    net, variables = abstract(name, 4, widths=SMALL[name])
+    with pytest.raises(base.DataError, match=message):
+        jax.eval_shape(net.apply, variables, images)
+
+
+def test_local_response_norm_matches_loops():
+    x = np.random.default_rng(0).normal(size=(2, 3, 7)) * 100
+    want = np.empty_like(x)
+    for *where, c in np.ndindex(x.shape):
+        near = x[(*where, slice(max(c - 2, 0), c + 3))]
+        want[(*where, c)] = x[(*where, c)] / (1 + 1e-4 / 5 * (near**2).sum()) ** 0.75
+    seen = segnet_basic.local_response_norm(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(seen, want, rtol=1e-5)
+
+
+def test_dropout_samples_differ_only_when_asked():
+    net, variables = small("segnet", dropout=0.5)
+    images = jax.random.uniform(jax.random.key(1), (1, 32, 32, 3))
+    keys = jax.random.split(jax.random.key(2))
+    plain = models.SegNet(4, SMALL["segnet"])
+    mean = run(net, variables, images)
+    np.testing.assert_array_equal(mean, run(plain, variables, images))
+
+    @quick_jit
+    def draw(key):
+        return net.apply(variables, images, sample=True, rngs={"dropout": key})
+
+    a, b = map(draw, keys)
+    assert np.any(a != b) and np.any(a != mean)
+
+
+def test_init_is_he_normal():
+    net = models.SegNet(11, (16, 16, 16, 16, 16))
+    params = models.init(net, jax.random.key(0), (8, 8))["params"]
+    kernels = [np.asarray(v) for path, v in _leaves(params) if path.endswith("kernel")]
+    normal = [k.ravel() / math.sqrt(2 / math.prod(k.shape[:-1])) for k in kernels]
+    values = np.concatenate(normal)
+    # 60,000 standard normals: mean and deviation within five standard errors.
+    assert abs(values.mean()) < 5 / math.sqrt(values.size)
+    assert abs(values.std() - 1) < 5 / math.sqrt(2 * values.size)
+    assert np.unique(values).size > 0.99 * values.size
+    constants = {path: v for path, v in _leaves(params) if "kernel" not in path}
+    assert all(np.all(v == ("scale" in path)) for path, v in constants.items())
