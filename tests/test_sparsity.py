@@ -2,6 +2,7 @@
 """The penalty, its proximal step and the gates, against float64 NumPy and optimality."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,6 +178,47 @@ def test_training_reaches_exact_zeros_that_dead_reads(dtype, optimiser):
     chex.assert_trees_all_equal(jaxprune.mask(GRAPH, keep, variables), variables)
     chex.assert_trees_all_equal(keep, dead(GRAPH, variables["params"]))
     assert all(x.dtype == dtype for x in jax.tree.leaves(variables))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        for i, width in enumerate((12, 8, 8)):
+            y = nn.Conv(width, (3, 3), name=f"conv{i}")(x)
+            y = nn.BatchNorm(use_running_average=not train, name=f"bn{i}")(y)
+            x = nn.relu(y + x if i == 2 else y)
+        return nn.Conv(2, (1, 1), name="head")(x)
+
+
+def test_cutting_the_dead_channels_of_a_trained_network_changes_nothing():
+    net, images = Net(), jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    variables = jax.jit(net.init)(jax.random.key(1), images)
+    graph = jaxprune.trace(net.apply, variables, images)
+    tx = optax.chain(optax.adam(0.02), proximal(graph, 0.01))
+
+    @jax.jit
+    def step(variables, state):
+        def loss(params):
+            tree = {**variables, "params": params}
+            out, new = net.apply(tree, images, train=True, mutable=["batch_stats"])
+            return jnp.mean((out - images[..., :2]) ** 2), new
+
+        params = variables["params"]
+        gradients, new = jax.grad(loss, has_aux=True)(params)
+        updates, state = tx.update(gradients, state, params)
+        return {"params": optax.apply_updates(params, updates), **new}, state
+
+    state = tx.init(variables["params"])
+    for _ in range(50):
+        variables, state = step(variables, state)
+    keep = dead(graph, variables)
+    assert sum(k.sum() for k in keep.values()) < graph.channels
+    small = jaxprune.shrink(graph, keep, variables)
+    np.testing.assert_allclose(
+        jax.jit(jaxprune.slim(net.apply, graph, keep))(small, images),
+        jax.jit(net.apply)(variables, images),
+        atol=1e-5,
+    )
 
 
 def test_a_group_keeps_its_largest_channel_as_it_is():
