@@ -80,7 +80,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def traced():
     net, x = Net(), jnp.ones((2, 8, 8, 3))
-    variables = jax.jit(net.init)(jax.random.key(0), x)
+    variables = toygraphs.init(net, x)
     for i, name in enumerate(("bn_a", "bn_b")):
         gamma = np.random.default_rng(i).normal(size=6).astype(np.float32)
         variables["params"][name]["scale"] = gamma

@@ -192,7 +192,7 @@ class Net(nn.Module):
 
 def test_cutting_the_dead_channels_of_a_trained_network_changes_nothing():
     net, images = Net(), jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-    variables = jax.jit(net.init)(jax.random.key(1), images)
+    variables = toygraphs.init(net, images)
     graph = jaxprune.trace(net.apply, variables, images)
     tx = optax.chain(optax.adam(0.02), proximal(graph, 0.01))
 

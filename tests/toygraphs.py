@@ -57,6 +57,20 @@ def variables(graph: Graph, seed: int = 0):
     return tree
 
 
+def init(net, x, seed: int = 0):
+    """Variables of a linen net without compiling its `init`: He-normal, zeros and ones."""
+    rng = np.random.default_rng(seed)
+
+    def value(keys, leaf):
+        if keys[-1].key == "kernel":
+            scale = np.sqrt(2 / np.prod(leaf.shape[:-1]))
+            return jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype)
+        return jnp.full(leaf.shape, keys[-1].key in ("scale", "var"), leaf.dtype)
+
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x)
+    return jax.tree_util.tree_map_with_path(value, shapes)
+
+
 def apply(variables, x):
     """The ReLU network of a `chain`."""
     layers = variables["params"]
