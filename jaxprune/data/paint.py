@@ -14,7 +14,7 @@ from jaxprune.data.street import Street
 
 # How strongly each class is textured: by pixels, and by patches.
 _FINE = np.array([0.5, 5, 4, 6, 6, 12, 3, 5, 3, 5, 5, 7], np.float32)
-_COARSE = np.array([2, 9, 4, 5, 6, 26, 4, 6, 6, 5, 5, 10], np.float32)
+_COARSE = np.array([2, 7, 4, 4, 5, 20, 4, 5, 5, 5, 5, 9], np.float32)
 
 
 def paint(
@@ -115,11 +115,11 @@ def _expose(
     rng: np.random.Generator, street: Street, picture: np.ndarray
 ) -> np.ndarray:
     """Light and camera: exposure, tint, uneven light, gamma."""
-    gain = np.exp(rng.normal(0, 0.22))
-    tint = gain * (1 + rng.normal(0, 0.05, 3))
+    gain = np.exp(rng.normal(0, 0.16))
+    tint = gain * (1 + rng.normal(0, 0.03, 3))
     uneven = 1 + 0.06 * _smooth(rng, picture.shape[:2], max(street.width // 3, 1))
     picture *= uneven[..., None]
     picture *= tint.astype(np.float32)
     np.clip(picture, 0, 255, out=picture)
-    curve = 255 * (np.arange(256) / 255) ** np.exp(rng.normal(0, 0.15))
+    curve = 255 * (np.arange(256) / 255) ** np.exp(rng.normal(0, 0.1))
     return np.rint(curve).astype(np.uint8)[picture.astype(np.uint8)]

@@ -49,7 +49,7 @@ def lay_out(rng: np.random.Generator, height: int, width: int, shift: float) -> 
         eye=rng.uniform(1.3, 1.7),
         kerbs=kerbs,
         fronts=fronts,
-        green=rng.uniform(0.05, 0.7),
+        green=rng.uniform(0.05, 0.55),
     )
 
 

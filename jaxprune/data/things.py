@@ -30,7 +30,7 @@ _WALLS = (
     (135, 85, 65),
 )
 _PAINTS = ((160, 30, 30), (30, 50, 120), (190, 190, 195), (40, 40, 45), (230, 230, 230))
-_LEAVES = ((60, 80, 35), (85, 95, 45), (45, 65, 40), (95, 90, 60))
+_LEAVES = ((60, 90, 35), (80, 105, 45), (45, 78, 38), (92, 104, 52))
 
 
 def draw(canvas: Canvas) -> None:
@@ -49,11 +49,11 @@ def _plan(canvas: Canvas) -> list:
         while z < _FAR:
             z += rng.uniform(6, 17)
             plan.append((z, _lot(rng, green), side))
-        counts = rng.poisson((2.3, 1.2, 1.8, 0.8, 1.6, 0.3, 1.1))
+        counts = rng.poisson((1.6, 0.55, 0.9, 0.6, 0.85, 0.22, 1.1))
         kinds = (_parked, _pole, _sign, _street_tree, _pedestrian, _bicyclist, _bin)
         for count, kind in zip(counts, kinds, strict=True):
-            spread = 45 if kind in (_pole, _sign, _street_tree) else 28
-            for z in rng.uniform(6, spread, count):
+            near = 5 if kind in (_pedestrian, _bicyclist) else 6
+            for z in near + rng.exponential(9, count):
                 plan.append((z, kind, side))
         if rng.random() < 0.5:
             plan.append((rng.uniform(9, 40), _driving, side))
@@ -61,7 +61,7 @@ def _plan(canvas: Canvas) -> list:
 
 
 def _lot(rng: np.random.Generator, green: float) -> Any:
-    shares = np.array([1.0 - green, 0.5 * green, 0.4 * green + 0.13, 0.25])
+    shares = np.array([1.0 - green, 0.5 * green, 0.4 * green + 0.18, 0.25])
     return (_house, _garden, _fenced, _opening)[rng.choice(4, p=shares / shares.sum())]
 
 
@@ -168,7 +168,7 @@ def _on_pavement(canvas: Canvas, side: int, part: float) -> float:
 def _pole(canvas: Canvas, side: int, z: float) -> None:
     rng, x = canvas.rng, _on_pavement(canvas, side, 0.15)
     tall, grey = rng.uniform(3, 7.5), rng.uniform(50, 130)
-    wide = max(rng.uniform(0.1, 0.18), 1.5 * z / canvas.street.focal)
+    wide = max(rng.uniform(0.12, 0.2), 2 * z / canvas.street.focal)
     street.upright(canvas, x, 0, z, wide, tall, (grey, grey, grey), POLE)
     if tall > 5:
         reach = x if side == 0 else x - 1.5
