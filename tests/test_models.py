@@ -158,13 +158,13 @@ def test_training_updates_statistics_and_reaches_every_leaf(name):
         lambda a, b: bool((a != b).any()), stats, variables["batch_stats"]
     )
     assert all(jax.tree.leaves(changed))
-    kernels = [g for path, g in _leaves(grads) if path.endswith("kernel")]
+    kernels = [g for path, g in leaves(grads) if path.endswith("kernel")]
     assert all(np.any(g) for g in kernels)
 
 
-def _leaves(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(jax.tree_util.keystr(p, simple=True, separator="/"), v) for p, v in leaves]
+def leaves(tree):
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(p, simple=True, separator="/"), v) for p, v in found]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -175,102 +175,6 @@ def test_bfloat16_computes_low_and_returns_float32(name):
     assert jax.eval_shape(net.apply, variables, images).dtype == jnp.float32
     text = str(jax.make_jaxpr(net.apply)(variables, images))
     assert "bf16[1,9,13,4] = conv_general_dilated" in text
-
-
-def cut(name, variables, keep):
-    """Cuts channels of every convolution by hand; keep: {convolution: bool[C]}."""
-    before = {"segnet": segnet, "segnet_basic": segnet_basic}[name].conv_names()
-    inputs = {b: a for a, b in zip(before, (*before[1:], "classifier"), strict=True)}
-    out = {"params": {}, "batch_stats": {}}
-    for path, value in _leaves(variables):
-        kind, layer, leaf = path.split("/")
-        conv = layer.replace("_bn", "_conv")
-        value = np.asarray(value)
-        if conv in keep:
-            value = value[..., keep[conv]]
-        if leaf == "kernel" and layer in inputs:
-            value = value[:, :, keep[inputs[layer]]]
-        out[kind].setdefault(layer, {})[leaf] = value
-    return out
-
-
-def tied_keep(name, widths, ties):
-    rng = np.random.default_rng(0)
-    keep = {}
-    for conv, width in widths.items():
-        tied = keep.get(ties.get(conv))
-        keep[conv] = rng.random(width) < 0.6
-        keep[conv][rng.integers(width)] = True
-        if tied is not None:
-            keep[conv] = tied
-    return keep
-
-
-def masked(variables, keep):
-    """Scale, shift and statistics of removed channels zeroed: they compute zeros."""
-    out = jax.tree.map(np.array, variables)
-    for conv, kept in keep.items():
-        norm = conv.replace("_conv", "_bn")
-        for leaf in out["params"][norm].values():
-            leaf[~kept] = 0
-    return out
-
-
-@pytest.mark.parametrize("name", ["segnet", "segnet_basic"])
-def test_rebuilt_network_equals_the_masked_one(name):
-    net, variables = small(name)
-    # Statistics and shifts away from their initial 0 and 1, so that each one matters.
-    rng = np.random.default_rng(3)
-    variables = jax.tree.map(
-        lambda v: v + 0.3 * rng.random(v.shape, np.float32), variables
-    )
-    depth = segnet.DEPTHS if name == "segnet" else (1, 1, 1, 1)
-    ties = {
-        f"decoder{s + 1}_conv{depth[s]}": f"encoder{s}_conv{depth[s - 1]}"
-        for s in range(1, len(depth))
-    }
-    module = {"segnet": segnet, "segnet_basic": segnet_basic}[name]
-    widths = {
-        conv: variables["params"][conv]["kernel"].shape[-1]
-        for conv in module.conv_names()
-    }
-    keep = tied_keep(name, widths, ties)
-    shrunk = cut(name, variables, keep)
-    rebuilt = models.rebuild(net, shrunk)
-    assert rebuilt.widths == tuple(int(k.sum()) for k in keep.values())
-    images = jax.random.uniform(jax.random.key(1), (2, 37, 51, 3))
-    want = run(net, masked(variables, keep), images)
-    seen = run(rebuilt, shrunk, images)
-    scale = np.abs(want).max()
-    assert np.ptp(want) > 1e-3 * scale
-    np.testing.assert_allclose(seen, want, atol=3e-5 * scale)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_rebuild_of_itself_is_the_same_program(name):
-    net, variables = abstract(name, 4, widths=SMALL[name])
-    rebuilt = models.rebuild(net, variables)
-    assert len(rebuilt.widths) == {"segnet": 25, "segnet_basic": 8, "unet": 22}[name]
-    images = jax.ShapeDtypeStruct((1, 9, 13, 3), jnp.float32)
-    programs = [jax.make_jaxpr(n.apply)(variables, images) for n in (net, rebuilt)]
-    assert str(programs[0]) == str(programs[1])
-
-
-def test_unet_rebuild_takes_every_width():
-    widths = tuple(range(1, 23))
-    _, variables = abstract("unet", 3, widths=widths)
-    assert models.rebuild(models.UNet(3), variables).widths == widths
-
-
-def test_rebuild_names_what_does_not_fit():
-    net, variables = small("segnet")
-    broken = jax.tree.map(np.array, variables)
-    broken["params"]["encoder3_bn2"]["scale"] = jnp.ones(2)
-    with pytest.raises(base.GraphError, match=r"encoder3_bn2/scale has shape \(2,\)"):
-        models.rebuild(net, broken)
-    del broken["params"]["encoder2_conv1"]
-    with pytest.raises(base.GraphError, match="no leaf params/encoder2_conv1/kernel"):
-        models.rebuild(net, broken)
 
 
 @pytest.mark.parametrize(
@@ -352,12 +256,12 @@ def test_dropout_samples_differ_only_when_asked():
 def test_init_is_he_normal():
     net = models.SegNet(11, (16, 16, 16, 16, 16))
     params = models.init(net, jax.random.key(0), (8, 8))["params"]
-    kernels = [np.asarray(v) for path, v in _leaves(params) if path.endswith("kernel")]
+    kernels = [np.asarray(v) for path, v in leaves(params) if path.endswith("kernel")]
     normal = [k.ravel() / math.sqrt(2 / math.prod(k.shape[:-1])) for k in kernels]
     values = np.concatenate(normal)
     # 60,000 standard normals: mean and deviation within five standard errors.
     assert abs(values.mean()) < 5 / math.sqrt(values.size)
     assert abs(values.std() - 1) < 5 / math.sqrt(2 * values.size)
     assert np.unique(values).size > 0.99 * values.size
-    constants = {path: v for path, v in _leaves(params) if "kernel" not in path}
+    constants = {path: v for path, v in leaves(params) if "kernel" not in path}
     assert all(np.all(v == ("scale" in path)) for path, v in constants.items())
