@@ -28,7 +28,10 @@ def loss(variables, batch):
 
 def make_batches(n=3):
     rng = np.random.default_rng(1)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     return [{"x": draw(8, 3), "y": draw(8, 2)} for _ in range(n)]
 
 

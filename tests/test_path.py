@@ -59,7 +59,7 @@ def lower_hull(graph, values, kind):
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 10**6))
 def test_every_minimiser_of_the_cost_complexity_lies_on_the_path(widths, seed):
-    """With additive loss and cost, weakest-link pruning is exact (CART, section 3.3)."""
+    """With additive loss and cost, weakest-link pruning is exact, as for trees."""
     graph = toygraphs.chain(*widths)
     rng = np.random.default_rng(seed)
     values = {n: rng.random(g.size) for n, g in graph.groups.items()}
@@ -112,7 +112,10 @@ def loss(variables, batch):
 
 def make_batches(n=3, size=8):
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     return [(draw(size, 3), draw(size, 2)) for _ in range(n)]
 
 

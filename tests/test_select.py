@@ -84,7 +84,7 @@ def test_a_smaller_budget_of_channels_keeps_a_subset(graph, seed, one, other):
 @settings(max_examples=40, deadline=None)
 @given(toygraphs.chains(3, 4), st.integers(0, 10**6), st.floats(0.3, 1))
 def test_global_by_channels_has_the_highest_total_score(graph, seed, ratio):
-    # With unit costs the ranking is a knapsack solved exactly but for the mandatory first.
+    # With unit costs the knapsack is solved exactly.
     scores = random_scores(graph, seed)
     most = int(ratio * graph.channels * (1 + 1e-12))
     if most < len(graph.groups):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The penalty, its proximal step and the gates, against float64 NumPy and optimality."""
+"""The penalty, its proximal step and gates, against float64 NumPy and optimality."""
 
 import chex
 import flax.linen as nn

@@ -16,7 +16,7 @@ def _slot(path, axis, size, role, offset=0):
 
 
 def chain(*widths: int, inputs: int = 3, outputs: int = 2) -> Graph:
-    """Dense layers l0, l1, ... of these widths, prunable, before a last one of `outputs`.
+    """Prunable dense layers l0, l1, ... of these widths before one of `outputs`.
 
     FLOPs: 2 x input x output of every layer, as for one example.
     """
@@ -58,7 +58,7 @@ def variables(graph: Graph, seed: int = 0):
 
 
 def init(net, x, seed: int = 0):
-    """Variables of a linen net without compiling its `init`: He-normal, zeros and ones."""
+    """Variables of a linen net, its `init` not compiled: He-normal, zeros and ones."""
     rng = np.random.default_rng(seed)
 
     def value(keys, leaf):
