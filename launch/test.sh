@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# What every change must pass: format, lint, types, tests. Arguments go to pytest.
+#
+#   bash launch/test.sh [tests/test_laws.py -k exact ...]
+#
+# PYTHON and JAXPRUNE_VENV: see environment.sh. JAXPRUNE_CAMVID: a CamVid folder, without
+# which the tests on real frames are skipped. JAXPRUNE_TEST_PROCESSES: 2 by default.
+
+set -euo pipefail
+
+# shellcheck source=launch/environment.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+environment test
+cd -- "$root"
+
+ruff format --check .
+ruff check .
+mypy
+
+# Small programs: one thread in each of a few processes is quicker than many in one.
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+export XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
+python -m pytest --quiet --numprocesses "${JAXPRUNE_TEST_PROCESSES:-2}" \
+    --dist loadfile --durations 15 "$@"

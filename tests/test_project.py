@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house rules that a reader would otherwise have to check by eye."""
+
+import ast
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jaxprune
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxprune"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = ("jaxprune", "configs", "benchmarks", "launch", "tests", ".github", ".ci")
+TEXTS = sorted(
+    path
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and path.suffix in {".py", ".sh", ".yml", ""}
+)
+
+# From the bottom up; a file may import those of its own line and of the lines before.
+LAYERS = (
+    "base jaxpr",
+    "labels walk rules trace",
+    "trees slim graph_io",
+    "cost budget criteria measures select",
+    "sparsity steps path pruned",
+    "integrity leaves storage store checkpoint",
+    "data models",
+    "train",
+    "report inspection predict",
+    "cli __main__ __init__",
+)
+RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
+
+# Imports within a function that may point up: `load` builds the shipped networks.
+UPWARD = {("checkpoint", "models")}
+
+HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "matplotlib", "PIL")
+
+# What only one file may import, and that file.
+ONLY = {"jax.extend": "jaxpr.py", "orbax": "storage.py"}
+
+# Modules that nothing here imports, and words that no file holds (in pieces, so that
+# this one does not hold them either).
+BANNED = (
+    "pickle",
+    "cloudpickle",
+    "dill",
+    "tensorflow",
+    "torch",
+    "clu",
+    "jax." + "_src",
+)
+WORDS = ("jax." + "_src", "allow_pickle" + "=True", "jax." + "pmap", "shell" + "=True")
+
+relative = functools.partial(map, lambda path: str(path.relative_to(ROOT)))
+
+
+def unit(path: Path) -> str:
+    """The file or package right under jaxprune/ that a file belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(module or module.name, whether at the file's top level) of every import."""
+    tree = ast.parse(path.read_text())
+    inner = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node not in inner) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (
+                (f"{node.module}.{alias.name}", node not in inner)
+                for alias in node.names
+            )
+
+
+def imported_units(path: Path) -> Iterator[tuple[str, bool]]:
+    """As `imports`, for what lies right under jaxprune/."""
+    for name, top in imports(path):
+        parts = name.split(".")
+        if parts[0] == "jaxprune" and len(parts) > 1:
+            yield parts[1], top
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative(SOURCES))
+def test_imports_point_down_only(path):
+    own = unit(path)
+    assert own in RANK, f"{own} has no place in LAYERS"
+    for other, top in imported_units(path):
+        assert other in RANK, f"{own} imports {other}, which is no file of jaxprune"
+        allowed = RANK[other] <= RANK[own] or (not top and (own, other) in UPWARD)
+        assert allowed, f"{own} imports {other}, which lies above it"
+
+
+def test_every_upward_import_is_still_there():
+    found = {
+        (unit(path), other) for path in SOURCES for other, _ in imported_units(path)
+    }
+    assert found >= UPWARD
+
+
+@pytest.mark.parametrize("module", ONLY)
+def test_only_one_file_imports(module):
+    users = {
+        path.name
+        for path in SOURCES
+        for name, _ in imports(path)
+        if f"{name}.".startswith(f"{module}.")
+    }
+    assert users == {ONLY[module]}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative(SOURCES))
+def test_no_banned_module_is_imported(path):
+    names = [name for name, _ in imports(path)]
+    banned = [n for n in names if f"{n}.".startswith(tuple(f"{b}." for b in BANNED))]
+    assert banned == []
+
+
+def test_import_is_light_and_touches_no_device():
+    program = f"""
+import json, sys
+import jaxprune
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
+import jax
+try:
+    jax.devices()
+except RuntimeError:
+    print("a device would have been an error")
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "none_such"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    heavy, devices = result.stdout.splitlines()
+    assert json.loads(heavy) == []
+    assert devices == "a device would have been an error"
+
+
+def test_public_names_are_there_and_documented():
+    assert sorted(set(jaxprune.__all__)) == sorted(jaxprune.__all__)
+    bare = [
+        n for n in jaxprune.__all__ if not (getattr(jaxprune, n).__doc__ or "").strip()
+    ]
+    assert bare == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative(SOURCES))
+def test_public_functions_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path.name} says not what it is"
+    bare = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert bare == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=relative(TEXTS))
+def test_files_are_licensed_short_and_clean(path):
+    text = path.read_text()
+    if path.suffix != ".md":
+        assert "SPDX-License-Identifier: Apache-2.0" in "".join(
+            text.splitlines(True)[:2]
+        )
+    assert len(text.splitlines()) <= 500
+    assert [word for word in WORDS if word in text] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative(SOURCES))
+def test_no_assert_for_users(path):
+    asserts = [
+        n.lineno
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Assert)
+    ]
+    assert asserts == []
+
+
+def test_the_documents_link_to_files_that_exist():
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")]
+    broken = [
+        f"{document.relative_to(ROOT)}: {target}"
+        for document in documents
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text())
+        if "://" not in target and not (document.parent / target).exists()
+    ]
+    assert broken == []
+
+
+def test_the_version_is_said_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{project['version']}]" in changes
+    module, _, name = project["scripts"]["jaxprune"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
