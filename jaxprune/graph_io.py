@@ -4,8 +4,8 @@
 JSON, version 1: `leaves` [{path, shape, dtype, trained}], `groups` [{name, size, exact,
 slots: [{path, axis, role, indices}]}], `frozen` [{path, axis, count, cause}], `terms`
 [{kind, coefficient, name, extents: [[fixed, [[group, times], ...]], ...]}]. Indices
-[C, n] are {start, steps: [a, b], n}, index (c, j) = start + a * c + b * j, where they can
-be, else nested lists. The groups' order is kept.
+[C, n] are {start, steps: [a, b], n}, index (c, j) = start + a * c + b * j, where they
+can be, else nested lists. The groups' order is kept.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def graph_from_json(text: str) -> Graph:
 
 
 def graph_table(graph: Graph, keep: Keep | None = None) -> str:
-    """Plain text: the groups with their channels (and those kept), then what is frozen."""
+    """The groups with their channels (and those kept), then what is frozen, as text."""
     head = ["group", "channels", *([] if keep is None else ["kept"]), "slots", "exact"]
     rows = []
     for name, group in graph.groups.items():

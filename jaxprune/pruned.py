@@ -16,8 +16,8 @@ class Pruned(NamedTuple):
     """What `prune` and `load` return, and `save` takes.
 
     `apply` runs on the shrunk `variables`; `graph` is the dense network's, and `keep`
-    {group: bool[C]} says which of its channels stayed. `info` is what JSON can hold; its
-    entry 'network' {'name', 'args'} lets `load` rebuild a shipped network by itself.
+    {group: bool[C]} says which of its channels stayed. `info` is what JSON can hold;
+    its entry 'network' {'name', 'args'} lets `load` rebuild a shipped network.
     """
 
     apply: Apply

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruned networks on disk, self-describing; and the training states of `store`.
+
+    FOLDER/  arrays/  jaxprune.json  graph.json  manifest.sha256.json
+
+`arrays/` is Orbax's; the rest is JSON: no pickle, no code. The folder is sealed with
+checksums and appears under its name only once it is complete.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune import integrity, leaves, storage, trees
+from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree
+from jaxprune.graph_io import graph_from_json, graph_to_json
+from jaxprune.pruned import Pruned
+from jaxprune.slim import slim
+from jaxprune.store import Store, open_store
+
+__all__ = ["Pruned", "Store", "load", "open_store", "read_card", "save"]
+
+_CARD, _GRAPH = "jaxprune.json", "graph.json"
+_PACKAGES = ("jaxprune", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def save(
+    path: str | Path, pruned: Pruned, *, overwrite: bool = False, **more: Any
+) -> None:
+    """Write a pruned network into a folder that `load` opens by itself.
+
+    more: whatever JSON can hold, kept in `info`; 'network' {'name', 'args'} of a
+    shipped network, 'classes'. The folder appears once complete; with `overwrite` the
+    one that is there stays until then. In a multi-host run every process calls it.
+
+    Raises CheckpointError for a folder that exists and for what can't be kept,
+    GraphError for variables or a keep that do not fit the graph.
+    """
+    folder = Path(os.path.abspath(path))
+    _check_free(folder, overwrite)
+    keep = trees.check_keep(pruned.graph, pruned.keep, concrete=True)
+    _check_variables(pruned.graph, keep, pruned.variables)
+    records, arrays = leaves.describe(pruned.variables)
+    card = {
+        "versions": _versions(),
+        "keep": {n: "".join("01"[int(c)] for c in k) for n, k in keep.items()},
+        "info": {**pruned.info, **more},
+        "leaves": records,
+    }
+    texts = {_CARD: storage.to_json(card, "info"), _GRAPH: graph_to_json(pruned.graph)}
+    storage.write(folder, arrays, texts)
+
+
+def load(
+    path: str | Path,
+    apply: Apply | None = None,
+    *,
+    sharding: Any = None,
+    like: PyTree | None = None,
+) -> Pruned:
+    """The network that `save` wrote, bit for bit, with no dense model at hand.
+
+    apply: the dense function that was pruned, for a network that is not shipped.
+    sharding: a Sharding of the arrays, or a Mesh over which they are replicated; the
+    default device if None. Variables come back as nested dicts (an nnx state in the
+    form of `nnx.to_pure_dict`), or in the containers of `like`, whose shapes do not
+    matter.
+
+    Raises CheckpointError that names the missing or damaged file, or what to pass.
+    """
+    card = read_card(path)
+    dense = apply if apply is not None else _shipped(path, card.info.get("network"))
+    folder = integrity.resolve(Path(os.path.abspath(path)))
+    records = storage.read_record(folder, _CARD, "info", verified=True)["leaves"]
+    variables = storage.read_as_saved(folder, records, sharding, like)
+    try:
+        _check_variables(card.graph, card.keep, variables)
+        small = slim(dense, card.graph, card.keep)
+    except GraphError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return card._replace(apply=small, variables=variables)
+
+
+def read_card(path: str | Path) -> Pruned:
+    """A saved network without its function and variables (None): graph, keep, info.
+
+    Verifies the whole folder. Raises CheckpointError as `load` does.
+    """
+    folder = integrity.resolve(Path(os.path.abspath(path)))
+    if (folder / "config.json").exists() and (folder / "final").is_dir():
+        raise CheckpointError(f"{folder} is a work folder; load {folder / 'final'}")
+    record = storage.read_record(folder, _CARD, "info")
+    try:
+        graph = graph_from_json((folder / _GRAPH).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / _GRAPH}: {error}") from error
+    try:
+        texts = record.get("keep")
+        if not isinstance(texts, dict) or not all(
+            isinstance(text, str) for text in texts.values()
+        ):
+            raise GraphError("keep is not {group: text of 0 and 1}")
+        bits = {name: np.array(list(text)) == "1" for name, text in texts.items()}
+        keep = trees.check_keep(graph, bits, concrete=True)
+    except GraphError as error:
+        raise CheckpointError(f"{folder / _CARD}: {error}") from error
+    return Pruned(None, None, graph, keep, record["info"])  # type: ignore[arg-type]
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"{folder} exists; choose another or pass overwrite=True")
+    if folder.exists() and not (folder / _CARD).is_file():
+        raise CheckpointError(
+            f"{folder} is no saved network, so it is not overwritten; choose another"
+        )
+
+
+def _shipped(path: str | Path, network: Any) -> Apply:
+    if not network:
+        raise CheckpointError(
+            f"{path} is of no network that jaxprune ships: pass the dense function "
+            "that was pruned, jaxprune.load(path, apply=model.apply)"
+        )
+    if not isinstance(network, dict) or set(network) != {"name", "args"}:
+        raise CheckpointError(f"{path}: network = {network} is not {{name, args}}")
+    from jaxprune import models
+
+    return models.build(network["name"], network["args"]).apply
+
+
+def _check_variables(graph: Graph, keep: Any, variables: PyTree) -> None:
+    # Growing them back is what fails, by the leaf's name, where they do not fit.
+    jax.eval_shape(lambda tree: trees.expand(graph, keep, tree), variables)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions
