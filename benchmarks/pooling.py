@@ -3,9 +3,9 @@
 
     python benchmarks/pooling.py [--shape 8,180,240,64] [--repeats 15]
 
-Prints a markdown table: milliseconds, and their ratio to ours. "one-hot" finds locations
-by argmax over the window and un-pools by a one-hot product; "reduce_window" pools by
-`flax.linen.max_pool` and takes the locations from its derivative.
+Prints a markdown table: milliseconds, and their ratio to ours. "one-hot" finds
+locations by argmax over the window and un-pools by a one-hot product; "reduce_window"
+pools by `flax.linen.max_pool` and takes the locations from its derivative.
 """
 
 import argparse

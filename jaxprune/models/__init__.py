@@ -30,8 +30,9 @@ _NAMES = ("segnet", "segnet_basic", "unet")
 
 
 def build(name: str, args: Mapping[str, Any]) -> nn.Module:
-    """The network called `name` ('segnet', 'segnet_basic', 'unet'), with the fields `args`.
+    """The network called `name` with the fields `args`.
 
+    name: 'segnet', 'segnet_basic' or 'unet'.
     args: e.g. `{'num_classes': 11, 'widths': [16, 32, 64, 128, 128]}`; a dtype may be
     given by name.
 
@@ -50,7 +51,7 @@ def build(name: str, args: Mapping[str, Any]) -> nn.Module:
 def init(net: nn.Module, key: jax.Array, size: tuple[int, int]) -> dict[str, Any]:
     """Fresh variables `{'params': ..., 'batch_stats': ...}` for images of size (H, W).
 
-    Distributed as `net.init` draws them (He-normal kernels), though not the same numbers.
+    Distributed as `net.init` draws them (He-normal kernels), but not the same numbers.
     """
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     return layers.draw(key, jax.eval_shape(net.init, key, images))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the shipped networks share: a convolution block, checks, and reading of widths."""
+"""What the shipped networks share: convolutions, initial values, checks, widths."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def conv_bn(
     norm: bool = True,
     dtype: Any = None,
 ) -> jax.Array:
-    """Convolution, batch norm and ReLU, named `<stage>_conv<index>`, `<stage>_bn<index>`.
+    """Convolution `<stage>_conv<index>`, batch norm `<stage>_bn<index>` and ReLU.
 
     To be called inside a compact method. x: [B, H, W, C] -> [B, H, W, features].
     """
@@ -59,7 +59,7 @@ def conv(
 
 
 def draw(key: jax.Array, shapes: Any) -> Any:
-    """Initial variables of the given tree of shapes: kernels He-normal, the rest constant.
+    """Initial variables of a tree of shapes: kernels He-normal, the rest constant.
 
     All kernels are cut from one draw: a draw each takes XLA several times as long to
     compile, which for SegNet is longer than the first training step.
@@ -102,7 +102,7 @@ def check_images(images: jax.Array, channels: int = 3) -> None:
         )
     if shape[-1] != channels:
         raise base.DataError(
-            f"expected {channels} channels in the last axis of images, got shape {shape}"
+            f"expected images with {channels} channels in the last axis, got {shape}"
         )
     if 0 in shape:
         raise base.DataError(f"images of shape {shape} are empty")
@@ -164,8 +164,8 @@ def check_fit(net: nn.Module, variables: Mapping[str, Any]) -> None:
     for path in sorted(want.keys() | seen.keys()):
         if want.get(path) != seen.get(path):
             raise base.GraphError(
-                f"{type(net).__name__}: leaf {path} has shape {seen.get(path, 'none')}, "
-                f"the network of these widths has {want.get(path, 'none')}"
+                f"{type(net).__name__}: leaf {path} has shape {seen.get(path, 'none')},"
+                f" the network of these widths has {want.get(path, 'none')}"
             )
 
 

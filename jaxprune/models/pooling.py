@@ -93,8 +93,8 @@ def _max_pool_bwd(size, code, cotangents):
 _max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
-# Stacking four masked copies is, with XLA on CPUs, as quick as writing the result alone:
-# interior padding, repeated values and scatters are slower or no quicker.
+# With XLA on CPUs this costs what writing the result does. So do interior padding and
+# repeating the values against a table of positions, within noise: this is the simplest.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _unpool(y: jax.Array, code: jax.Array, size: Size) -> jax.Array:
     *lead, h, w, c = y.shape

@@ -2,8 +2,8 @@
 """SegNet: VGG-16's convolutions, mirrored, un-pooled by the encoder's locations.
 
 Badrinarayanan, Kendall and Cipolla, "SegNet: A Deep Convolutional Encoder-Decoder
-Architecture for Image Segmentation", 2017; Kendall, Badrinarayanan and Cipolla, "Bayesian
-SegNet", 2017.
+Architecture for Image Segmentation", 2017; Kendall, Badrinarayanan and Cipolla,
+"Bayesian SegNet", 2017.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,10 +36,10 @@ class SegNet(nn.Module):
 
     Attributes:
       num_classes: K, number of classes.
-      widths: of the 5 stages, mirrored by the decoder; or of all 25 convolutions, in the
-        order of `conv_names()`, as a pruned network has them.
-      dropout: rate behind the three central encoders and decoders (Bayesian SegNet: 0.5);
-        needs the rng 'dropout' in training, and with `sample=True`.
+      widths: of the 5 stages, mirrored by the decoder; or of all 25 convolutions, in
+        the order of `conv_names()`, as a pruned network has them.
+      dropout: rate behind the three central encoders and decoders (Bayesian SegNet:
+        0.5); needs the rng 'dropout' in training, and with `sample=True`.
       dtype: of the computation; parameters, statistics and logits stay float32.
 
     Raises:

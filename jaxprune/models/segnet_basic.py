@@ -16,13 +16,13 @@ from jaxprune.models import layers, pooling
 
 
 def conv_names() -> tuple[str, ...]:
-    """The 8 convolutions before the classifier, in the order of `SegNetBasic.widths`."""
+    """The 8 convolutions before the classifier, in the order of `widths`."""
     encoder = [f"encoder{s}_conv1" for s in range(1, 5)]
     return (*encoder, *(f"decoder{s}_conv1" for s in range(4, 0, -1)))
 
 
 class SegNetBasic(nn.Module):
-    """SegNet-Basic, `[B, H, W, 3]` in [0, 1] -> logits float32 `[B, H, W, num_classes]`.
+    """SegNet-Basic, `[B, H, W, 3]` in [0, 1] -> float32 `[B, H, W, num_classes]`.
 
     Any size; pooling rounds up and un-pooling goes back to the exact size.
 
@@ -35,8 +35,8 @@ class SegNetBasic(nn.Module):
       dtype: of the computation; parameters, statistics and logits stay float32.
 
     Raises:
-      ConfigError: widths or num_classes are malformed, or a decoder's width differs from
-        that of the encoder whose locations place its values.
+      ConfigError: widths or num_classes are malformed, or a decoder's width differs
+        from that of the encoder whose locations place its values.
       DataError: images are not floats [B, H, W, 3].
     """
 
@@ -91,8 +91,8 @@ def local_response_norm(
 
     The window is centred on each channel and cut at the ends. [..., C] -> [..., C].
 
-    Reference: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural
-    Networks", 2012, section 3.3, with caffe's alpha / size.
+    Reference: Krizhevsky et al., "ImageNet Classification with Deep Convolutional
+    Neural Networks", 2012, section 3.3, with caffe's alpha / size.
     """
     reach = size // 2
     pad = [(0, 0)] * (x.ndim - 1) + [(reach, size - 1 - reach)]

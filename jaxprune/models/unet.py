@@ -28,8 +28,8 @@ def conv_names() -> tuple[str, ...]:
 class UNet(nn.Module):
     """U-Net, `[B, H, W, 3]` in [0, 1] -> logits float32 `[B, H, W, num_classes]`.
 
-    Unlike the paper's, convolutions are padded, so that logits cover the image. Any size:
-    pooling rounds up, and what is sampled up is cropped to the skip that it joins.
+    Unlike the paper's, convolutions are padded, so that logits cover the image. Any
+    size: pooling rounds up, and what is sampled up is cropped to the skip that it joins.
 
     Attributes:
       num_classes: K, number of classes.
