@@ -4,9 +4,9 @@
     python benchmarks/proximal_overhead.py                    # 0.25 x width, 120 x 160
     python benchmarks/proximal_overhead.py --full --batch 4   # for an accelerator
 
-Times a jitted training step (Adam) with neither, and in turns with it the penalty's value
-and the proximal step on their own, which is more than they cost inside the step, where
-XLA fuses them with the optimiser. The aim is 5 % at most.
+Times a jitted training step (Adam) with neither, and in turns with it the penalty's
+value and the proximal step on their own, which is more than they cost inside the step,
+where XLA fuses them with the optimiser. The aim is 5 % at most.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets: what fraction of a network's FLOPs, parameters, channels or bytes may stay."""
+"""Budgets: the fraction of FLOPs, parameters, channels or bytes that may stay."""
 
 import dataclasses
 import math
@@ -86,7 +86,7 @@ def rounded_up(ratio: float) -> str:
 
 
 def marginal(graph: Graph, kind: Kind) -> np.ndarray:
-    """float[G]: the fraction of the dense cost that one channel of each group carries."""
+    """float[G]: the fraction of the dense cost that a channel of each group carries."""
     full = sizes(graph)
     dense = measure(graph, kind, full)
     if dense == 0:

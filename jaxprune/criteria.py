@@ -2,8 +2,8 @@
 """Criteria: how much each channel matters, as composable (init, update) pairs.
 
 As an optax transformation passes updates along, a criterion passes scores along: those
-that measure (jaxprune/measures.py) put new scores in, those that transform (`normalize`,
-`per_cost`, `ema`) change what arrives, and `chain` strings them together.
+that measure (jaxprune/measures.py) put new scores in, those that transform
+(`normalize`, `per_cost`, `ema`) change what arrives, and `chain` strings them together.
 """
 
 from collections.abc import Callable, Iterable
@@ -38,7 +38,7 @@ class Evidence(NamedTuple):
 
 
 class Criterion(NamedTuple):
-    """`init(graph, variables)` -> state; `update(scores, state, evidence)` -> both anew.
+    """`init(graph, variables)` -> state; `update(scores, state, evidence)` -> both.
 
     Scores are {group: float[C]}, higher = more important. `update` is traced once and
     called for every batch, so the state is a pytree of arrays.
@@ -60,8 +60,9 @@ def score(
     """Scores {group: float[C]} after all batches (a finite iterable), as NumPy arrays.
 
     Without batches the criterion is updated once. The work of a batch is compiled once.
-    Raises ConfigError where the criterion needs a loss, batches or a key that is missing,
-    DataError for empty batches, GraphError naming the group of a score that is not finite.
+    Raises ConfigError where the criterion needs a loss, batches or a key that is
+    missing, DataError for empty batches, GraphError naming the group of a score that is
+    not finite.
     """
     return scorer(criterion, graph, loss)(variables, batches=batches, key=key)
 
@@ -118,9 +119,9 @@ def check_scores(graph: Graph, scores: Scores) -> dict[str, np.ndarray]:
         if not np.isfinite(value).all():
             bad = np.flatnonzero(~np.isfinite(value))
             raise GraphError(
-                f"group {name!r}: the scores of {len(bad)} of {group.size} channels are "
-                f"not finite, the first is channel {bad[0]}; are weights, loss and "
-                "batches finite?"
+                f"group {name!r}: the scores of {len(bad)} of {group.size} channels "
+                f"are not finite, the first is channel {bad[0]}; are weights, loss "
+                "and batches finite?"
             )
         checked[name] = value
     return checked
@@ -184,7 +185,7 @@ def per_cost(kind: budget.Kind = "flops") -> Criterion:
         if free:
             raise GraphError(
                 f"per_cost({kind!r}): the channels of group "
-                f"{', '.join(map(repr, free))} cost nothing; choose another kind of cost"
+                f"{', '.join(map(repr, free))} cost nothing; choose another kind"
             )
         return {n: scores[n] / s for n, s in zip(evidence.graph.groups, shares)}
 
@@ -192,10 +193,10 @@ def per_cost(kind: budget.Kind = "flops") -> Criterion:
 
 
 def ema(decay: float) -> Criterion:
-    """The exponential moving average of the scores that arrive, corrected for its start.
+    """The moving average (exponential, start corrected) of the scores that arrive.
 
-    For scores of single batches or training steps: `chain(taylor(mean=False), ema(0.9))`.
-    ConfigError for a decay outside [0, 1).
+    For scores of single batches or training steps: `chain(taylor(mean=False),
+    ema(0.9))`. ConfigError for a decay outside [0, 1).
     """
     if not 0 <= decay < 1:
         raise ConfigError(f"ema(decay={decay!r}): decay is in [0, 1)")

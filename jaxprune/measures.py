@@ -31,7 +31,8 @@ def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Cr
 
     By default of those that make the channel (its filter, bias, batch-norm scale and
     bias); roles=('out', 'in') adds those that read it. Not normalised: sizes of groups
-    differ, so put `normalize` behind it for a global selection. ConfigError for another p.
+    differ, so put `normalize` behind it for a global selection. ConfigError for another
+    p.
 
     Source: Li et al., "Pruning filters for efficient ConvNets", 2017 (p = 1).
     """
@@ -67,7 +68,7 @@ def bn_scale() -> Criterion:
         ]
         if bare:
             raise GraphError(
-                f"bn_scale: no normalisation scale in group {', '.join(map(repr, bare))}; "
+                f"bn_scale: no normalisation scale in {', '.join(map(repr, bare))}; "
                 "magnitude() and taylor() work for any group"
             )
         return ()
@@ -104,13 +105,13 @@ def taylor(
     roles: tuple[Role, ...] = ("out", "in"),
     mean: bool = True,
 ) -> Criterion:
-    """|sum of gradient * weight| ** power over a channel: what the loss does without it.
+    """|sum of gradient * weight| ** power: what the loss does without the channel.
 
     The sum over theta[g,c] is the first-order change of a batch's loss when the channel
-    is masked; power=2 squares it. With `mean`, the mean over the batches so far; without,
-    the last batch's (for `ema`). Where the network is homogeneous (ReLU), the weights
-    that make a channel and those that read it sum to the same, so `roles` changes scores
-    by a factor only.
+    is masked; power=2 squares it. With `mean`, the mean over the batches so far;
+    without, the last batch's (for `ema`). Where the network is homogeneous (ReLU), the
+    weights that make a channel and those that read it sum to the same, so `roles`
+    changes scores by a factor only.
 
     Raises ConfigError for a missing loss or batch.
 
@@ -168,7 +169,7 @@ def _gradient_times_weight(evidence: Evidence) -> PyTree:
 
 
 def random() -> Criterion:
-    """Uniform numbers in [0, 1), from the key alone; ConfigError where it is missing."""
+    """Uniform in [0, 1), from the key alone; ConfigError where that is missing."""
 
     def drawn(scores: Scores, evidence: Evidence) -> Scores:
         del scores

@@ -2,9 +2,9 @@
 """The post-pruning path: a trained network is cut back by cost complexity.
 
 As CART prunes a tree (Breiman et al., "Classification and regression trees", 1984), the
-weakest link goes first: the channels with the least increase of the loss per cost saved.
-The networks T0 > T1 > ... are nested; alpha, the ratio at which each is cut from the one
-before, rises along the path.
+weakest link goes first: the channels with the least increase of the loss per cost
+saved. The networks T0 > T1 > ... are nested; alpha, the ratio at which each is cut from
+the one before, rises along the path.
 """
 
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that decides which channels stay: scores and a budget in, a keep out."""
+"""The one place that decides what stays: scores and a budget in, a keep out."""
 
 import difflib
 import fnmatch
@@ -29,8 +29,8 @@ def select(
     The channels of a group, by falling score (ties: by index), are cut into blocks of
     `multiple_of`. 'global' ranks all blocks by their mean score; 'local' ranks them by
     what fraction of its group a block completes, so that every group keeps the same
-    fraction. Blocks stay in rank order as long as the budget is met; from the first that
-    does not fit on, those that still do are added, so that no further one fits.
+    fraction. Blocks stay in rank order as long as the budget is met; from the first
+    that does not fit on, those that still do are added, so that no further one fits.
 
     Args:
       graph: of the dense network.
@@ -40,7 +40,7 @@ def select(
       min_channels: the least that stays in any group.
       scope: compare scores between groups, or only within each.
       overrides: {group name or fnmatch pattern: fraction in (0, 1] that stays, rounded
-        down to a possible count; True keeps all}. A later entry wins over an earlier one.
+        down to a possible count; True keeps all}. A later entry wins over an earlier.
 
     Raises:
       BudgetError: the budget cannot be met; the message says the least ratio that can.
@@ -104,7 +104,7 @@ def _rank(
         )
         sizes = np.diff(ends)
         if scope == "global":
-            # Rounding must not put a block before one of the same group that it follows.
+            # Rounding must not put a block before one that it follows.
             keys = np.maximum.accumulate(-np.diff(below[ends]) / sizes)
         else:
             keys = ends[1:] / len(scores[name])
@@ -153,9 +153,9 @@ def _refuse(graph: Graph, least: np.ndarray, budget: Budget) -> None:
     cost = budgets.measure(graph, budget.kind, np.stack([least, budgets.sizes(graph)]))
     ratio = budgets.rounded_up(cost[0] / cost[1])
     raise BudgetError(
-        f"{budget.kind}({budget.ratio}) cannot be met: what must stay has {ratio} of the "
-        f"dense network's {budget.kind}. Ask for {budget.kind}({ratio}) or more, or lower "
-        "multiple_of, min_channels or the overrides"
+        f"{budget.kind}({budget.ratio}) cannot be met: what must stay has {ratio} of "
+        f"the dense network's {budget.kind}. Ask for {budget.kind}({ratio}) or more, "
+        "or lower multiple_of, min_channels or the overrides"
     )
 
 
@@ -165,8 +165,8 @@ def _fractions(graph: Graph, overrides: Mapping[str, float | bool]) -> dict[str,
         number = isinstance(value, int | float | np.number)
         if not number or value is False or not 0 < value <= 1:
             raise ConfigError(
-                f"overrides[{pattern!r}] = {value!r}: the fraction that stays, in (0, 1], "
-                "or True to keep all"
+                f"overrides[{pattern!r}] = {value!r}: the fraction that stays, in "
+                "(0, 1], or True to keep all"
             )
         names = [pattern] if pattern in graph.groups else []
         names = names or fnmatch.filter(graph.groups, pattern)

@@ -74,20 +74,20 @@ def proximal(
 
         f[g,c] = max(0, 1 - s w[g,c] / ||v[g,c]||)
 
-    of all the channels that it belongs to: of one for a bias, of two for a kernel between
-    two groups. All norms are taken at v. Where blocks do not overlap, this is the proximal
-    operator of s * group_lasso; where they do, one step of it by factors. A channel whose
-    factor is 0 is exactly 0 after optax.apply_updates, and `dead` finds it. A group whose
-    channels would all die keeps the one of the largest norm as it is.
+    of all the channels that it belongs to: of one for a bias, of two for a kernel
+    between two groups. All norms are taken at v. Where blocks do not overlap, this is
+    the proximal operator of s * group_lasso; where they do, one step of it by factors.
+    A channel whose factor is 0 is exactly 0 after optax.apply_updates, and `dead` finds
+    it. A group whose channels would all die keeps the one of the largest norm as it is.
 
     Args:
-      graph: of the dense network; updates and params may be the variables or the 'params'.
-      strength: learning rate times lambda, at each step; or a schedule of the step count.
+      graph: of the dense network; params may be all variables or 'params' alone.
+      strength: learning rate times lambda; a number or a schedule of the step count.
       weights: as for `group_lasso`.
       roles: ('out',) leaves the weights that read a channel out of theta[g,c].
 
-    Raises ConfigError for a negative strength, or where update is called without params;
-    GraphError for weights that do not fit the graph.
+    Raises ConfigError for a negative strength, or where update is called without
+    params; GraphError for weights that do not fit the graph.
 
     Source: Alvarez & Salzmann, "Learning the number of neurons in deep networks", 2016.
     """
@@ -140,8 +140,8 @@ def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
     """The variables with each channel scaled by its gate, once wherever it is read.
 
     The gate is folded into the weights that read the channel; a group that none reads
-    has those that make it scaled. Gates of 0 and 1 do what `mask` does. Raises GraphError
-    for gates that do not fit the graph.
+    has those that make it scaled. Gates of 0 and 1 do what `mask` does. Raises
+    GraphError for gates that do not fit the graph.
 
     Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
     networks", 2018.
@@ -155,7 +155,7 @@ def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
 
 
 def proximal_gates(strength: Strength) -> optax.GradientTransformation:
-    """Soft-thresholding of gates, sign(z) max(0, |z| - strength); last in an optax.chain.
+    """Soft-thresholding, sign(z) max(0, |z| - strength), last in a chain for gates.
 
     z = gates + updates. `strength` and the last one of a group are as in `proximal`.
     """
@@ -236,7 +236,8 @@ def _per_channel(graph: Graph, values: Weights, what: str) -> dict[str, Any]:
         shape = np.shape(values[name])
         if shape not in ((), (group.size,)):
             raise GraphError(
-                f"group {name!r} has {group.size} channels, its {what} have shape {shape}"
+                f"group {name!r} has {group.size} channels, its {what} have shape "
+                f"{shape}"
             )
     return {n: values[n] for n in graph.groups}
 

@@ -19,7 +19,8 @@ class Step(NamedTuple):
 
     alpha: the criterion's increase per fraction of the dense cost saved at which it was
     cut from the one before; 0 for the dense one. keep: {group: bool[C]}. cost: of the
-    shrunk network. risk, stderr: mean over the validation images and its standard error.
+    shrunk network. risk, stderr: mean over the validation images and its standard
+    error.
     """
 
     alpha: float
@@ -67,14 +68,14 @@ class Path:
         if not found:
             least = budgets.rounded_up(min(ratios))
             raise BudgetError(
-                f"no step of the path meets {budget.kind}({budget.ratio}); the smallest has "
-                f"{least}. Ask for more, or walk the path further down (until, "
+                f"no step of the path meets {budget.kind}({budget.ratio}); the "
+                f"smallest has {least}. Ask for more, or walk the path further down (until, "
                 "multiple_of, min_channels)"
             )
         return found
 
     def to_json(self) -> str:
-        """The path as JSON; keeps are strings of 0 and 1, numbers not finite are null."""
+        """The path as JSON; keeps are strings of 0 and 1; null: not finite."""
         return json.dumps({"steps": [_to_plain(s) for s in self.steps]}, indent=1)
 
     @staticmethod
@@ -93,7 +94,7 @@ def _cost(step: Step, kind: budgets.Kind) -> int:
 
 
 def _least_risk(steps: Iterable[Step]) -> Step:
-    """Risks that are not numbers count as infinite; ties go to the last, the smallest."""
+    """A risk that is no number counts as infinite; of ties the last, the smallest."""
     best = None
     for step in steps:
         risk = math.inf if math.isnan(step.risk) else step.risk

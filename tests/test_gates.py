@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gates scale a channel where it is read; their proximal step is soft-thresholding."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import toygraphs
+
+import jaxprune
+from jaxprune.sparsity import gate, gates_to_keep, init_gates, proximal_gates
+
+SINGLE = toygraphs.chain(6)
+GRAPH = toygraphs.chain(5, 4)
+VARIABLES = toygraphs.variables(GRAPH)
+
+
+def after(tx, params, updates=None):
+    updates = jax.tree.map(jnp.zeros_like, params) if updates is None else updates
+    updates, _ = tx.update(updates, tx.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
+def test_gates_scale_each_channel_once_where_it_is_read():
+    gates = {"l0": np.arange(5.0), "l1": np.array([1, 0.5, 0, 2])}
+    gated = gate(GRAPH, gates, VARIABLES)["params"]
+    for i, name in enumerate(("l0", "l1")):
+        reader = VARIABLES["params"][f"l{i + 1}"]["kernel"] * gates[name][:, None]
+        np.testing.assert_allclose(gated[f"l{i + 1}"]["kernel"], reader)
+    np.testing.assert_array_equal(
+        gated["l0"]["kernel"], VARIABLES["params"]["l0"]["kernel"]
+    )
+    chex.assert_trees_all_equal(gate(GRAPH, init_gates(GRAPH), VARIABLES), VARIABLES)
+
+
+def test_binary_gates_mask():
+    keep = {"l0": np.array([1, 0, 1, 0, 1], bool), "l1": np.array([0, 1, 1, 0], bool)}
+    gates = {n: k.astype(np.float32) for n, k in keep.items()}
+    x = jax.random.normal(jax.random.key(0), (7, 3))
+    masked = toygraphs.apply(jaxprune.mask(GRAPH, keep, VARIABLES), x)
+    gated = toygraphs.apply(gate(GRAPH, gates, VARIABLES), x)
+    np.testing.assert_allclose(gated, masked, rtol=1e-5)
+    chex.assert_trees_all_equal(gates_to_keep(gates), keep)
+
+
+def test_a_group_that_nobody_reads_is_gated_where_it_is_made():
+    group = SINGLE.groups["l0"]
+    makers = tuple(s for s in group.slots if s.role == "out")
+    unread = jaxprune.Graph(
+        {"l0": type(group)("l0", 6, makers)}, (), SINGLE.leaves, SINGLE.terms
+    )
+    variables = toygraphs.variables(unread)
+    gated = gate(unread, {"l0": np.arange(6.0)}, variables)["params"]["l0"]
+    expected = jax.tree.map(lambda x: x * np.arange(6.0), variables["params"]["l0"])
+    chex.assert_trees_all_close(gated, expected)
+
+
+def test_gates_are_soft_thresholded():
+    gates = {"l0": jnp.array([1.0, -1, 0.2, -0.2, 0, 3])}
+    updates = {"l0": jnp.array([0.0, 0, 0, 0, 0.5, -3])}
+    new = after(proximal_gates(0.25), gates, updates)
+    np.testing.assert_allclose(new["l0"], [0.75, -0.75, 0, 0, 0.25, 0], atol=1e-6)
+    np.testing.assert_array_equal(new["l0"] == 0, [0, 0, 1, 1, 0, 1])
+    np.testing.assert_array_equal(gates_to_keep(new)["l0"], [1, 1, 0, 0, 1, 0])
+    last = after(proximal_gates(9.0), gates)
+    np.testing.assert_array_equal(last["l0"], [0, 0, 0, 0, 0, 3])
