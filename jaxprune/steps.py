@@ -69,8 +69,8 @@ class Path:
             least = budgets.rounded_up(min(ratios))
             raise BudgetError(
                 f"no step of the path meets {budget.kind}({budget.ratio}); the "
-                f"smallest has {least}. Ask for more, or walk the path further down (until, "
-                "multiple_of, min_channels)"
+                f"smallest has {least}. Ask for more, or walk the path further down "
+                "(until, multiple_of, min_channels)"
             )
         return found
 
