@@ -215,7 +215,7 @@ def test_build_names_the_mistake():
     ("images", "message"),
     [
         (np.zeros((8, 8, 3), np.float32), r"images\[None\]"),
-        (np.zeros((1, 8, 8, 4), np.float32), "expected 3 channels"),
+        (np.zeros((1, 8, 8, 4), np.float32), "with 3 channels in the last axis"),
         (np.zeros((1, 0, 8, 3), np.float32), "are empty"),
         (np.zeros((1, 8, 8, 3), np.uint8), "divide 8-bit images by 255"),
     ],

@@ -29,7 +29,7 @@ class UNet(nn.Module):
     """U-Net, `[B, H, W, 3]` in [0, 1] -> logits float32 `[B, H, W, num_classes]`.
 
     Unlike the paper's, convolutions are padded, so that logits cover the image. Any
-    size: pooling rounds up, and what is sampled up is cropped to the skip that it joins.
+    size: pooling rounds up, and what is sampled up is cropped to its skip.
 
     Attributes:
       num_classes: K, number of classes.
