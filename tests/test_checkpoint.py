@@ -419,8 +419,8 @@ def test_saved_again_is_the_same(saved_network, tmp_path):
 
 
 def test_shipped_network_needs_the_folder_alone(tmp_path):
-    args = {"num_classes": 3, "widths": [4, 4]}
-    net = models.build("unet", args)
+    args = {"num_classes": 3, "widths": [4, 4, 4, 4]}
+    net = models.build("segnet_basic", args)
     variables = models.init(net, jax.random.key(0), (16, 16))
     image = jnp.ones((1, 16, 16, 3))
     graph = jp.trace(net.apply, variables, image, train=False)
@@ -428,7 +428,7 @@ def test_shipped_network_needs_the_folder_alone(tmp_path):
     keep = graph.full() | {name: np.arange(group.size) != 2}
     small = jp.shrink(graph, keep, variables)
     apply = jp.slim(net.apply, graph, keep)
-    network = {"name": "unet", "args": args}
+    network = {"name": "segnet_basic", "args": args}
     checkpoint.save(tmp_path / "f", Pruned(apply, small, graph, keep), network=network)
     loaded = checkpoint.load(tmp_path / "f")
     assert_identical(loaded.variables, small)
