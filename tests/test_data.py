@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of images and masks: layouts, faults, the cache, weights; and CamVid itself."""
+"""Folders of images and masks: layouts, faults, the cache, weights; and CamVid."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TFDS data sets are built and read without TensorFlow, equal to the folder they hold."""
+"""TFDS data sets are built and read without TensorFlow, equal to their folder."""
 
 import sys
 from pathlib import Path

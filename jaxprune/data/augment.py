@@ -18,8 +18,8 @@ class Augment:
 
     flip: mirror left to right, half of the time.
     scale: (low, high), the zoom, drawn log-uniformly. At 1 the view is the largest part
-        of the image that has the crop's shape (the whole image, if shapes agree); at 2 a
-        part half as wide and high; below 1 a border is added, labelled `ignore` and
+        of the image that has the crop's shape (the whole image, if shapes agree); at 2
+        a part half as wide and high; below 1 a border is added, labelled `ignore` and
         filled with the image's mean colour. Where the view lies is uniform.
     crop: (height, width) of what comes out; None = the stored size.
     stretch: s widens the view by a factor between 1 / (1 + s) and 1 + s.
@@ -55,7 +55,7 @@ def augment(
     label: np.ndarray,
     ignore: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random view of uint8[H, W, 3] and uint8[H, W], both of the size of `how.crop`."""
+    """A random view of uint8[H, W, 3] and uint8[H, W], both of `how.crop`'s size."""
     from PIL import Image
 
     flip = bool(how.flip and rng.random() < 0.5)

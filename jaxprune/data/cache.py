@@ -40,8 +40,8 @@ def store(source: Source, cache: str | os.PathLike | bool | None = None) -> Spli
     """The decoded split, from the `cache` folder if it lies there whole and current.
 
     `cache`: a folder, None for `default_folder()`, or False to decode into memory and
-    write nothing. An entry is stale when the fingerprint differs, damaged when a checksum
-    does; either is written anew. Files appear under their names only when complete.
+    write nothing. An entry is stale when the fingerprint differs, damaged when a
+    checksum does; either is written anew. Files appear under their names when complete.
     Raises DataError for samples that cannot be read or a folder that cannot be written.
     """
     if cache is False:
@@ -57,7 +57,7 @@ def store(source: Source, cache: str | os.PathLike | bool | None = None) -> Spli
         if opened is None:
             raise DataError(
                 f"{folder / entry}: what was just written reads back otherwise; another"
-                " process may be writing other data there: try again or change the cache"
+                " process may be writing other data there: try again, or change cache"
             )
         images, labels = opened
     return Split(source.split, images, labels, source.stems, source.classes)

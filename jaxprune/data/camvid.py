@@ -55,7 +55,7 @@ HOW_TO_OBTAIN = (
 
 
 def find_root(root: str | os.PathLike | None) -> Path:
-    """`root`, or the folder that `$JAXPRUNE_CAMVID` names; DataError if there is none."""
+    """`root`, or the folder named by `$JAXPRUNE_CAMVID`; DataError if there is none."""
     found = root or os.environ.get("JAXPRUNE_CAMVID")
     if found and Path(found).is_dir():
         return Path(found)

@@ -2,8 +2,8 @@
 """Any folder of images and masks, as a `Source`.
 
 Two layouts are read: `root/train/images` with `root/train/masks`, and `root/train` with
-`root/trainannot` (that of CamVid's SegNet edition); so for `val` and `test`. An image and
-its mask share their stem. Masks are PNGs of one label a pixel, mode L or P.
+`root/trainannot` (that of CamVid's SegNet edition); so for `val` and `test`. An image
+and its mask share their stem. Masks are PNGs of one label a pixel, mode L or P.
 `root/classes.json` may list the classes:
 
     {"names": ["road", "car"], "colors": [[128, 64, 128], [64, 0, 128]], "ignore": 255}
@@ -36,7 +36,7 @@ def source(
     classes: Classes | None = None,
     name: str = "folder",
 ) -> Source:
-    """The images and masks of `root`'s `split`, checked by name and header, not decoded.
+    """The images and masks of `root`'s `split`, checked by name and header only.
 
     `size`: what they are resized to; None = as they are, all of one size.
     Raises DataError: a folder missing or empty, an image without mask or the reverse, a
@@ -79,8 +79,8 @@ def find_pairs(image_folder: Path, mask_folder: Path) -> list[images.Pair]:
                 f"{found[stem]}: has no mask; add {mask_folder / stem}.png or remove it"
             )
         raise DataError(
-            f"{masks[stem]}: a mask without image; add {image_folder / stem}.png or .jpg,"
-            " or remove it"
+            f"{masks[stem]}: a mask without image; add {image_folder / stem}.png or"
+            " .jpg, or remove it"
         )
     return [images.Pair(stem, found[stem], masks[stem]) for stem in sorted(found)]
 
@@ -101,7 +101,7 @@ def infer_classes(root: Path) -> Classes:
 
 
 def classes_of_labels(masks: Iterable[Any]) -> Classes:
-    """Classes 0 to the highest label but 255 in PIL `masks`; the first one's palette."""
+    """Classes 0 to the highest label but 255 of PIL `masks`; the first's palette."""
     highest, palette = 0, None
     for mask in masks:
         label = np.asarray(mask)
@@ -151,7 +151,7 @@ def _one_size(pairs: list[images.Pair], sizes: list[Size]) -> Size:
         if size != sizes[0]:
             raise DataError(
                 f"{pair.image} is {size[1]}x{size[0]} but {pairs[0].image} is"
-                f" {sizes[0][1]}x{sizes[0][0]}; pass size=(height, width) to resize both"
+                f" {sizes[0][1]}x{sizes[0][0]}; pass size=(height, width) to resize"
             )
     return sizes[0]
 

@@ -24,8 +24,8 @@ class Pair(NamedTuple):
 def header(pair: Pair) -> Size:
     """Height and width of a pair, from the files' headers alone.
 
-    Raises DataError for a file that is no image, an image of high bit depth, a mask that
-    is not one label a pixel, or two sizes.
+    Raises DataError for a file that is no image, an image of high bit depth, a mask
+    that is not one label a pixel, or two sizes.
     """
     (size, mode), (mask_size, mask_mode) = _peek(pair.image), _peek(pair.mask)
     if mode not in _IMAGE_MODES:

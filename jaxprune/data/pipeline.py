@@ -28,11 +28,11 @@ def batches(
 ) -> Iterator[Batch]:
     """Endless batches {'image': uint8[b, H, W, 3], 'label': int32[b, H, W]}.
 
-    Samples are drawn without replacement and reshuffled each time around; the order runs
-    on across that border, so every batch is full. `batch` counts the samples of a step
-    over all processes: with `process=(index, count)` this one gets its b = batch / count
-    rows, in order. `threads` decode ahead; 0 = none. Raises DataError for counts that do
-    not fit.
+    Samples are drawn without replacement and reshuffled each time around; the order
+    runs on across that border, so every batch is full. `batch` counts the samples of a
+    step over all processes: with `process=(index, count)` this one gets its
+    b = batch / count rows, in order. `threads` work ahead; 0 = none. Raises DataError
+    for counts that do not fit.
     """
     import grain
 
@@ -59,7 +59,7 @@ def batches(
 
 
 def eval_batches(split: Split, batch: int) -> Iterator[Batch]:
-    """The split in order, {'image': uint8[batch, H, W, 3], 'label': int32[batch, H, W]}.
+    """The split in order: {'image': uint8[B, H, W, 3], 'label': int32[B, H, W]}.
 
     The last batch is filled up with black images labelled `ignore`, so that every batch
     has one shape and no filling counts in a measure.

@@ -9,8 +9,6 @@ from jaxprune.data import cache as caches
 from jaxprune.data import camvid, folder
 from jaxprune.data.types import Size, Source, Split
 
-_SPLITS = ("train", "val", "test")
-
 
 def load(
     source: str,
@@ -28,15 +26,15 @@ def load(
         or 'tfds:NAME' (root: for 'tfds:camvid' the same folder as for 'camvid', else
         the folder with the prepared data sets).
     split: 'train', 'val' or 'test'.
-    size: (height, width) to store at; None = as it is. Store larger than what is trained
-        on where `Augment` scales and crops.
+    size: (height, width) to store at; None = as it is. Store larger than what is
+        trained on where `Augment` scales and crops.
     cache: folder of the decoded copy, None for the user's cache folder, False for none.
     count: the first so many samples; for 'synthetic', how many are drawn.
 
-    Raises DataError, naming the file or field and the way out; never reads past a fault.
+    Raises DataError, naming the file or field and the way out, at the first fault.
     """
-    if split not in _SPLITS:
-        raise DataError(f"split {split!r}: must be one of {', '.join(_SPLITS)}")
+    if split not in folder.SPLITS:
+        raise DataError(f"split {split!r}: must be one of {', '.join(folder.SPLITS)}")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise DataError(f"size {size!r}: must be (height, width), each at least 1")
     if count is not None and count < 1:

@@ -2,7 +2,7 @@
 """A synthetic street's layout, and how shapes in it are drawn.
 
 Everything is placed in metres (x to the right, y up, z ahead) and seen by a camera in a
-car. Each shape is drawn twice: as a colour into the picture, as a class into the labels.
+car. Each shape is drawn twice: its colour into the picture, its class into the labels.
 """
 
 from typing import Any, NamedTuple

