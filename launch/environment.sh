@@ -52,9 +52,9 @@ make_venv() {
 environment() {
     local extra="$1" python="$venv/bin/python" chosen stamp state
     unset PYTHONHOME
-    if [[ ! -e "$python" ]]; then
+    if [[ ! -e "$python" || -n "${PYTHON:-}" ]]; then
         chosen="$(find_python)"
-        make_venv "$chosen"
+        [[ -e "$python" ]] || make_venv "$chosen"
     fi
     new_enough "$python" || stop \
         "$venv is no environment of Python 3.11 or newer; remove it and start anew"
