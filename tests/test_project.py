@@ -34,7 +34,7 @@ LAYERS = (
     "labels walk rules trace",
     "trees slim graph_io",
     "cost budget criteria measures select",
-    "sparsity steps path pruned",
+    "sparsity steps path pruned prune",
     "integrity leaves storage store checkpoint",
     "data models",
     "train",
@@ -43,8 +43,9 @@ LAYERS = (
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 
-# Imports within a function that may point up: `load` builds the shipped networks.
-UPWARD = {("checkpoint", "models")}
+# Imports within a function that may point up: a graph's own JSON; the shipped networks,
+# which `load` builds.
+UPWARD = {("base", "graph_io"), ("checkpoint", "models")}
 
 HEAVY = ("tensorflow", "tensorflow_datasets", "grain", "matplotlib", "PIL")
 
@@ -135,6 +136,20 @@ def test_no_banned_module_is_imported(path):
     assert banned == []
 
 
+def python(program: str, **env: str) -> list[str]:
+    """The lines that a fresh interpreter prints; its warnings are errors."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
 def test_import_is_light_and_touches_no_device():
     program = f"""
 import json, sys
@@ -146,18 +161,24 @@ try:
 except RuntimeError:
     print("a device would have been an error")
 """
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "none_such"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    heavy, devices = result.stdout.splitlines()
+    heavy, devices = python(program, JAX_PLATFORMS="none_such")
     assert json.loads(heavy) == []
     assert devices == "a device would have been an error"
+
+
+def test_the_core_runs_without_what_is_optional():
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({(*HEAVY, "chex")!r}))  # None: importing raises
+import jax
+import jaxprune as jp
+net = jp.models.UNet(3, widths=(4, 4, 4, 4, 4))
+variables = jp.models.init(net, jax.random.key(0), (16, 16))
+pruned = jp.prune(net.apply, variables, jax.numpy.zeros((1, 16, 16, 3)),
+                  budget=jp.flops(0.5))
+print(jp.cost(pruned.graph, pruned.keep).flops <= 0.5 * jp.cost(pruned.graph).flops)
+"""
+    assert python(program) == ["True"]
 
 
 def test_public_names_are_there_and_documented():
@@ -218,5 +239,6 @@ def test_the_version_is_said_once():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{project['version']}]" in changes
+    assert jaxprune.__version__ == project["version"]
     module, _, name = project["scripts"]["jaxprune"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
