@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SegNet at a quarter of its widths on CamVid at 120x160: a laptop's evening.
+
+    JAXPRUNE_CAMVID=.../CamVid jaxprune run configs/camvid_segnet_laptop.py
+
+Hardware: 2 CPU cores. Minutes and numbers to expect: docs/results.md.
+"""
+
+from jaxprune import data, train
+
+
+def get_config() -> train.Config:
+    """Train, cut to a quarter of the FLOPs by the path, retrain; and from scratch."""
+    return train.Config(
+        name="camvid_segnet_laptop",
+        network=train.Network("segnet", widths=(16, 32, 64, 128, 128)),
+        data=train.Data(
+            "camvid",
+            size=(120, 160),
+            stored=(240, 320),
+            augment=data.Augment(scale=(0.8, 1.6), stretch=0.1, colour=0.3, gamma=0.2),
+        ),
+        train=train.Fit(epochs=84, batch=8, lr=2e-3, ema=0.99),
+        prune=train.Prune(
+            "path", ratio=0.25, multiple_of=4, min_channels=4, block=0.03
+        ),
+        retrain=train.Fit(epochs=100, batch=8, lr=2e-3, ema=0.99),
+        distill=train.Distill(weight=0.5),
+        scratch=True,
+        evaluate=train.Evaluate(every=10),
+        save_every=5,
+    )

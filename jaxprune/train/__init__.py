@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: configs, the jitted step, the loop, and the stages of a run."""
+
+from jaxprune.data import Augment
+from jaxprune.train.config import (
+    Config,
+    Data,
+    Distill,
+    Evaluate,
+    Fit,
+    Network,
+    Prune,
+    load_config,
+)
+from jaxprune.train.stages import run
+
+__all__ = [
+    "Augment",
+    "Config",
+    "Data",
+    "Distill",
+    "Evaluate",
+    "Fit",
+    "Network",
+    "Prune",
+    "load_config",
+    "run",
+]

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is made of: frozen dataclasses, checked whole before any work.
+
+A config is a Python file whose `get_config()` returns a `Config`; see `configs/`.
+"""
+
+import dataclasses
+import json
+import re
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxprune import budget
+from jaxprune.base import ConfigError, DataError
+from jaxprune.data import Augment
+from jaxprune.train import settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A shipped network. widths: () for its own, else as `jaxprune.models` takes them.
+
+    dropout: SegNet's (0.5: Bayesian SegNet). dtype: of the computation; parameters,
+    batch statistics and logits stay float32.
+    """
+
+    name: Literal["segnet", "segnet_basic", "unet"] = "segnet"
+    widths: tuple[int, ...] = ()
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set, as `jaxprune.data.load` finds it.
+
+    size: (H, W) of training and evaluation. stored: of the training frames that
+    `augment` cuts its views from; None: `size`. counts: the first so many samples of
+    train, val and test (synthetic scenes: how many are drawn); None: all.
+    """
+
+    source: str = "camvid"
+    root: str | None = None
+    size: tuple[int, int] = (360, 480)
+    stored: tuple[int, int] | None = None
+    counts: tuple[int, int, int] | None = None
+    cache: str | None = None
+    augment: Augment = Augment()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """One training. lr: the highest rate, after `warmup` epochs of linear increase.
+
+    schedule: 'cosine' falls to 0. weight_decay: of kernels alone; decoupled with adam,
+    part of the gradient with sgd. momentum: of sgd. class_weights: the power of the
+    median-frequency weights; 0: none. ema: the decay of the moving average of the
+    weights that is evaluated and kept; 0: the last weights. clip: the largest norm of
+    a gradient; 0: none.
+    """
+
+    epochs: float = 80.0
+    batch: int = 8
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 2e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.0
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    class_weights: float = 0.5
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    clip: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune:
+    """Which channels go. budget, ratio: at most `ratio` of the dense cost stays.
+
+    method: 'criterion' scores and selects; 'lasso' first trains on for `lasso_epochs`
+    with proximal steps of `strength` times the learning rate; 'path' cuts back by cost
+    complexity, `block` of the cost at a time, and takes the step that `choose` says.
+    criterion: for 'criterion', over `batches` training batches; normalize: scores
+    divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
+    costs. rounds: the cut in so many equal factors, `recovery_epochs` of retraining
+    behind each but the last. carry_optimizer: retraining goes on with the cut state
+    of the optimiser. statistics: batches that re-estimate batch statistics after a
+    cut.
+    """
+
+    method: Literal["criterion", "lasso", "path"] = "criterion"
+    criterion: Literal["magnitude", "taylor", "bn_scale", "random"] = "taylor"
+    normalize: Literal["none", "mean", "max", "sum", "l2"] = "mean"
+    per_cost: bool = False
+    budget: Literal["flops", "params", "channels", "bytes"] = "flops"
+    ratio: float = 0.25
+    scope: Literal["global", "local"] = "global"
+    multiple_of: int = 8
+    min_channels: int = 8
+    batches: int = 16
+    rounds: int = 1
+    recovery_epochs: float = 0.0
+    lasso_epochs: float = 20.0
+    strength: float = 0.01
+    block: float = 0.05
+    choose: Literal["budget", "1se", "min"] = "budget"
+    carry_optimizer: bool = False
+    statistics: int = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """Retraining taught by the dense network (Hinton et al., 2015).
+
+    weight: the share of the teacher's loss; 0: no teacher.
+    """
+
+    weight: float = 0.0
+    temperature: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """every: epochs between two looks at the validation split.
+
+    batch: images a step, also the N of the measured latency. repeats: of a latency's
+    measurement, whose median counts; 0: none. samples: test frames kept for pictures.
+    """
+
+    every: float = 5.0
+    batch: int = 8
+    repeats: int = 10
+    samples: int = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run. scratch: also train a network of the pruned widths from scratch.
+
+    It gets as many epochs as the pruned one had in all, with the recipe of `retrain`.
+    save_every: epochs between checkpoints.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    network: Network = Network()
+    data: Data = Data()
+    train: Fit = Fit()
+    prune: Prune = Prune()
+    retrain: Fit = Fit()
+    distill: Distill = Distill()
+    scratch: bool = False
+    evaluate: Evaluate = Evaluate()
+    save_every: float = 2.0
+
+
+# Fields that may differ when a run is resumed: they change no result.
+FREE = ("data.cache", "data.root", "save_every")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a Python file, with `a.b=value` overrides applied, checked.
+
+    Raises ConfigError for a file that is none, an unknown field (naming the nearest), a
+    value of the wrong type or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file; see configs/ for some")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config() if callable(get_config) else get_config
+    except (
+        SyntaxError,
+        TypeError,
+        AttributeError,
+        NameError,
+        ImportError,
+        DataError,
+    ) as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{path}: it must define get_config() that returns a jaxprune.train.Config"
+        )
+    for override in overrides:
+        config = settings.override(config, override)
+    return check(config)
+
+
+def check(config: Config) -> Config:
+    """The config itself; ConfigError that names the first field which is wrong."""
+    settings.check_types(config)
+    for where in ("train", "retrain"):
+        _check_fit(where, getattr(config, where))
+    _check_prune(config.prune)
+    for name, valid, need in _rules(config):
+        if not valid:
+            value = settings.get(config, name)
+            raise ConfigError(f"{name} = {value!r}: must be {need}")
+    return config
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON text, tuples as lists."""
+    return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+
+
+def differences(config: Config, default: Config | None = None) -> dict[str, Any]:
+    """{'prune.ratio': value, ...} of what differs from the default config."""
+    mine = settings.flatten(dataclasses.asdict(config))
+    other = settings.flatten(dataclasses.asdict(default or Config()))
+    return {name: value for name, value in mine.items() if value != other[name]}
+
+
+def compare(config: Config, text: str, folder: str) -> None:
+    """Raise ConfigError unless a work folder's config.json agrees with `config`."""
+    try:
+        there = settings.flatten(json.loads(text))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{folder}/config.json is damaged ({error}); choose another --workdir"
+        ) from error
+    here = settings.flatten(json.loads(to_json(config)))
+    default = settings.flatten(json.loads(to_json(Config())))
+    changed = [
+        f"{name} (there {there.get(name, default.get(name))!r}, now {value!r})"
+        for name, value in here.items()
+        if name not in FREE and there.get(name, default.get(name)) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} was made by another config: {', '.join(changed)} differ; choose "
+            "another --workdir, or set these fields back"
+        )
+
+
+def _rules(config: Config) -> list[tuple[str, bool, str]]:
+    """(field, whether it is valid, what it must be)."""
+    data, evaluate, distill = config.data, config.evaluate, config.distill
+    stored = data.stored or data.size
+    sizes = all(n > 0 for n in (*data.size, *stored, *(data.counts or ())))
+    widths = all(n > 0 for n in config.network.widths)
+    return [
+        ("name", re.fullmatch(r"[\w.-]+", config.name) is not None, "a file's name"),
+        ("seed", 0 <= config.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
+        ("network.widths", widths, "positive numbers"),
+        ("network.dropout", 0 <= config.network.dropout < 1, "in [0, 1)"),
+        ("data.size", sizes, "positive, as must be data.stored and data.counts"),
+        ("data.augment.crop", data.augment.crop is None, "none: data.size decides"),
+        ("distill.weight", 0 <= distill.weight <= 1, "in [0, 1]"),
+        ("distill.temperature", distill.temperature > 0, "positive"),
+        ("evaluate.every", evaluate.every > 0, "positive"),
+        ("evaluate.batch", evaluate.batch > 0, "positive"),
+        ("evaluate.repeats", evaluate.repeats >= 0, "0 or more"),
+        ("evaluate.samples", evaluate.samples > 0, "positive"),
+        ("save_every", config.save_every > 0, "positive"),
+    ]
+
+
+def _check_fit(where: str, fit: Fit) -> None:
+    rules = [
+        ("epochs", fit.epochs >= 0, "0 or more"),
+        ("batch", fit.batch > 0, "positive"),
+        ("lr", fit.lr > 0, "positive"),
+        ("warmup", 0 <= fit.warmup <= fit.epochs, "from 0 to epochs"),
+        ("weight_decay", fit.weight_decay >= 0, "0 or more"),
+        ("momentum", 0 <= fit.momentum < 1, "in [0, 1)"),
+        ("class_weights", fit.class_weights >= 0, "0 or more"),
+        ("label_smoothing", 0 <= fit.label_smoothing < 1, "in [0, 1)"),
+        ("ema", 0 <= fit.ema < 1, "in [0, 1)"),
+        ("clip", fit.clip >= 0, "0 or more"),
+    ]
+    _apply(where, fit, rules)
+
+
+def _check_prune(prune: Prune) -> None:
+    rules = [
+        ("ratio", 0 < prune.ratio <= 1, "the fraction that stays, in (0, 1]"),
+        ("multiple_of", prune.multiple_of > 0, "positive"),
+        ("min_channels", prune.min_channels > 0, "positive"),
+        ("batches", prune.batches > 0, "positive"),
+        ("rounds", prune.rounds > 0, "positive"),
+        ("recovery_epochs", prune.recovery_epochs >= 0, "0 or more"),
+        ("lasso_epochs", prune.lasso_epochs >= 0, "0 or more"),
+        ("strength", prune.strength >= 0, "0 or more"),
+        ("block", 0 <= prune.block < 1, "in [0, 1)"),
+        ("statistics", prune.statistics >= 0, "0 or more"),
+    ]
+    _apply("prune", prune, rules)
+    budget.Budget(prune.budget, prune.ratio)
+
+
+def _apply(where: str, of: Any, rules: Sequence[tuple[str, bool, str]]) -> None:
+    for name, valid, need in rules:
+        if not valid:
+            value = getattr(of, name)
+            raise ConfigError(f"{where}.{name} = {value!r}: must be {need}")
+
+
+def _explain(error: Exception) -> str:
+    """The error's text; for a misspelt keyword, the nearest right one."""
+    match = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(error))
+    kinds: dict[str, Callable[..., Any]] = {
+        kind.__name__: kind
+        for kind in (Config, Network, Data, Augment, Fit, Prune, Distill, Evaluate)
+    }
+    if match and match[1] in kinds:
+        return settings.unknown(match[2], kinds[match[1]], match[1])
+    return f"{type(error).__name__}: {error}"

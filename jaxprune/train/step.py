@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step, one function of (state, batch), data-parallel over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune.base import Apply, PyTree
+from jaxprune.train.config import Distill, Fit
+from jaxprune.train.metrics import confusion
+
+
+class State(NamedTuple):
+    """What training changes: step int32[], variables, their average, the optimiser."""
+
+    step: Any
+    variables: PyTree
+    average: PyTree
+    opt_state: PyTree
+
+
+class Target(NamedTuple):
+    """What is learnt: the label that does not count, float32[K] class weights."""
+
+    ignore: int
+    weights: np.ndarray
+
+
+def optimizer(
+    fit: Fit, steps: int, proximal: optax.GradientTransformation | None = None
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optax chain of a Fit over so many steps, and its learning rate by step."""
+    warm = round(fit.warmup / fit.epochs * steps) if fit.epochs else 0
+    if fit.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0 if warm else fit.lr, fit.lr, warm, max(steps, 1)
+        )
+    else:
+        rate = optax.linear_schedule(0.0 if warm else fit.lr, fit.lr, max(warm, 1))
+    decay = optax.add_decayed_weights(fit.weight_decay, mask=_kernels)
+    clip = [optax.clip_by_global_norm(fit.clip)] if fit.clip else []
+    if fit.optimizer == "adam":
+        # Decoupled decay, as in AdamW (Loshchilov & Hutter, 2019).
+        parts = [*clip, optax.scale_by_adam(), decay]
+    else:
+        parts = [*clip, decay, optax.trace(fit.momentum)]
+    parts.append(optax.scale_by_learning_rate(rate))
+    if proximal is not None:
+        parts.append(proximal)
+    return optax.chain(*parts), rate
+
+
+def _kernels(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def init_state(variables: PyTree, tx: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    return State(
+        jnp.zeros((), jnp.int32),
+        variables,
+        jax.tree.map(jnp.array, variables),
+        tx.init(variables["params"]),
+    )
+
+
+def scaled(images: Any) -> Any:
+    """uint8 images as float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+def cross_entropy(
+    logits: Any, labels: Any, target: Target, smoothing: float = 0
+) -> Any:
+    """Class-weighted cross entropy, the weighted mean over the labelled pixels.
+
+    smoothing: the share of the target spread over all classes (Szegedy et al., 2016).
+    """
+    counted = labels != target.ignore
+    safe = jnp.where(counted, labels, 0)
+    weight = jnp.where(counted, jnp.asarray(target.weights)[safe], 0.0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
+    if smoothing:
+        flat = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+        losses = (1 - smoothing) * losses + smoothing * flat
+    return jnp.sum(weight * losses) / jnp.maximum(jnp.sum(weight), 1e-6)
+
+
+def distillation(logits: Any, teacher: Any, temperature: float) -> Any:
+    """KL divergence of the softened outputs, times T^2 (Hinton et al., 2015)."""
+    wanted = jax.nn.softmax(teacher / temperature)
+    given = jax.nn.log_softmax(logits / temperature)
+    entropy = jnp.sum(jax.scipy.special.xlogy(wanted, wanted), axis=-1)
+    return temperature**2 * jnp.mean(entropy - jnp.sum(wanted * given, axis=-1))
+
+
+def make_step(
+    apply: Apply,
+    tx: optax.GradientTransformation,
+    target: Target,
+    *,
+    average: float = 0.0,
+    smoothing: float = 0.0,
+    distill: Distill | None = None,
+    teacher: Apply | None = None,
+) -> Callable[[State, Any, PyTree, Any], tuple[State, Any]]:
+    """step(state, batch, teacher_variables, key) -> (state, loss), to be jitted.
+
+    batch: image uint8[B, H, W, 3] and label int[B, H, W]. teacher_variables: of the
+    dense network, or None. The key serves dropout, and is folded with the step.
+    """
+    distill = distill or Distill()
+
+    def step(
+        state: State, batch: Any, teacher_variables: PyTree, key: Any
+    ) -> tuple[State, Any]:
+        images = scaled(batch["image"])
+        rest = {k: v for k, v in state.variables.items() if k != "params"}
+
+        def loss_of(params: PyTree) -> Any:
+            logits, updated = apply(
+                {"params": params, **rest},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(key, state.step)},
+            )
+            loss = cross_entropy(logits, batch["label"], target, smoothing)
+            if teacher is not None and distill.weight:
+                wanted = teacher(teacher_variables, images, train=False)
+                kl = distillation(logits, wanted, distill.temperature)
+                loss = (1 - distill.weight) * loss + distill.weight * kl
+            return loss, updated
+
+        params = state.variables["params"]
+        (loss, updated), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        variables = {"params": params, **rest, **updated}
+        # The average trusts early weights less: its decay rises with the steps.
+        decay = jnp.minimum(average, (1.0 + state.step) / (10.0 + state.step))
+        averaged = jax.tree.map(
+            lambda a, v: decay * a + (1 - decay) * v, state.average, variables
+        )
+        return State(state.step + 1, variables, averaged, opt_state), loss
+
+    return step
+
+
+def make_evaluate(apply: Apply, ignore: int) -> Callable[[PyTree, Any], Any]:
+    """evaluate(variables, batch) -> confusion matrix [K, K], to be jitted."""
+
+    def evaluate(variables: PyTree, batch: Any) -> Any:
+        logits = apply(variables, scaled(batch["image"]), train=False)
+        return confusion(logits, batch["label"], ignore)
+
+    return evaluate
+
+
+# Devices. Batches are sharded over the mesh, everything else is replicated; XLA adds
+# the one reduction of gradients (and of batch statistics) by itself.
+
+
+def make_mesh() -> jax.sharding.Mesh:
+    """All devices in one axis, 'data'."""
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=auto)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
+    """This process's rows of a global batch as global arrays."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
