@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws of jaxprune, over shipped, hand-written and random networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxprune as jp
+from jaxprune.models.segnet import SegNet
+from jaxprune.models.segnet_basic import SegNetBasic
+from jaxprune.models.unet import UNet
+
+SHIPPED = {
+    "SegNet": lambda: SegNet(3, widths=(4, 5, 6, 4, 5)),
+    "SegNetBasic": lambda: SegNetBasic(3, widths=(6,)),
+    "UNet": lambda: UNet(3, widths=(4, 5, 6, 7, 8)),
+}
+NETS = {**{net.__name__: net for net in networks.LINEN}, **SHIPPED}
+TRAIN = {
+    "train": True,
+    "mutable": ["batch_stats"],
+    "rngs": {"dropout": jax.random.key(3)},
+}
+OPS = st.lists(
+    st.tuples(st.sampled_from(networks.KINDS), st.integers(0, 6), st.integers(0, 6)),
+    min_size=1,
+    max_size=7,
+).map(tuple)
+
+
+def build(name: str, seed: int = 0) -> tuple[Any, Any, Any]:
+    shape = (2, 9, 12, 3) if name in SHIPPED else (2, 8, 8, 3)
+    return networks.linen(NETS[name], seed, shape)
+
+
+def law1(apply: Any, graph: jp.Graph, keep: Any, variables: Any, x: Any, **kw: Any):
+    """(outputs, gradients of params) of the masked and of the slim network, in float64.
+
+    The masked side's are shrunk, so that the two compare leaf by leaf.
+    """
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda a: np.asarray(a, np.float64), variables)
+        x = np.asarray(x, np.float64)
+        rest = {k: v for k, v in double.items() if k != "params"}
+
+        def outputs(f: Any, params: Any, rest: Any) -> Any:
+            out = f({"params": params, **rest}, x, **kw)
+            logits = jax.tree.leaves(out)[0] if "mutable" not in kw else out[0]
+            weights = np.cos(np.arange(logits.size)).reshape(logits.shape)
+            return jnp.sum(weights * logits**2), out
+
+        run = jax.jit(
+            lambda f, p, r: jax.value_and_grad(outputs, argnums=1, has_aux=True)(
+                f, p, r
+            ),
+            static_argnums=0,
+        )
+        masked = jp.mask(graph, keep, double)
+        stats = {k: v for k, v in masked.items() if k != "params"}
+        (_, out_m), grad_m = run(apply, masked["params"], stats)
+        small = jp.shrink(graph, keep, double)
+        stats = {k: v for k, v in small.items() if k != "params"}
+        (_, out_s), grad_s = run(jp.slim(apply, graph, keep), small["params"], stats)
+        grad_m = jp.shrink(graph, keep, jax.tree.map(np.asarray, grad_m))
+        if "mutable" in kw:
+            state = jax.tree.map(np.asarray, dict(out_m[1]))
+            out_m = (out_m[0], jp.shrink(graph, keep, state) if state else state)
+            out_s = (out_s[0], dict(out_s[1]))
+        del rest
+    return (out_m, grad_m), (out_s, grad_s)
+
+
+def assert_close(a: Any, b: Any, tolerance: float = 1e-10) -> None:
+    """Leaf by leaf, relative to the largest entry of the whole tree."""
+    chex.assert_trees_all_equal_shapes(a, b)
+    scale = max(float(np.max(np.abs(x))) for x in jax.tree.leaves(a))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("kw", [{}, TRAIN], ids=["eval", "train"])
+def test_slim_is_mask(name: str, kw: Any) -> None:
+    apply, variables, x = build(name)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 1)
+    masked, slim = law1(apply, graph, keep, variables, x, **kw)
+    assert_close(masked[0], slim[0])
+    assert_close(masked[1], slim[1])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_masked_output_depends_on_input(name: str) -> None:
+    """Law 1 would be idle on a network that the cut has made constant."""
+    apply, variables, x = build(name)
+    graph = jp.trace(apply, variables, x)
+    masked = jp.mask(graph, networks.random_keep(graph, 1), variables)
+    f = jax.jit(apply)
+    first, second = f(masked, x), f(masked, 1.5 * x + 0.3)
+    assert float(jnp.abs(first - second).max()) > 1e-4 * float(jnp.abs(first).max())
+
+
+@settings(max_examples=25, deadline=None)
+@given(ops=OPS, seed=st.integers(0, 99), train=st.booleans())
+def test_slim_is_mask_on_random_networks(ops: Any, seed: int, train: bool) -> None:
+    apply, variables, x = networks.drawn(ops, seed)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, seed)
+    kw = TRAIN if train else {}
+    masked, slim = law1(apply, graph, keep, variables, x, **kw)
+    assert_close(masked[0], slim[0], 1e-9)
+    assert_close(masked[1], slim[1], 1e-9)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_tree_laws_hold_bit_for_bit(name: str) -> None:
+    apply, variables, x = build(name)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 2)
+    small = jp.shrink(graph, keep, variables)
+    masked = jp.mask(graph, keep, variables)
+    chex.assert_trees_all_equal(jp.expand(graph, keep, small), masked)
+    chex.assert_trees_all_equal(jp.shrink(graph, keep, masked), small)
+    for f in (jp.mask, jp.shrink, jp.expand):
+        same = f(graph, graph.full(), variables)
+        for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(variables)):
+            assert a is b
+    assert jp.slim(apply, graph, graph.full()) is apply
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_shrinking_twice_is_shrinking_by_the_composition(name: str) -> None:
+    apply, variables, x = build(name)
+    graph = jp.trace(apply, variables, x)
+    first = networks.random_keep(graph, 3)
+    cut = jp.shrink_graph(graph, first)
+    second = networks.random_keep(cut, 4, share=0.7)
+    both = jp.compose(first, second)
+    small = jp.shrink(graph, first, variables)
+    once = jp.shrink(graph, both, variables)
+    chex.assert_trees_all_equal(jp.shrink(cut, second, small), once)
+    assert jp.cost(cut, second) == jp.cost(graph, both)
+    assert jp.cost(cut) == jp.cost(graph, first)
+    for name_, line in both.items():
+        assert not (line & ~first[name_]).any()
+
+
+@pytest.mark.parametrize("name", ["ResNet", "Fcn", "SegNet"])
+def test_slim_can_be_traced_again(name: str) -> None:
+    """The graph of slim's function is the cut graph: pruning composes with itself."""
+    apply, variables, x = build(name)
+    graph = jp.trace(apply, variables, x)
+    keep = {n: np.arange(g.size) % 3 != 0 for n, g in graph.groups.items()}
+    small = jp.shrink(graph, keep, variables)
+    again = jp.trace(jp.slim(apply, graph, keep), small, x)
+    cut = jp.shrink_graph(graph, keep)
+    left = {n: g for n, g in cut.groups.items() if g.size > 1}
+    assert {n: g.size for n, g in again.groups.items()} == {
+        n: g.size for n, g in left.items()
+    }
+    assert jp.cost(again) == jp.cost(cut)
+
+
+OPTIMISERS = {
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1, weight_decay=0.1),
+    "chain": optax.chain(optax.trace(0.9), optax.ema(0.9), optax.scale(-0.1)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_optimiser_state_shrinks_with_the_tree(name: str) -> None:
+    apply, variables, x = build("ResNet")
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 5)
+    tx, params = OPTIMISERS[name], jp.mask(graph, keep, variables)["params"]
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(p.dtype), params)
+    grads = jp.mask(graph, keep, grads)
+
+    @jax.jit
+    def step(grads: Any, state: Any, params: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    warm = step(grads, tx.init(params), params)
+    late = jp.shrink(graph, keep, step(grads, warm[1], warm[0]))
+    params, state = jp.shrink(graph, keep, warm)
+    early = step(jp.shrink(graph, keep, grads), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(late, early)
+    chex.assert_trees_all_close(late, early, rtol=1e-6, atol=1e-7)
+
+
+def test_eval_and_train_traces_have_the_same_groups() -> None:
+    for name in NETS:
+        apply, variables, x = build(name)
+        evaluated = jp.trace(apply, variables, x)
+        trained = jp.trace(apply, variables, x, **TRAIN)
+        assert {n: g.size for n, g in evaluated.groups.items()} == {
+            n: g.size for n, g in trained.groups.items()
+        }
+
+
+def test_linen_and_nnx_have_the_same_groups() -> None:
+    apply, variables, x = networks.linen(networks.LinenTwin)
+    a = jp.trace(apply, variables, x)
+    b = jp.trace(*networks.nnx_net())
+    assert [g.size for g in a.groups.values()] == [g.size for g in b.groups.values()]
+    assert [len(g.slots) for g in a.groups.values()] == [
+        len(g.slots) for g in b.groups.values()
+    ]
+    assert jp.cost(a) == jp.cost(b)
+
+
+def test_nnx_slim_is_mask() -> None:
+    apply, state, x = networks.nnx_net()
+    graph = jp.trace(apply, state, x)
+    keep = networks.random_keep(graph, 1)
+    assert jp.verify(apply, graph, keep, state, x) < 1e-5
+
+
+def test_jitted_functions_trace_once() -> None:
+    apply, variables, x = build("ResNet")
+    graph = jp.trace(apply, variables, x)
+    traces = []
+
+    def masked(keep: Any, v: Any) -> Any:
+        traces.append("mask")
+        return apply(jp.mask(graph, keep, v), x)
+
+    jitted = jax.jit(masked)
+    for seed in range(3):
+        jitted(networks.random_keep(graph, seed), variables)
+    keep = networks.random_keep(graph, 1)
+    small, slim = jp.shrink(graph, keep, variables), jp.slim(apply, graph, keep)
+
+    def slimmed(v: Any, x: Any) -> Any:
+        traces.append("slim")
+        return slim(v, x)
+
+    jitted = jax.jit(slimmed)
+    for factor in (1.0, 2.0):
+        jitted(small, np.float32(factor) * x)
+    assert traces == ["mask", "slim"]
+
+
+def test_slim_takes_any_batch_size_and_transformation() -> None:
+    apply, variables, _ = build("SegNet")
+    x = networks.images(0, (3, 19, 22, 3))
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 6)
+    small = jp.shrink(graph, keep, variables)
+    slim = jp.slim(apply, graph, keep)
+    masked = jp.mask(graph, keep, variables)
+    for shape in ((1, 8, 8, 3), (2, 33, 17, 3)):
+        y = networks.images(1, shape)
+        want, got = jax.jit(apply)(masked, y), jax.jit(slim)(small, y)
+        np.testing.assert_allclose(want, got, rtol=1e-4, atol=1e-4)
+    want = jax.jit(apply)(masked, x)
+    alone = jax.jit(jax.vmap(lambda image: slim(small, image[None])[0]))(x)
+    np.testing.assert_allclose(want, alone, rtol=1e-4, atol=1e-4)
+    remat = jax.jit(jax.checkpoint(slim))(small, x)
+    np.testing.assert_allclose(want, remat, rtol=1e-4, atol=1e-4)
+    _, looped = jax.jit(
+        lambda x: jax.lax.scan(lambda c, i: (c, slim(small, i[None])[0]), 0, x)
+    )(x)
+    np.testing.assert_allclose(want, looped, rtol=1e-4, atol=1e-4)
