@@ -1,8 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""jaxprune: structural pruning of JAX networks, as a program transformation."""
+"""jaxprune: structural pruning of JAX networks, as a program transformation.
 
-from jaxprune.base import Graph
+graph = jp.trace(model.apply, variables, images)
+keep = jp.select(graph, jp.score(jp.magnitude(), graph, variables), jp.flops(0.4))
+variables = jp.shrink(graph, keep, variables)
+apply = jp.slim(model.apply, graph, keep)
+"""
+
+from jaxprune import base, data
+from jaxprune.base import Cost, Frozen, Graph, Group, Leaf, Slot
+from jaxprune.budget import Budget, bytes, channels, flops, params
+from jaxprune.checkpoint import Pruned, load, save
 from jaxprune.cost import cost
+from jaxprune.criteria import (
+    Criterion,
+    Evidence,
+    chain,
+    ema,
+    normalize,
+    per_cost,
+    score,
+)
+from jaxprune.measures import bn_scale, magnitude, random, taylor
+from jaxprune.path import prune_path
+from jaxprune.prune import prune
+from jaxprune.select import select
 from jaxprune.slim import slim, verify
+from jaxprune.sparsity import (
+    dead,
+    flops_weights,
+    gate,
+    gates_to_keep,
+    group_lasso,
+    init_gates,
+    proximal,
+    proximal_gates,
+)
+from jaxprune.steps import Path, Step
 from jaxprune.trace import trace
 from jaxprune.trees import compose, expand, mask, shrink, shrink_graph
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "Cost",
+    "Criterion",
+    "Evidence",
+    "Frozen",
+    "Graph",
+    "Group",
+    "Leaf",
+    "Path",
+    "Pruned",
+    "Slot",
+    "Step",
+    "base",
+    "bn_scale",
+    "bytes",
+    "chain",
+    "channels",
+    "compose",
+    "cost",
+    "data",
+    "dead",
+    "ema",
+    "expand",
+    "flops",
+    "flops_weights",
+    "gate",
+    "gates_to_keep",
+    "group_lasso",
+    "init_gates",
+    "load",
+    "magnitude",
+    "mask",
+    "normalize",
+    "params",
+    "per_cost",
+    "proximal",
+    "proximal_gates",
+    "prune",
+    "prune_path",
+    "random",
+    "save",
+    "score",
+    "select",
+    "shrink",
+    "shrink_graph",
+    "slim",
+    "taylor",
+    "trace",
+    "verify",
+]
+
+
+def __getattr__(name: str):
+    """`jp.models`, `jp.train` and `jp.report` are imported when they are first used."""
+    if name in ("models", "train", "report"):
+        import importlib
+
+        return importlib.import_module(f"jaxprune.{name}")
+    raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")

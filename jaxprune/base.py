@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Notation, types and errors that every other file speaks in.
 
-Letters used in shapes throughout: `G` channel groups, `C` channels of a group, `B` batch,
-`H`, `W` height and width; kernels are `[kh, kw, in, out]`, images `[B, H, W, 3]`, labels
-`[B, H, W]`. A *keep* is `{group name: bool[C]}`, True = stays; *scores* and *gates* are
-`{group name: float[C]}`. All are plain dicts, so they are pytrees.
+Letters used in shapes throughout: `G` channel groups, `C` channels of a group, `B`
+batch, `H`, `W` height and width; kernels are `[kh, kw, in, out]`, images `[B, H, W,
+3]`, labels `[B, H, W]`. A *keep* is `{group name: bool[C]}`, True = stays; *scores* and
+*gates* are `{group name: float[C]}`. All are plain dicts, so they are pytrees.
 """
 
 from __future__ import annotations
@@ -59,9 +59,24 @@ def path_str(path: Path) -> str:
     return "/".join(path)
 
 
+def key_path(keys: tuple[Any, ...]) -> Path:
+    """JAX's key path as plain strings; wrappers of nnx variables leave no trace."""
+    names = []
+    for key in keys:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                names.append(str(getattr(key, attribute)))
+                break
+        else:
+            names.append(str(key))
+    while names and names[-1] in ("value", "raw_value") and len(names) > 1:
+        names.pop()
+    return tuple(names)
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of the dense variables: its key path, `shape`, `dtype`, whether trained."""
+    """A leaf of the dense variables: key path, `shape`, `dtype`, whether trained."""
 
     path: Path
     shape: tuple[int, ...]
@@ -141,9 +156,10 @@ class Cost(NamedTuple):
 class Graph:
     """The channel groups of a network, as found by `jaxprune.trace`.
 
-    `groups` are in order of first use; `frozen` lists what cannot be cut and why; `leaves`
-    are the dense variables; `terms` are the network's costs as polynomials of the numbers
-    of kept channels. Immutable, and made of names and integers only: see `to_json`.
+    `groups` are in order of first use; `frozen` lists what cannot be cut and why;
+    `leaves` are the dense variables; `terms` are the network's costs as polynomials of
+    the numbers of kept channels. Immutable, and made of names and integers only: see
+    `to_json`.
     """
 
     groups: Mapping[str, Group]
@@ -162,3 +178,21 @@ class Graph:
     def full(self) -> dict[str, np.ndarray]:
         """The keep that keeps every channel."""
         return {n: np.ones(g.size, bool) for n, g in self.groups.items()}
+
+    def to_json(self) -> str:
+        """The graph as JSON text: names and integers, no code."""
+        from jaxprune import graph_io
+
+        return graph_io.graph_to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> Graph:
+        """The inverse of `to_json`. Raises GraphError that names what is wrong."""
+        from jaxprune import graph_io
+
+        return graph_io.graph_from_json(text)
+
+    def __str__(self) -> str:
+        from jaxprune import graph_io
+
+        return graph_io.graph_table(self)

@@ -21,7 +21,8 @@ def cost(graph: Graph, keep: Keep | None = None) -> Cost:
     """The cost of the network that `keep` leaves (None: the dense one), in integers.
 
     For the input that was traced. FLOPs are 2 x multiply-adds of convolutions and
-    matrix products, padding taps counted. Raises GraphError for a keep that does not fit.
+    matrix products, padding taps counted. Raises GraphError for a keep that does not
+    fit.
     """
     keep = check_keep(graph, graph.full() if keep is None else keep, concrete=True)
     return Cost(*map(int, at(graph, np.array([k.sum() for k in keep.values()], int))))

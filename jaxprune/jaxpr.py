@@ -14,7 +14,7 @@ import jax
 import jax.extend.core as jex_core
 import numpy as np
 
-Eqn = jex_core.JaxprEqn
+Eqn = Any  # jax.extend.core.JaxprEqn, whose avals are typed too widely to be of use
 
 
 class Program(NamedTuple):
@@ -35,7 +35,7 @@ def program(jaxpr: Any) -> Program:
 
 
 def trace(f: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
-    """The program of f at the shapes and dtypes of args, and the tree of its outputs."""
+    """The program of f at the shapes and dtypes of args, and its outputs' tree."""
     jaxpr, out = jax.make_jaxpr(f, return_shape=True)(*args)
     return program(jaxpr), out
 
@@ -53,7 +53,7 @@ def bind(eqn: Eqn, *args: Any, **changed: Any) -> list[Any]:
 
 
 def is_array(aval: Any) -> bool:
-    """Whether a type is that of an array of numbers (not a key, a token, a reference)."""
+    """Whether a type is an array of numbers (not a key, a token, a reference)."""
     dtype = getattr(aval, "dtype", None)
     return (
         hasattr(aval, "shape")
@@ -63,7 +63,7 @@ def is_array(aval: Any) -> bool:
 
 
 def scalar(value: Any) -> float | None:
-    """A literal's value as a number, or None where it is an array, a key or a tracer."""
+    """A literal as a number, or None where it is an array, a key or a tracer."""
     if isinstance(value, jax.core.Tracer) or np.ndim(value):
         return None
     try:

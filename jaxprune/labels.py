@@ -2,26 +2,28 @@
 """Labels: which indices of which axes can only go together.
 
 Every index of every axis carries an integer. Rules pass labels along, unify them, or
-freeze them; one connected-components call at the end says which are one channel. Label 0,
-or None for a whole axis, is fixed.
+freeze them; one connected-components call at the end says which are one channel. Label
+0, or None for a whole axis, is fixed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Axis = np.ndarray | None
+FROM_INPUT = -1
 
 
 class Value(NamedTuple):
     """What the analysis knows of one array of the program.
 
     labels: per axis, int[length], or None where every index is fixed. fill: per axis,
-    the number that the masked network holds at removed indices, None if unknown (this is
-    DESIGN's zero flag, carried through functions such as logistic, where 0 becomes 1/2).
+    the number that the masked network holds at removed indices, None if unknown (this
+    is DESIGN's zero flag, carried through functions such as logistic, where 0 becomes
+    1/2).
     const: the number that the whole array is, if it is one. leaf: the variable that the
     array is a mere rearrangement of.
     """
@@ -42,16 +44,16 @@ def fixed(ndim: int, const: float | None = None) -> Value:
 
 
 class RawTerm(NamedTuple):
-    """A cost before its labels are solved: coefficient * product of the axes' lengths."""
+    """A cost before its labels are solved: coefficient * product of the axes."""
 
-    kind: str
+    kind: Literal["flops", "activation_bytes"]
     coefficient: int
     axes: tuple[np.ndarray, ...]
     name: str
 
 
 class Solved(NamedTuple):
-    """`component[label]`; per component whether `frozen`, the `cause`, and `inexact`."""
+    """`component[label]`; per component whether `frozen` or `inexact`, and why."""
 
     component: np.ndarray
     frozen: np.ndarray

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`slim`: the function transformation that runs a network on shrunk variables.
 
-The user's function is traced at its dense shapes; each equation is then run at the sizes
-that the keep leaves. Nothing is traced at the new widths, so code that branches on
-channel counts does what it did.
+The user's function is traced at its dense shapes; each equation is then run at the
+sizes that the keep leaves. Nothing is traced at the new widths, so code that branches
+on channel counts does what it did.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune import trees
-from jaxprune.base import Apply, Graph, GraphError, Keep, Leaf, PyTree, path_str
+from jaxprune.base import (
+    Apply,
+    Graph,
+    GraphError,
+    Keep,
+    Leaf,
+    PyTree,
+    key_path,
+    path_str,
+)
 from jaxprune.labels import Value
 from jaxprune.rules import RULES
 from jaxprune.rules.calls import plan
@@ -32,13 +41,14 @@ _PLANS = 16
 def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
     """Transform `apply` so that it takes variables shrunk by `keep`.
 
-        slim(apply, graph, keep)(shrink(graph, keep, v), x) == apply(mask(graph, keep, v), x)
+        slim(apply, graph, keep)(shrink(graph, keep, v), x) == apply(mask(graph, keep,
+        v), x)
 
     The result takes what apply takes: other batch and image sizes, train mode, mutable
-    collections, rngs; under jit, grad, vmap, remat and scan. Custom derivatives are kept.
-    Arguments that are not arrays are static. Raises GraphError for variables that do not
-    have the shrunk shapes, and where another mode of the function ties a removed channel
-    to one that stays.
+    collections, rngs; under jit, grad, vmap, remat and scan. Custom derivatives are
+    kept. Arguments that are not arrays are static. Raises GraphError for variables that
+    do not have the shrunk shapes, and where another mode of the function ties a removed
+    channel to one that stays.
     """
     keep = trees.check_keep(graph, keep, concrete=True)
     if all(k.all() for k in keep.values()):
@@ -138,7 +148,7 @@ def _dense_structs(
     order: list[int] = []
     structs = []
     for keys, x in flat:
-        path = trees.key_path(keys)
+        path = key_path(keys)
         number = numbers.get(path)
         if number is None:
             raise GraphError(f"variables hold {path_str(path)}, which the graph lacks")
@@ -168,7 +178,7 @@ def _plan(
     name: str,
     exact: bool,
 ) -> tuple[Tape, Callable[[Value], Kept]]:
-    """Analyse with the keep at the variables and at updated variables; all else whole."""
+    """Analyse with the keep at variables and updated variables; all else whole."""
     rest = program.invars[len(cuts) :]
     kept_in = [*cuts, *((None,) * len(v.aval.shape) for v in rest)]
     fills: list[tuple[float | None, ...]] = [(0.0,) * len(k) for k in cuts]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,12 +26,13 @@ from jaxprune.base import (
     Leaf,
     Path,
     PyTree,
+    Role,
     Slot,
     Term,
+    key_path,
 )
-from jaxprune.labels import Labels, Solved, Value, fixed
+from jaxprune.labels import FROM_INPUT, Labels, Solved, Value, fixed
 from jaxprune.rules import RULES
-from jaxprune.trees import key_path
 from jaxprune.walk import Context, Tape, analyse
 
 
@@ -48,7 +50,7 @@ def trace(
     variables hold no array.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
-    leaves = _leaves(flat)
+    leaves = _leaves(flat, _nnx_statistics(variables))
     if not any(leaf.shape for leaf in leaves):
         raise GraphError("variables hold no array; pass what apply takes first")
     structs = [struct(x) for _, x in flat]
@@ -64,7 +66,10 @@ def trace(
         leaf_value(labels, i, leaf.shape, x)
         for i, (leaf, x) in enumerate(zip(leaves, structs))
     ]
-    ins += [fixed(len(var.aval.shape)) for var in program.invars[len(ins) :]]
+    ins += [
+        fixed(len(var.aval.shape))._replace(leaf=FROM_INPUT)
+        for var in program.invars[len(ins) :]
+    ]
     tape = analyse(Context(labels, RULES), program, ins)
     states = state_outputs(out, leaves)
     _finish(labels, tape, ins, states)
@@ -81,7 +86,7 @@ def struct(x: Any) -> jax.ShapeDtypeStruct:
 def abstract_inputs(
     inputs: PyTree,
 ) -> tuple[list[jax.ShapeDtypeStruct], Callable[[Sequence[Any]], Any]]:
-    """The arrays among the inputs, abstract, and how to put new ones in their places."""
+    """The arrays among the inputs, abstract, and how to put new ones in place."""
     flat, treedef = jax.tree.flatten(inputs)
     arrays = [i for i, x in enumerate(flat) if hasattr(x, "shape")]
 
@@ -103,7 +108,7 @@ def leaf_value(labels: Labels, number: int, shape: tuple, x: Any) -> Value:
 
 
 def state_outputs(out: PyTree, leaves: Sequence[Leaf]) -> list[int | None]:
-    """For each output, the leaf whose updated value it is (batch statistics), if any."""
+    """For each output, the leaf that it updates (batch statistics), if any."""
     by_path = {leaf.path: i for i, leaf in enumerate(leaves)}
     states: list[int | None] = []
     for keys, x in jax.tree_util.tree_flatten_with_path(out)[0]:
@@ -117,16 +122,34 @@ def state_outputs(out: PyTree, leaves: Sequence[Leaf]) -> list[int | None]:
     return states
 
 
-def _leaves(flat: Sequence[tuple[Any, Any]]) -> tuple[Leaf, ...]:
+def _leaves(
+    flat: Sequence[tuple[Any, Any]], statistics: Sequence[Path]
+) -> tuple[Leaf, ...]:
     paths = [key_path(keys) for keys, _ in flat]
     collections = any(path[:1] == ("params",) for path in paths)
     leaves = []
     for path, (_, x) in zip(paths, flat):
         x = struct(x)
-        floating = jx.is_array(x) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
-        trained = floating and (path[0] == "params" or not collections)
+        trained = jx.is_array(x) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+        trained = trained and (path[0] == "params" or not collections)
+        trained = trained and path not in statistics
         leaves.append(Leaf(path, tuple(x.shape), str(x.dtype), trained))
     return tuple(leaves)
+
+
+def _nnx_statistics(variables: PyTree) -> list[Path]:
+    """Where an nnx state holds variables other than parameters."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return []
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        variables, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return [
+        key_path(keys)
+        for keys, x in flat
+        if isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param)
+    ]
 
 
 def _finish(
@@ -141,8 +164,8 @@ def _finish(
                 labels.unify(line, ins[state].labels[axis], OUTPUT)
 
 
-# From components to groups. A position is one index of one axis of one leaf; a channel is
-# a component's positions; channels that lie in the same axes are one group.
+# From components to groups. A position is one index of one axis of one leaf; a channel
+# is a component's positions; channels that lie in the same axes are one group.
 
 _AxisKey = tuple[int, int]
 
@@ -158,15 +181,15 @@ def _graph(labels: Labels, leaves: tuple[Leaf, ...], ins: Sequence[Value]) -> Gr
         for axis, line in enumerate(ins[i].labels[: len(leaves[i].shape)]):
             if line is None:
                 continue
-            component = solved.component[line]
-            fixed_here = solved.frozen[component]
-            frozen += _frozen(leaves[i], axis, component[fixed_here], solved)
-            for index in np.flatnonzero(~fixed_here):
-                channels[int(component[index])].append((rank, axis, int(index)))
+            components = solved.component[line]
+            stays = solved.frozen[components]
+            frozen += _frozen(leaves[i], axis, components[stays], solved)
+            for index in np.flatnonzero(~stays):
+                channels[int(components[index])].append((rank, axis, int(index)))
 
     families: dict[tuple[_AxisKey, ...], list[int]] = defaultdict(list)
-    for component, positions in channels.items():
-        families[tuple((rank, axis) for rank, axis, _ in positions)].append(component)
+    for channel, positions in channels.items():
+        families[tuple((rank, axis) for rank, axis, _ in positions)].append(channel)
     consumed = _consumed(labels)
     groups: dict[str, Group] = {}
     owner = np.full(len(solved.frozen), -1)
@@ -206,8 +229,8 @@ def _slots(
         columns[key].append(column)
     slots = []
     for (i, axis), which in columns.items():
-        line = ins[i].labels[axis]
-        role = "in" if consumed[line[indices[0, which[0]]]] else "out"
+        line = np.asarray(ins[i].labels[axis])
+        role: Role = "in" if consumed[line[indices[0, which[0]]]] else "out"
         slots.append(Slot(leaves[i].path, axis, indices[:, which], role))
     return tuple(slots)
 

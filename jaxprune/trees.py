@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks, cuts and scalings of pytrees: pure functions of (graph, keep, tree).
 
-A tree is anything that carries the variables' key paths: the variables, their gradients,
-an optimiser state, a moving average. A leaf belongs to the variable whose key path its
-own ends with (`opt_state[0].mu['params']['conv']['kernel']`); a tree over one collection
-alone (`variables['params']`) matches too. All other leaves are passed on, not copied.
+A tree is anything that carries the variables' key paths: the variables, their
+gradients, an optimiser state, a moving average. A leaf belongs to the variable whose
+key path its own ends with (`opt_state[0].mu['params']['conv']['kernel']`); a tree over
+one collection alone (`variables['params']`) matches too. All other leaves are passed
+on, not copied.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from jaxprune.base import (
     PyTree,
     Scores,
     Slot,
+    key_path,
     path_str,
 )
 
@@ -78,7 +80,7 @@ def shrink(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
 
 
 def expand(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
-    """The inverse of `shrink`: zeros where channels were cut out, so `mask`'s result."""
+    """The inverse of `shrink`: zeros where channels were cut; `mask`'s result."""
     keep = check_keep(graph, keep, concrete=True)
 
     def grow(leaf: Leaf, cuts: _Cuts, x: Any) -> Any:
@@ -253,8 +255,8 @@ def _check_channels(group: Group, value: Any, concrete: bool) -> Any:
         )
     if value.dtype != bool:
         raise GraphError(
-            f"group {group.name!r}: a keep is bool, this one is {value.dtype}; for soft "
-            "masks see jaxprune.gate"
+            f"group {group.name!r}: a keep is bool, this one is {value.dtype}; for "
+            "soft masks see jaxprune.gate"
         )
     if isinstance(value, np.ndarray) and not value.any():
         raise GraphError(
@@ -314,21 +316,6 @@ def _index(graph: Graph) -> _Index:
     return _Index(cuts, by_path, longest, collections)
 
 
-def key_path(keys: tuple[Any, ...]) -> Path:
-    """JAX's key path as plain strings; wrappers of nnx variables leave no trace."""
-    names = []
-    for key in keys:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                names.append(str(getattr(key, attribute)))
-                break
-        else:
-            names.append(str(key))
-    while names and names[-1] in ("value", "raw_value") and len(names) > 1:
-        names.pop()
-    return tuple(names)
-
-
 def _map(
     graph: Graph,
     f: Callable[[Leaf, _Cuts, Any], Any],
@@ -386,9 +373,10 @@ def _check_shape(leaf: Leaf, path: Path, seen: tuple, wanted: tuple) -> None:
 
 
 def _check_complete(graph: Graph, index: _Index, found: dict[Path, set[int]]) -> None:
-    """A tree of variables has every leaf that a group touches, collection by collection.
+    """A tree of variables has every leaf that a group touches, in each collection.
 
-    Optimiser states (their key paths hold named fields) may lack some: optax masks them.
+    Optimiser states (their key paths hold named fields) may lack some: optax masks
+    them.
     """
     for context, numbers in found.items():
         collections = {graph.leaves[n].path[0] for n in numbers}
@@ -429,10 +417,11 @@ def _axis_values(
         for group, slot in slots:
             line[slot.indices] = values[group][:, None]
         return line
-    line = jnp.full(length, rest, dtype)
+    traced = jnp.full(length, rest, dtype)
     for group, slot in slots:
-        line = line.at[slot.indices].set(jnp.asarray(values[group], dtype)[:, None])
-    return line
+        new = jnp.asarray(values[group], dtype)[:, None]
+        traced = traced.at[slot.indices].set(new)
+    return traced
 
 
 def _along(line: Any, axis: int, ndim: int) -> Any:

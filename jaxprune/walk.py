@@ -118,8 +118,8 @@ def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape
             outs, aux = result if isinstance(result, tuple) else (result, None)
         nodes.append(Node(eqn, values, tuple(outs), aux))
         env.update(zip(eqn.outvars, outs))
-    outs = tuple(read(atom) for atom in program.outvars)
-    return Tape(program, consts, tuple(nodes), tuple(ins), outs)
+    ends = tuple(read(atom) for atom in program.outvars)
+    return Tape(program, consts, tuple(nodes), tuple(ins), ends)
 
 
 def run(
@@ -213,5 +213,5 @@ def has_jaxpr(eqn: jx.Eqn) -> bool:
 
 def _note_use(labels: Labels, values: Sequence[Value]) -> None:
     for value in values:
-        if value.leaf is not None:
+        if value.leaf is not None and value.leaf >= 0:
             labels.first_use.setdefault(value.leaf, len(labels.first_use))

@@ -46,9 +46,9 @@ def _rewrite_remat(cut: Cut) -> list[Any]:
     return body(*cut.args)
 
 
-# Custom derivatives. JAX derives the dense equation; the programs that come out, tangents
-# for custom_jvp, residuals and cotangents for custom_vjp, are cut as the primal one is.
-# So relu'(0) stays 0, and a rule's own choice of residuals is kept.
+# Custom derivatives. JAX derives the dense equation; the programs that come out,
+# tangents for custom_jvp, residuals and cotangents for custom_vjp, are cut as the
+# primal one is. So relu'(0) stays 0, and a rule's own choice of residuals is kept.
 
 
 def _rewrite_custom_jvp(cut: Cut) -> list[Any]:
@@ -165,12 +165,12 @@ def _plan(
 ) -> tuple[Tape, Callable[[Value], Kept], Any]:
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
     program, shapes = jx.trace(dense, *structs)
-    kept_in = [cut.kept(v) for v in ins] if kept is None else kept
-    kept_out: list[Kept | None] = [cut.kept(v) for v in outs]
+    kept_in = [cut.kept(v) for v in ins] if kept is None else list(kept)
+    kept_out: list[Kept | None] = [*map(cut.kept, outs)]
     kept_out += [None] * (len(program.outvars) - len(outs))
     fills = [tuple(v.removed(a) for a in range(len(v.labels))) for v in ins]
     tape, resolve = plan(
-        program, list(kept_in), kept_out, fills, cut.rules, str(jx.Site(cut.eqn))
+        program, kept_in, kept_out, fills, cut.rules, str(jx.Site(cut.eqn))
     )
     return tape, resolve, shapes
 
@@ -186,9 +186,9 @@ def plan(
 ) -> tuple[Tape, Callable[[Value], Kept]]:
     """Analyse a program of which it is known what is kept at its ends.
 
-    kept_out None leaves an output to the analysis. Returns the tape and the function that
-    says what is kept of any value in it. Raises GraphError where the program ties a
-    removed index to one that stays.
+    kept_out None leaves an output to the analysis. Returns the tape and the function
+    that says what is kept of any value in it. Raises GraphError where the program ties
+    a removed index to one that stays.
     """
     labels = Labels(exact=exact)
     ins, ends = [], []
@@ -197,9 +197,9 @@ def plan(
         ins.append(value)
         ends += seeds
     tape = analyse(Context(labels, rules), program, ins)
-    for var, kept, value in zip(program.outvars, kept_out, tape.outs):
-        if kept is not None:
-            seed, seeds = _seed(labels, var.aval.shape, kept, (None,) * len(kept))
+    for var, end, value in zip(program.outvars, kept_out, tape.outs):
+        if end is not None:
+            seed, seeds = _seed(labels, var.aval.shape, end, (None,) * len(end))
             ends += seeds
             for a, b in zip(value.labels, seed.labels):
                 labels.unify(a, b, f"an output of {name}")
@@ -235,8 +235,8 @@ def _resolver(
     if len(both):
         cause = solved.causes.get(int(both[0]), "other channels that stay")
         raise GraphError(
-            f"in {name}, {len(both)} removed channels are tied to {cause}; keep them, or "
-            "trace the function in this mode"
+            f"in {name}, {len(both)} removed channels are tied to {cause}; keep them, "
+            "or trace the function in this mode"
         )
     cache: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
 

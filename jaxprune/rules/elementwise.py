@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Value
-from jaxprune.walk import Context, Cut, Rule
+from jaxprune.walk import Context, Cut, Rule, freeze_all
 
 _NUMPY: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
@@ -55,17 +55,10 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "tanh": np.tanh,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
 }
-_SAME = (
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "name",
-    "optimization_barrier",
-    "psum",
-    "psum_invariant",
-    "pvary",
-    "reduce_precision",
-    "stop_gradient",
+_SAME = ("convert_element_type", "copy", "name", "reduce_precision", "stop_gradient")
+_EACH = (
+    *("copy_p", "device_put", "mesh_cast", "optimization_barrier", "psum"),
+    *("psum_invariant", "pvary", "reshard", "sharding_constraint"),
 )
 _OPAQUE = (
     *("acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt"),
@@ -117,7 +110,9 @@ def _at(eqn: jx.Eqn, i: int, value: Value, axis: int, length: int) -> float | No
 def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
     """The primitive at known numbers; None where the result is not known."""
     name = eqn.primitive.name
-    if name in ("mul", "and") and 0.0 in numbers or name == "div" and numbers[0] == 0:
+    if name in ("mul", "and") and 0.0 in numbers:
+        return 0.0
+    if name == "div" and numbers[0] == 0 and numbers[1] != 0:
         return 0.0
     if name == "select_n" and None not in numbers[1:] and len(set(numbers[1:])) == 1:
         return numbers[1]
@@ -138,7 +133,7 @@ def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
 
 
 def _leaf(eqn: jx.Eqn, ins: Sequence[Value]) -> int | None:
-    """A variable that was only cast or scaled is still that variable."""
+    """A variable (or the input) that was only cast or scaled is still that."""
     whole = [v for v, a in zip(ins, eqn.invars) if np.prod(a.aval.shape) > 1]
     return whole[0].leaf if len(whole) == 1 else None
 
@@ -149,10 +144,21 @@ def _analyse_each(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[V
     return list(ins)
 
 
+def _analyse_bitcast(
+    context: Context, eqn: jx.Eqn, ins: Sequence[Value]
+) -> list[Value]:
+    """The same bytes as another type: elementwise where the widths agree."""
+    if eqn.invars[0].aval.shape != eqn.outvars[0].aval.shape:
+        return freeze_all(context, eqn, ins)
+    zero = tuple(0.0 if f == 0 else None for f in ins[0].fill)
+    return [ins[0]._replace(fill=zero, const=None)]
+
+
 def _rewrite(cut: Cut) -> list[Any]:
     return cut.bind()
 
 
 RULES = {name: Rule(_analyse, _rewrite) for name in (*_NUMPY, *_SAME, *_OPAQUE)}
-for _name in ("optimization_barrier", "psum", "psum_invariant", "pvary", "copy_p"):
+RULES["bitcast_convert_type"] = Rule(_analyse_bitcast, _rewrite)
+for _name in _EACH:
     RULES[_name] = Rule(_analyse_each, _rewrite)

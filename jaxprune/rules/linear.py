@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.base import WINDOW
-from jaxprune.labels import Axis, RawTerm, Value
+from jaxprune.base import INPUT, WINDOW
+from jaxprune.labels import FROM_INPUT, Axis, RawTerm, Value
 from jaxprune.walk import Context, Cut, Rule, freeze_all
 
 
@@ -26,9 +26,11 @@ def _contract(
     labels = context.labels
     axes = [value.labels[axis] for value, axis in (a, b)]
     for (value, _), axis in zip((a, b), axes):
-        if value.leaf is not None and axis is not None:
+        if value.leaf not in (None, FROM_INPUT) and axis is not None:
             labels.consumed.append(axis)
-    tied = labels.unify(*axes, jx.Site(eqn))
+    from_input = FROM_INPUT in (a[0].leaf, b[0].leaf)
+    cause = INPUT if from_input else jx.Site(eqn)
+    tied = labels.unify(axes[0], axes[1], cause)
     if 0.0 not in (a[0].removed(a[1]), b[0].removed(b[1])):
         labels.inexact(tied, jx.Site(eqn))
     return tied
@@ -49,14 +51,20 @@ def _add_terms(
     """2 x (output elements) x (summed indices) FLOPs; the output's bytes."""
     out = eqn.outvars[0].aval
     written = list(zip(out.shape, value.labels))
-    for kind, factor, axes in (
-        ("flops", 2 * scale, written + summed),
-        ("activation_bytes", out.dtype.itemsize, written),
+    for flops, factor, axes in (
+        (True, 2 * scale, written + summed),
+        (False, out.dtype.itemsize, written),
     ):
         fixed = math.prod(n for n, axis in axes if axis is None)
         loose = tuple(axis for _, axis in axes if axis is not None)
-        name = eqn.primitive.name
-        context.labels.terms.append(RawTerm(kind, round(factor * fixed), loose, name))
+        context.labels.terms.append(
+            RawTerm(
+                "flops" if flops else "activation_bytes",
+                round(factor * fixed),
+                loose,
+                eqn.primitive.name,
+            )
+        )
 
 
 def _dot_general(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -120,7 +128,7 @@ def _conv(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
 def _grouped(
     context: Context, eqn: jx.Eqn, image: Axis, kernel: Value, groups: int
 ) -> Axis:
-    """Whole groups go: input c and outputs of its group; depthwise, one channel each."""
+    """Whole groups go, inputs and outputs; depthwise, a group is one channel."""
     dims = eqn.params["dimension_numbers"]
     to, of = dims.rhs_spec[:2]
     labels, out = context.labels, kernel.labels[to]
@@ -135,7 +143,7 @@ def _grouped(
 
 
 def _positions(eqn: jx.Eqn) -> float:
-    """Positions at which the window is applied, as a share of the output's.
+    """Positions at which the window is applied, over those of the output.
 
     A transposed convolution applies it once per input position.
     """

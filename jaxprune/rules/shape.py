@@ -107,7 +107,7 @@ def _slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
 
 def _part(context: Context, eqn: jx.Eqn, axis: Axis, part: Axis) -> Axis:
     """Part of an axis; one index alone is an axis that cannot vanish, so it stays."""
-    if part is None or len(part) > 1 or len(axis) == 1:
+    if axis is None or part is None or len(part) > 1 or len(axis) == 1:
         return part
     context.labels.freeze(part, jx.Site(eqn))
     return None
@@ -123,10 +123,10 @@ def _rewrite_slice(cut: Cut) -> list[Any]:
     (x,) = cut.args
     windows = _windows(cut.eqn)
     starts, limits, strides = [], [], []
-    for axis, (w, kept) in enumerate(zip(windows, cut.kept_in(0))):
+    for w, kept in zip(windows, cut.kept_in(0)):
         plain = kept is None
         starts.append(w.start if plain else 0)
-        limits.append(w.stop if plain else len(kept))
+        limits.append(w.stop if kept is None else len(kept))
         strides.append((w.step or 1) if plain else 1)
     x = jax.lax.slice(x, starts, limits, strides)
     for axis, (w, kept) in enumerate(zip(windows, cut.kept_in(0))):
@@ -146,11 +146,11 @@ def _split(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     ends = np.cumsum(eqn.params["sizes"])[:-1]
     length = eqn.invars[0].aval.shape[along]
     axis = value.labels[along]
-    axis = np.zeros(length, int) if axis is None else axis
+    parts = np.split(np.zeros(length, int) if axis is None else axis, ends)
     pieces = []
-    for part in np.split(axis, ends):
+    for part in parts:
         labels = list(value.labels)
-        labels[along] = _part(context, eqn, axis, part) if len(part) else None
+        labels[along] = None if axis is None else _part(context, eqn, axis, part)
         pieces.append(value._replace(labels=tuple(labels), leaf=None))
     return pieces
 
@@ -262,14 +262,15 @@ def _reshape_block(
 ) -> None:
     old = [eqn.invars[0].aval.shape[a] for a in olds]
     new = [eqn.outvars[0].aval.shape[a] for a in news]
-    loose = [a for a in olds if value.labels[a] is not None]
-    for a in loose[:-1]:
-        context.labels.freeze(value.labels[a], jx.Site(eqn))
+    lines = [(a, value.labels[a]) for a in olds]
+    loose = [(a, line) for a, line in lines if line is not None]
+    for _, fixed_line in loose[:-1]:
+        context.labels.freeze(fixed_line, jx.Site(eqn))
     if not loose:
         return
-    last = loose[-1]
+    last, line = loose[-1]
     place = [-1 if a == last else 1 for a in olds]
-    merged = np.broadcast_to(value.labels[last].reshape(place), old).ravel()
+    merged = np.broadcast_to(np.reshape(line, place), old).ravel()
     if len(news) == 1:
         labels[news[0]], fill[news[0]] = merged, value.fill[last]
         return
@@ -279,8 +280,8 @@ def _reshape_block(
         axis = max(range(len(new)), key=lambda a: (new[a], a))
     lines = np.moveaxis(grid, axis, -1).reshape(-1, new[axis])
     if not (lines == lines[:1]).all():
-        for line in lines[1:]:
-            context.labels.unify(lines[0], line, jx.Site(eqn))
+        for other in lines[1:]:
+            context.labels.unify(lines[0], other, jx.Site(eqn))
     labels[news[axis]], fill[news[axis]] = lines[0], value.fill[last]
 
 
@@ -342,8 +343,8 @@ def _gather(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     value, dims = ins[0], eqn.params["dimension_numbers"]
     if getattr(dims, "operand_batching_dims", ()):
         return freeze_all(context, eqn, ins)
-    for axis in ins[1].labels:
-        context.labels.freeze(axis, jx.Site(eqn))
+    for line in ins[1].labels:
+        context.labels.freeze(line, jx.Site(eqn))
     shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
     out = fixed(len(eqn.outvars[0].aval.shape))
     labels, fill = list(out.labels), list(out.fill)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prune`: trace, score, select, shrink and slim in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+
+from jaxprune.base import Apply, PyTree
+from jaxprune.budget import Budget
+from jaxprune.criteria import Criterion, Loss, score
+from jaxprune.measures import magnitude
+from jaxprune.pruned import Pruned
+from jaxprune.select import select
+from jaxprune.slim import slim
+from jaxprune.trace import trace
+from jaxprune.trees import shrink
+
+
+def prune(
+    apply: Apply,
+    variables: PyTree,
+    *inputs: Any,
+    budget: Budget,
+    criterion: Criterion | None = None,
+    loss: Loss | None = None,
+    batches: Iterable[Any] | None = None,
+    key: jax.Array | None = None,
+    multiple_of: int = 1,
+    min_channels: int = 1,
+    scope: Literal["global", "local"] = "global",
+    overrides: Mapping[str, float | bool] | None = None,
+    exact: bool = True,
+    apply_options: Mapping[str, Any] | None = None,
+) -> Pruned:
+    """Prune a trained network to a budget: all of the core in one call.
+
+    apply, variables, inputs: as for `trace`, which also takes `exact` and, by keyword,
+    `apply_options` (such as {'train': False}). criterion (`magnitude()` by default),
+    loss, batches and key: as for `score`. The rest: as for `select`.
+
+    Returns Pruned(apply, variables, graph, keep) with the slimmed apply and the shrunk
+    variables. Raises what those functions raise.
+    """
+    options = dict(apply_options or {})
+    graph = trace(apply, variables, *inputs, exact=exact, **options)
+    scores = score(
+        criterion or magnitude(),
+        graph,
+        variables,
+        loss=loss,
+        batches=batches,
+        key=key,
+    )
+    keep = select(
+        graph,
+        scores,
+        budget,
+        multiple_of=multiple_of,
+        min_channels=min_channels,
+        scope=scope,
+        overrides=overrides,
+    )
+    small = shrink(graph, keep, variables)
+    return Pruned(slim(apply, graph, keep), small, graph, keep)
