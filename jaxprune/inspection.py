@@ -254,7 +254,7 @@ def _bar(share: float, cells: int = 10) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)) -> list[str]:
-    """Rows of cells as lines: the columns in `text` to the left, numbers to the right."""
+    """Rows of cells as lines: columns in `text` to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -85,7 +85,7 @@ def write(
     opacity: float = 0.5,
     labels: bool = False,
 ) -> Iterator[Path]:
-    """Write NAME_overlay.png, the image in its classes' colours with a legend, to `out`.
+    """Write NAME_overlay.png, the image in its classes' colours and a legend, to `out`.
 
     files: as `find` returns them. labels: write NAME_labels.png too, a palette PNG
     whose values are the class numbers. Yields each overlay's path as it is written.
@@ -115,8 +115,8 @@ def classes(pruned: Any) -> tuple[list[str], list[list[int]]]:
     known = (pruned.info or {}).get("classes")
     if not known:
         raise base.CheckpointError(
-            "the saved network names no classes, so its labels have no colours; save it "
-            "with classes={'names': [...], 'colors': [[r, g, b], ...]}"
+            "the saved network names no classes, so its labels have no colours; save "
+            "it with classes={'names': [...], 'colors': [[r, g, b], ...]}"
         )
     return list(known["names"]), [list(color) for color in known["colors"]]
 

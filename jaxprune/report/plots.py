@@ -166,7 +166,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], file: Path) -> Path:
 def per_class(
     series: Mapping[str, Sequence[float | None]], classes: Sequence[str], file: Path
 ) -> Path:
-    """IoU of each class, a bar for each network of `series` (dense, pruned, scratch)."""
+    """IoU of each class, a bar for each network of `series` (dense, pruned, ...)."""
     height = 0.8 / len(series)
     figure, (ax,) = _figure(1.2 + 0.22 * len(series) * len(classes))
     y = np.arange(len(classes))

@@ -117,7 +117,8 @@ def _samples(job: Job, networks: Mapping[str, Contender]) -> None:
 
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     partial = path.with_name("samples.partial.npz")
-    np.savez_compressed(partial, **arrays)
+    named: dict[str, Any] = dict(arrays)
+    np.savez_compressed(partial, **named)
     os.replace(partial, path)
 
 
@@ -156,8 +157,8 @@ def _closing_card(evaluation: Mapping[str, Any], progress: Progress) -> None:
 
 
 def _worst(values: list[float | None], count: int) -> list[int]:
-    known = [i for i, v in enumerate(values) if v is not None]
-    return sorted(known, key=lambda i: values[i])[:count]
+    known = sorted((v, i) for i, v in enumerate(values) if v is not None)
+    return [i for _, i in known[:count]]
 
 
 def _number(value: float | None) -> str:

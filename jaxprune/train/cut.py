@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,13 @@ def _estimates(job: Job) -> list[Any]:
 def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
     prune = job.config.prune
     name = "magnitude" if prune.method == "lasso" else prune.criterion
-    criterion: Criterion = {
+    criteria: dict[str, Callable[[], Criterion]] = {
         "taylor": measures.taylor,
         "magnitude": measures.magnitude,
         "bn_scale": measures.bn_scale,
         "random": measures.random,
-    }[name]()
+    }
+    criterion = criteria[name]()
     if prune.normalize != "none":
         criterion = chain(criterion, normalize(prune.normalize))
     if prune.per_cost:
