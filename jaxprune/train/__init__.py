@@ -12,7 +12,7 @@ from jaxprune.train.config import (
     Prune,
     load_config,
 )
-from jaxprune.train.stages import run
+from jaxprune.train.stages import evaluate, run
 
 __all__ = [
     "Augment",
@@ -23,6 +23,7 @@ __all__ = [
     "Fit",
     "Network",
     "Prune",
+    "evaluate",
     "load_config",
     "run",
 ]

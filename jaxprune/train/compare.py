@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxprune.base import Apply, Cost, PyTree
 from jaxprune.train import step as steps
+from jaxprune.train.folder import write_json
 from jaxprune.train.loop import Job, confusion_of
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
@@ -41,6 +42,7 @@ def evaluate_stage(
         evaluation = json.loads(file.read_text("utf-8"))
     else:
         classes = job.splits.train.classes
+        progress.rewind("evaluate", -1)
         evaluation = {
             "classes": list(classes.names),
             "colors": [list(map(int, c)) for c in classes.colors],
@@ -50,11 +52,21 @@ def evaluate_stage(
         }
         if jax.process_index() == 0:
             _samples(job, networks)
-            partial = file.with_name(_FILE + ".partial")
-            partial.write_text(json.dumps(evaluation, indent=1), "utf-8")
-            os.replace(partial, file)
+        write_json(file, evaluation)
     _closing_card(evaluation, progress)
     return evaluation
+
+
+def as_text(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    """One network's measures of one split as lines, a class each."""
+    lines = [
+        f"{'mIoU':20} {result['miou']:.4f}",
+        f"{'global accuracy':20} {result['global_accuracy']:.4f}",
+        f"{'class accuracy':20} {result['class_accuracy']:.4f}",
+    ]
+    for name, iou in zip(names, result["per_class_iou"], strict=True):
+        lines.append(f"{'IoU ' + name:20} {_number(iou, 4)}")
+    return "\n".join(lines)
 
 
 def _measured(job: Job, contender: Contender, name: str, progress: Progress) -> dict:
@@ -66,7 +78,10 @@ def _measured(job: Job, contender: Contender, name: str, progress: Progress) -> 
     splits = {}
     for split in ("val", "test"):
         matrix = confusion_of(
-            evaluate, variables, getattr(job.splits, split), job.fit, mesh
+            evaluate,
+            variables,
+            getattr(job.splits, split),
+            job.config.evaluate.batch,
         )
         splits[split] = {**measures(matrix), "confusion": matrix.tolist()}
         row = {k: v for k, v in splits[split].items() if k != "confusion"}
@@ -84,7 +99,9 @@ def _measured(job: Job, contender: Contender, name: str, progress: Progress) -> 
 def _latency(job: Job, contender: Contender) -> dict[str, Any]:
     """Median milliseconds of a compiled call on random images, on one device."""
     f = jax.jit(lambda v, x: contender.apply(v, x, train=False))
-    found: dict[str, Any] = {"batch": job.config.evaluate.batch}
+    found: dict[str, Any] = {"1": None, "N": None, "batch": job.config.evaluate.batch}
+    if not job.config.evaluate.repeats:
+        return found
     variables = jax.device_put(contender.variables, jax.local_devices()[0])
     for name, batch in (("1", 1), ("N", job.config.evaluate.batch)):
         shape = (batch, *job.config.data.size, 3)
@@ -151,7 +168,7 @@ def _closing_card(evaluation: Mapping[str, Any], progress: Progress) -> None:
     rows.append(row("activation bytes", lambda n: share(n, "activation_bytes")))
     batch = dense["latency_ms"]["batch"]
     for key, title in (("1", "ms, batch 1"), ("N", f"ms, batch {batch}")):
-        rows.append(row(title, lambda n, k=key: f"{n['latency_ms'][k]:.1f}"))
+        rows.append(row(title, lambda n, k=key: _number(n["latency_ms"][k], 1)))
     rows.append(row("epochs", lambda n: f"{n['epochs']:g}"))
     progress.card("dense against pruned", rows, ("", *names))
 
@@ -161,5 +178,5 @@ def _worst(values: list[float | None], count: int) -> list[int]:
     return [i for _, i in known[:count]]
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _number(value: float | None, places: int = 3) -> str:
+    return "-" if value is None else f"{value:.{places}f}"

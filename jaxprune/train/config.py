@@ -208,6 +208,14 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
 
 
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote; fields that it lacks have their defaults."""
+    try:
+        return settings.from_dict(Config, json.loads(text))
+    except ValueError as error:
+        raise ConfigError(f"this is no config of a run: {error}") from error
+
+
 def differences(config: Config, default: Config | None = None) -> dict[str, Any]:
     """{'prune.ratio': value, ...} of what differs from the default config."""
     mine = settings.flatten(dataclasses.asdict(config))
@@ -218,22 +226,21 @@ def differences(config: Config, default: Config | None = None) -> dict[str, Any]
 def compare(config: Config, text: str, folder: str) -> None:
     """Raise ConfigError unless a work folder's config.json agrees with `config`."""
     try:
-        there = settings.flatten(json.loads(text))
-    except (ValueError, AttributeError) as error:
+        there = settings.flatten(dataclasses.asdict(from_json(text)))
+    except ConfigError as error:
         raise ConfigError(
-            f"{folder}/config.json is damaged ({error}); choose another --workdir"
+            f"{folder}/config.json: {error}; choose another --workdir"
         ) from error
-    here = settings.flatten(json.loads(to_json(config)))
-    default = settings.flatten(json.loads(to_json(Config())))
+    here = settings.flatten(dataclasses.asdict(config))
     changed = [
-        f"{name} (there {there.get(name, default.get(name))!r}, now {value!r})"
+        f"{name} (there {there[name]!r}, now {value!r})"
         for name, value in here.items()
-        if name not in FREE and there.get(name, default.get(name)) != value
+        if name not in FREE and there[name] != value
     ]
     if changed:
         raise ConfigError(
-            f"{folder} was made by another config: {', '.join(changed)} differ; choose "
-            "another --workdir, or set these fields back"
+            f"{folder} was made by another config: {', '.join(changed)}; choose "
+            "another --workdir, or set this back"
         )
 
 

@@ -1,265 +1,239 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prune stage: from trained variables to a keep, by the config's method."""
+"""The prune stage: from a trained network to a smaller one, in one cut or several."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import data, measures, path, sparsity
+from jaxprune import checkpoint, sparsity
 from jaxprune.base import CheckpointError, Graph, Keep, PyTree, path_str
-from jaxprune.budget import Budget
+from jaxprune.budget import Budget, measure, sizes
 from jaxprune.cost import cost
-from jaxprune.criteria import Criterion, chain, normalize, per_cost, score
-from jaxprune.select import select
+from jaxprune.slim import slim
+from jaxprune.train import choose
 from jaxprune.train import step as steps
-from jaxprune.train.loop import Job, train
+from jaxprune.train.folder import write_json
+from jaxprune.train.loop import Job, confusion_of, train
+from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
-from jaxprune.trees import check_keep
+from jaxprune.trees import check_keep, compose, shrink, shrink_graph
 
 _FILE = "prune.json"
 
 
-def prune_stage(
-    job: Job, graph: Graph, variables: PyTree, progress: Progress
-) -> tuple[dict[str, np.ndarray], PyTree]:
-    """(keep, dense variables to cut), read from prune.json where it is there."""
-    config, rows = job.config.prune, None
-    if config.method == "lasso":
-        variables = _sparsify(job, graph, variables, progress)
-    found = _read(job.workdir / _FILE, graph)
-    if found is None:
-        budget = Budget(config.budget, config.ratio)
-        if config.method == "path":
-            keep, rows = _walk(job, graph, variables, budget, progress)
-        else:
-            scores = _scores(job, graph, variables)
-            keep = select(
-                graph,
-                scores,
-                budget,
-                multiple_of=config.multiple_of,
-                min_channels=config.min_channels,
-                scope=config.scope,
-            )
-        _write(job, graph, keep, rows)
-        found = keep
-    _card(graph, found, progress)
-    return found, variables
+class Cut(NamedTuple):
+    """What stays: keep of the dense network, shrunk variables, the optimiser's state.
+
+    The last is shrunk too; None unless it is carried on.
+    """
+
+    keep: Mapping[str, np.ndarray]
+    variables: PyTree
+    carried: PyTree = None
 
 
-def _sparsify(job: Job, graph: Graph, variables: PyTree, progress: Progress) -> PyTree:
-    """Train on with the proximal group lasso (METHOD.md, equation 1)."""
-    config = job.config
-    fit = dataclasses.replace(
-        config.train, epochs=config.prune.lasso_epochs, lr=config.train.lr / 4
-    )
-    job = dataclasses.replace(job, stage="lasso", fit=fit)
-    _, rate = steps.optimizer(fit, job.total)
-    strength = config.prune.strength
-    weights = sparsity.flops_weights(graph)
-    proximal = sparsity.proximal(graph, lambda count: strength * rate(count), weights)
-    return train(dataclasses.replace(job, proximal=proximal), variables, progress)
+def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) -> Cut:
+    """Cut the dense network, `job.apply`, to the budget; resumed where it was left.
 
-
-def _logits(job: Job, variables: PyTree, batch: Any) -> Any:
-    """Logits under each batch's own statistics: masked channels spoil running ones."""
-    images = steps.scaled(batch["image"])
-    # A generator for dropout, where there is any; what it draws hardly matters here.
-    rngs = {"dropout": jax.random.key(job.config.seed)}
-    return job.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)[
-        0
-    ]
-
-
-def _validation(job: Job) -> list[Any]:
-    """The validation split; its last batch is filled with frames that do not count."""
-    batches = list(data.eval_batches(job.splits.val, job.fit.batch))
-    over = len(batches) * job.fit.batch - len(job.splits.val)
-    if over:
-        first = batches[0]["image"] if len(batches) > 1 else batches[0]["image"][:-over]
-        batches[-1]["image"][-over:] = np.resize(first, (over, *first.shape[1:]))
-    return batches
-
-
-def _loss(job: Job) -> Any:
-    classes = job.splits.train.classes
-    weights = data.class_weights(job.splits.train, job.fit.class_weights)
-    target = steps.Target(classes.ignore, weights)
-
-    def loss(variables: PyTree, batch: Any) -> Any:
-        logits = _logits(job, variables, batch)
-        return steps.cross_entropy(logits, batch["label"], target)
-
-    return loss
-
-
-def _risk(job: Job) -> Any:
-    """Per image, the share of labelled pixels that are wrong, and whether it counts."""
-    ignore = job.splits.train.classes.ignore
-
-    def risk(variables: PyTree, batch: Any) -> Any:
-        logits = _logits(job, variables, batch)
-        counted = batch["label"] != ignore
-        wrong = counted & (jnp.argmax(logits, -1) != batch["label"])
-        pixels = counted.sum((1, 2))
-        return wrong.sum((1, 2)) / jnp.maximum(pixels, 1), pixels > 0
-
-    return risk
-
-
-def _estimates(job: Job) -> list[Any]:
-    """The training batches that estimates see: whole images, in a seeded order."""
-    how = data.Augment(crop=job.config.data.size, flip=False)
-    batches = data.batches(
-        job.splits.train, batch=job.fit.batch, seed=job.config.seed, augment=how
-    )
-    return list(itertools.islice(batches, job.config.prune.batches))
-
-
-def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
+    job: of the retraining, but for its apply. Each round's result is a checkpoint of
+    the stage 'prune'; prune.json tells of the last.
+    """
     prune = job.config.prune
-    name = "magnitude" if prune.method == "lasso" else prune.criterion
-    criteria: dict[str, Callable[[], Criterion]] = {
-        "taylor": measures.taylor,
-        "magnitude": measures.magnitude,
-        "bn_scale": measures.bn_scale,
-        "random": measures.random,
-    }
-    criterion = criteria[name]()
-    if prune.normalize != "none":
-        criterion = chain(criterion, normalize(prune.normalize))
-    if prune.per_cost:
-        criterion = chain(criterion, per_cost())
-    taylor = name == "taylor"
-    return score(
-        criterion,
-        graph,
-        variables,
-        loss=_loss(job) if taylor else None,
-        batches=_estimates(job) if taylor else None,
-        key=jax.random.key(job.config.seed),
+    store = checkpoint.open_store(
+        job.workdir / "checkpoints" / "prune", keep_last=prune.rounds
     )
+    state = _sparsify(job, graph, dense, progress) if _lasso(job) else dense
+    cut = Cut(graph.full(), state.average, _carried(job, state))
+    for number in range(1, prune.rounds + 1):
+        last = number == prune.rounds
+        known = number in store.steps() and (not last or (job.workdir / _FILE).exists())
+        if known:
+            cut = _restore(store, number, graph, cut)
+        else:
+            cut = _round(job, graph, cut, number, progress)
+            text = {n: "".join("01"[int(c)] for c in k) for n, k in cut.keep.items()}
+            tree = {"variables": cut.variables}
+            store.save(number, tree, {"keep": text}, force=True)
+        if not last:
+            cut = _recover(job, graph, cut, number, progress)
+    _card(graph, cut.keep, progress)
+    return cut
 
 
-def _walk(
-    job: Job, graph: Graph, variables: PyTree, budget: Budget, progress: Progress
-) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    config = job.config.prune
+def _lasso(job: Job) -> bool:
+    return job.config.prune.method == "lasso"
 
-    def said(step: path.Step) -> None:
-        share = step.cost.flops / cost(graph).flops
-        risk = f"{step.risk:.4f} ± {step.stderr:.4f}"
-        progress.note(f"prune: {share:6.1%} of the FLOPs, risk {risk}")
 
-    walked = path.prune_path(
-        graph,
-        variables,
-        _loss(job),
-        _estimates(job),
-        risk=_risk(job),
-        validation=_validation(job),
-        block=config.block,
-        until=budget if config.choose == "budget" else None,
-        kind=config.budget if config.budget != "channels" else "flops",
-        multiple_of=config.multiple_of,
-        min_channels=config.min_channels,
-        on_step=said,
+def _carried(job: Job, state: steps.State) -> PyTree:
+    return state.opt_state if job.config.prune.carry_optimizer else None
+
+
+def _sparsify(
+    job: Job, graph: Graph, dense: steps.State, progress: Progress
+) -> steps.State:
+    """Train on with the proximal group lasso (METHOD.md, equation 1)."""
+    prune, fit = job.config.prune, job.config.train
+    fit = dataclasses.replace(fit, epochs=prune.lasso_epochs, lr=fit.lr / 4, warmup=0.0)
+    job = dataclasses.replace(job, stage="lasso", fit=fit, teacher=None)
+    _, rate = steps.optimizer(fit, job.total)
+    weights = sparsity.flops_weights(graph)
+    proximal = sparsity.proximal(graph, lambda n: prune.strength * rate(n), weights)
+    job = dataclasses.replace(job, proximal=proximal, carried=_carried(job, dense))
+    return train(job, dense.average, progress)
+
+
+def _round(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
+    """One cut of what the rounds before have left, and its validation row."""
+    prune = job.config.prune
+    smaller = shrink_graph(graph, cut.keep)
+    here = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
+    keep = _decided(job, cut.keep) if number == prune.rounds else None
+    rows = None
+    if keep is None:
+        # Equal factors: each round leaves the same fraction of the one before.
+        whole = measure(graph, prune.budget, sizes(graph))
+        now = measure(smaller, prune.budget, sizes(smaller))
+        ratio = min(prune.ratio ** (number / prune.rounds) * float(whole / now), 1.0)
+        budget = Budget(prune.budget, ratio)
+        keep, rows = choose.choose(here, smaller, cut.variables, budget, progress)
+    variables, carried = shrink(smaller, keep, (cut.variables, cut.carried))
+    keep = compose(cut.keep, keep)
+    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, keep))
+    variables = _restated(slimmed, variables)
+    evaluate = jax.jit(
+        steps.make_evaluate(slimmed.apply, job.splits.val.classes.ignore)
     )
-    rule: Any = budget if config.choose == "budget" else config.choose
-    chosen = walked.select(rule)
-    rows = [
-        {
-            "alpha": float(s.alpha),
-            "flops": int(s.cost.flops),
-            "params": int(s.cost.params),
-            "risk": float(s.risk),
-            "stderr": float(s.stderr),
-            "chosen": s is chosen,
-        }
-        for s in walked.steps
-    ]
-    return chosen.keep, rows
+    found = measures(
+        confusion_of(evaluate, variables, job.splits.val, job.config.evaluate.batch)
+    )
+    progress.rewind("prune", number - 1)
+    progress.append({"stage": "prune", "step": number, "split": "val", **found})
+    progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")
+    if number == prune.rounds and not (job.workdir / _FILE).exists():
+        _write(job, graph, keep, rows)
+    return Cut(keep, variables, carried)
+
+
+def _decided(job: Job, before: Keep) -> dict[str, np.ndarray] | None:
+    """The last round's keep, where prune.json has it already, of what `before` left."""
+    file = job.workdir / _FILE
+    if not file.exists():
+        return None
+    try:
+        text = json.loads(file.read_text("utf-8"))["keep"]
+        keep = {n: np.array([c == "1" for c in line]) for n, line in text.items()}
+        return {n: keep[n][before[n]] for n in before}
+    except (ValueError, KeyError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}); delete it to prune again"
+        ) from error
+
+
+def _restated(job: Job, variables: PyTree) -> PyTree:
+    """The variables with batch statistics of the network as it is now."""
+
+    @jax.jit
+    def see(variables: PyTree, batch: Any) -> PyTree:
+        images = steps.scaled(batch["image"])
+        rngs = {"dropout": jax.random.key(job.config.seed)}
+        _, updated = job.apply(
+            variables, images, train=True, mutable=["batch_stats"], rngs=rngs
+        )
+        return {**variables, **updated}
+
+    for batch in choose.estimates(job, job.config.prune.statistics):
+        variables = see(variables, batch)
+    return jax.tree.map(np.asarray, variables)
+
+
+def _recover(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
+    """Retrain for a while between two cuts."""
+    fit = job.config.retrain
+    epochs = job.config.prune.recovery_epochs
+    fit = dataclasses.replace(fit, epochs=epochs, warmup=min(fit.warmup, epochs))
+    job = dataclasses.replace(
+        job,
+        stage=f"recover{number}",
+        apply=slim(job.apply, graph, cut.keep),
+        fit=fit,
+        carried=cut.carried,
+    )
+    state = train(job, cut.variables, progress)
+    return Cut(cut.keep, state.average, _carried(job, state))
+
+
+def _restore(store: checkpoint.Store, number: int, graph: Graph, before: Cut) -> Cut:
+    meta = store.meta(number)
+    keep = {n: np.array(list(text)) == "1" for n, text in meta["keep"].items()}
+    keep = check_keep(graph, keep, concrete=True)
+    smaller = shrink_graph(graph, before.keep)
+    more = {n: keep[n][before.keep[n]] for n in keep}
+    small = shrink(smaller, more, (before.variables, before.carried))
+    tree, _ = store.restore(number, {"variables": small[0]})
+    return Cut(keep, jax.tree.map(np.asarray, tree["variables"]), small[1])
 
 
 def _write(job: Job, graph: Graph, keep: Keep, rows: Any) -> None:
     """prune.json: the keep, widths before and after, what is frozen, the path."""
+    full, dense = graph.full(), cost(graph).flops
     groups = []
     for name, group in graph.groups.items():
-        alone = {n: keep[n] if n == name else k for n, k in graph.full().items()}
-        removed = 1 - cost(graph, alone).flops / cost(graph).flops
+        alone = cost(graph, {**full, name: keep[name]}).flops
         groups.append(
             {
                 "name": name,
                 "before": group.size,
                 "after": int(np.sum(keep[name])),
                 "exact": group.exact,
-                "flops_share_removed": removed,
+                "flops_share_removed": 1 - alone / dense if dense else 0.0,
             }
         )
-    frozen = [{**dataclasses.asdict(f), "path": path_str(f.path)} for f in graph.frozen]
-    text = json.dumps(
-        {
-            "method": job.config.prune.method,
-            "keep": {n: "".join("01"[int(c)] for c in k) for n, k in keep.items()},
-            "groups": groups,
-            "frozen": frozen,
-            "path": rows,
-        },
-        indent=1,
-    )
-    if jax.process_index() == 0:
-        partial = job.workdir / (_FILE + ".partial")
-        partial.write_text(text, "utf-8")
-        os.replace(partial, job.workdir / _FILE)
+    document = {
+        "method": _described(job),
+        "keep": {n: "".join("01"[int(c)] for c in k) for n, k in keep.items()},
+        "groups": groups,
+        "frozen": [
+            {**dataclasses.asdict(f), "path": path_str(f.path)} for f in graph.frozen
+        ],
+        "path": rows,
+    }
+    write_json(job.workdir / _FILE, document)
 
 
-def _read(file: Path, graph: Graph) -> dict[str, np.ndarray] | None:
-    if not file.exists():
-        return None
-    try:
-        text = json.loads(file.read_text("utf-8"))["keep"]
-        keep = {n: np.array([c == "1" for c in line]) for n, line in text.items()}
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file} is damaged ({error}); delete it to prune again"
-        ) from error
-    return check_keep(graph, keep)
+def _described(job: Job) -> str:
+    prune = job.config.prune
+    method = prune.criterion if prune.method == "criterion" else prune.method
+    rounds = f", {prune.rounds} rounds" if prune.rounds > 1 else ""
+    return f"{method}, {prune.budget} to {prune.ratio:.0%}{rounds}"
 
 
 def _card(graph: Graph, keep: Keep, progress: Progress) -> None:
+    """By group, the width before and after, and its share of the FLOPs removed."""
+    dense, small, full = cost(graph), cost(graph, keep), graph.full()
     rows = []
     for name, group in graph.groups.items():
         after = int(np.sum(keep[name]))
         bar = "█" * round(10 * after / group.size)
+        alone = 1 - cost(graph, {**full, name: keep[name]}).flops / max(dense.flops, 1)
         exact = "" if group.exact else "not exact"
-        rows.append((name, f"{group.size}", f"{after}", f"{bar:10}", exact))
-    dense, small = cost(graph), cost(graph, keep)
-    rows.append(
-        (
-            "FLOPs",
-            f"{dense.flops / 1e9:.3f} G",
-            f"{small.flops / 1e9:.3f} G",
-            f"{small.flops / dense.flops:.1%}",
-            "",
+        rows.append(
+            (name, str(group.size), str(after), f"{bar:10}", f"-{alone:.1%}", exact)
         )
-    )
-    rows.append(
-        (
-            "parameters",
-            f"{dense.params:,}",
-            f"{small.params:,}",
-            f"{small.params / dense.params:.1%}",
-            "",
-        )
-    )
-    progress.card("pruned", rows, ("group", "before", "after", "", ""))
+    for title, field in (("FLOPs", "flops"), ("parameters", "params")):
+        before, after = getattr(dense, field), getattr(small, field)
+        stays = f"{after / max(before, 1):.1%}"
+        rows.append((title, f"{before:,}", f"{after:,}", "", stays, "stay"))
+    progress.card("pruned", rows, ("group", "before", "after", "", "FLOPs", ""))
+    causes: dict[str, list[str]] = {}
+    for frozen in graph.frozen:
+        where = f"{path_str(frozen.path)} axis {frozen.axis}"
+        causes.setdefault(frozen.cause, []).append(where)
+    for cause, places in causes.items():
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        progress.note(f"not cut, because of {cause}: {places[0]}{more}")

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -17,19 +14,16 @@ import numpy as np
 import optax
 
 from jaxprune import checkpoint, data
-from jaxprune.base import Apply, DataError, PyTree
+from jaxprune.base import Apply, CheckpointError, JaxpruneError, PyTree
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config, Fit
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
+from jaxprune.train.stopping import Stop, stoppable
 
 
-class NonFinite(FloatingPointError):
-    """The loss is not a number any more."""
-
-
-class Preempted(SystemExit):
-    """SIGTERM: the state is saved, and the same command goes on from it."""
+class NonFinite(JaxpruneError, FloatingPointError):
+    """The loss or its gradient is not a number any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +39,8 @@ class Splits:
 class Job:
     """One training: who is trained, on what, and where it is kept.
 
-    `stage` names its checkpoints and rows; `teacher` is (apply, variables) or None.
+    `stage` names its checkpoints and rows; `teacher` is (apply, variables) or None;
+    `carried` the optimiser state that it goes on from, or None.
     """
 
     stage: str
@@ -56,6 +51,7 @@ class Job:
     workdir: Path
     teacher: tuple[Apply, PyTree] | None = None
     proximal: optax.GradientTransformation | None = None
+    carried: PyTree = None
 
     @property
     def per_epoch(self) -> int:
@@ -64,80 +60,110 @@ class Job:
 
     @property
     def total(self) -> int:
+        """Steps in all."""
         return round(self.per_epoch * self.fit.epochs)
 
 
-def train(job: Job, variables: PyTree, progress: Progress) -> PyTree:
-    """Train from `variables`, or on from the newest checkpoint; the averaged variables.
+def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
+    """Train from `variables`, or on from the newest checkpoint; the state, in NumPy.
 
-    Saves every `save_every` epochs, at the end, and on SIGTERM (then exits with 143).
+    Saves every `save_every` epochs, at the end, and on SIGTERM or Ctrl-C (then exits).
     Raises NonFinite that names the step and the last good checkpoint.
     """
     store = checkpoint.open_store(job.workdir / "checkpoints" / job.stage)
     tx, rate = steps.optimizer(job.fit, job.total, job.proximal)
     mesh = steps.make_mesh()
     whole = steps.replicated(mesh)
-    state = jax.device_put(steps.init_state(variables, tx), whole)
+    state = jax.device_put(steps.init_state(variables, tx, job.carried), whole)
+    losses: list[float] = []
     if store.latest() is not None:
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-        )
-        state, meta = store.restore(None, like, fallback=True)
-        if meta["step"] < job.total:
-            progress.note(f"{job.stage}: resumed at step {meta['step']} of {job.total}")
+        state, losses = _restore(store, state)
+        if int(state.step) < job.total:
+            progress.note(f"{job.stage}: resumed at step {state.step} of {job.total}")
     start = int(state.step)
     progress.rewind(job.stage, start)
     if start < job.total:
-        with _terminated() as asked, mesh_context(mesh):
-            state = _run(job, tx, rate, mesh, store, state, start, progress, asked)
-    return jax.tree.map(np.asarray, state.average)
+        with stoppable() as stop, jax.set_mesh(mesh):
+            try:
+                state = _run(job, tx, rate, store, state, losses, progress, stop)
+            finally:
+                progress.finish()
+    return jax.tree.map(np.asarray, state)
+
+
+def _restore(store: checkpoint.Store, state: Any) -> tuple[steps.State, list[float]]:
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    try:
+        state, meta = store.restore(None, like)
+    except CheckpointError as error:
+        folder = store.directory / str(store.latest())
+        raise CheckpointError(
+            f"{error}. To go on from the step before, delete {folder}"
+        ) from error
+    return state, list(meta.get("losses", []))
 
 
 def _run(
     job: Job,
     tx: optax.GradientTransformation,
     rate: optax.Schedule,
-    mesh: jax.sharding.Mesh,
     store: checkpoint.Store,
     state: steps.State,
-    start: int,
+    losses: list[float],
     progress: Progress,
-    asked: list[int],
+    stop: Stop,
 ) -> steps.State:
+    """The loop. `losses`: of the steps of this epoch so far."""
+    mesh = steps.make_mesh()
     step, evaluate = _functions(job, tx)
     teacher = None
     if job.teacher is not None and job.config.distill.weight:
         teacher = jax.device_put(job.teacher[1], steps.replicated(mesh))
+    start = int(state.step)
     batches = _batches(job, start)
     key = jax.random.key(job.config.seed)
     progress.start(job.stage, start, job.total, job.per_epoch, job.fit.batch)
-    compiled = time.perf_counter()
-    loss = None
-    for number in range(start, job.total):
+    began = time.perf_counter()
+    pending: Any = None
+
+    def settle() -> None:
+        """Read the loss of the step before: the device works on the next meanwhile."""
+        nonlocal pending
+        if pending is None:
+            return
+        done, loss = pending[0], float(pending[1])
+        pending = None
+        if not np.isfinite(loss):
+            raise _non_finite(job, done, store, state)
+        losses.append(loss)
+        progress.step(done, loss)
+        if done % job.per_epoch == 0 or done == job.total:
+            row = {"loss": float(np.mean(losses)), "lr": float(rate(done - 1))}
+            progress.row("train", done, row)
+            losses.clear()
+
+    for done in range(start + 1, job.total + 1):
         batch = steps.put_batch(mesh, next(batches))
-        state, new = step(state, batch, teacher, key)
-        if number == start:
-            jax.block_until_ready(new)
-            progress.compiled(time.perf_counter() - compiled)
-        # The loss is read one step late, so that the device never waits for the host.
-        if loss is not None:
-            _check(float(loss), number - 1, job, store, state)
-            progress.step(number, float(loss))
-        loss = new
-        done = number + 1
-        epoch, last = done / job.per_epoch, done == job.total
+        state, loss = step(state, batch, teacher, key)
+        if done == start + 1:
+            jax.block_until_ready(loss)
+            progress.compiled(time.perf_counter() - began)
+        settle()
+        pending = done, loss
+        last, stopping = done == job.total, stop.asked(done)
         if last or done % every(job, job.config.evaluate.every) == 0:
-            _check(float(loss), number, job, store, state)
-            matrix = confusion_of(
-                evaluate, state.average, job.splits.val, job.fit, mesh
-            )
-            row = {"epoch": epoch, "loss": float(loss), "lr": float(rate(number))}
-            progress.evaluated(job.stage, done, {**row, **measures(matrix)})
-        if asked or last or done % every(job, job.config.save_every) == 0:
-            store.save(done, state, {"epoch": epoch}, force=True)
-        if asked:
+            settle()
+            val = job.splits.val
+            matrix = confusion_of(evaluate, state.average, val, job.fit.batch)
+            progress.row("val", done, measures(matrix))
+        if stopping or last or done % every(job, job.config.save_every) == 0:
+            settle()
+            store.save(done, state, {"losses": losses}, force=True)
+        if stopping:
             progress.note(f"{job.stage}: saved step {done}; the same command resumes")
-            raise Preempted(143)
+            stop.leave()
     return state
 
 
@@ -147,6 +173,7 @@ def every(job: Job, epochs: float) -> int:
 
 
 def _functions(job: Job, tx: optax.GradientTransformation) -> tuple[Any, Any]:
+    """The jitted training step and evaluation."""
     ignore = job.splits.train.classes.ignore
     power = job.fit.class_weights
     target = steps.Target(ignore, data.class_weights(job.splits.train, power))
@@ -164,33 +191,27 @@ def _functions(job: Job, tx: optax.GradientTransformation) -> tuple[Any, Any]:
 
 
 def _batches(job: Job, start: int) -> Iterator[Any]:
-    config, count = job.config, jax.process_count()
-    if job.fit.batch % jax.device_count():
-        raise DataError(
-            f"{job.stage}: a batch of {job.fit.batch} does not divide over "
-            f"{jax.device_count()} devices"
-        )
-    how = dataclasses.replace(config.data.augment, crop=config.data.size)
+    config = job.config
     return data.batches(
         job.splits.train,
         batch=job.fit.batch,
         seed=config.seed,
-        augment=how,
+        augment=dataclasses.replace(config.data.augment, crop=config.data.size),
         start=start,
-        process=(jax.process_index(), count),
+        process=(jax.process_index(), jax.process_count()),
     )
 
 
 def confusion_of(
-    evaluate: Any, variables: PyTree, split: data.Split, fit: Fit, mesh: Any
+    evaluate: Any, variables: PyTree, split: data.Split, batch: int
 ) -> np.ndarray:
-    """int64[K, K] over a whole split."""
-    classes = len(split.classes)
+    """int64[K, K] over a whole split, `batch` images at a time (or a few more)."""
+    mesh, classes = steps.make_mesh(), len(split.classes)
     matrix = np.zeros((classes, classes), np.int64)
-    batch_size = -(-fit.batch // jax.device_count()) * jax.device_count()
+    batch = -(-batch // jax.device_count()) * jax.device_count()
     pending = None
-    for batch in data.eval_batches(split, batch_size):
-        new = evaluate(variables, steps.put_batch(mesh, _own_rows(batch)))
+    for whole in data.eval_batches(split, batch):
+        new = evaluate(variables, steps.put_batch(mesh, _own_rows(whole)))
         if pending is not None:
             matrix += np.asarray(pending)
         pending = new
@@ -205,41 +226,16 @@ def _own_rows(batch: Any) -> Any:
     return jax.tree.map(lambda x: np.split(x, count)[index], batch)
 
 
-def _check(loss: float, number: int, job: Job, store: Any, state: steps.State) -> None:
-    if np.isfinite(loss):
-        return
+def _non_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> NonFinite:
     norms = {
         "/".join(str(getattr(k, "key", k)) for k in path): float(np.linalg.norm(x))
         for path, x in jax.tree_util.tree_leaves_with_path(state.variables["params"])
     }
     largest = max(norms, key=lambda k: (not np.isfinite(norms[k]), norms[k]))
     good = store.latest()
-    saved = "no checkpoint yet" if good is None else f"the last good one is {good}"
-    raise NonFinite(
-        f"{job.stage}: the loss is {loss} at step {number} ({saved}); the largest norm "
-        f"is {largest}'s. Lower {job.stage}.lr, or look at the data"
+    saved = "there is no checkpoint yet" if good is None else f"step {good} is saved"
+    return NonFinite(
+        f"{job.stage}: the loss or its gradient is not finite at step {step} "
+        f"({saved}); the parameter with the largest norm is {largest}, "
+        f"{norms[largest]:.4g}. Start anew with a lower learning rate (lr), or clip"
     )
-
-
-def mesh_context(mesh: jax.sharding.Mesh) -> Any:
-    """The mesh as the ambient one."""
-    return jax.set_mesh(mesh)
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[list[int]]:
-    """A list that SIGTERM fills, so that the loop stops between two steps."""
-    asked: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not the main thread
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

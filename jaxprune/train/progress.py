@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 _INTERVAL = 15.0  # seconds between plain lines
+_SMOOTH = 0.95  # of the loss that is shown
 
 
 class Progress:
@@ -24,23 +29,25 @@ class Progress:
         self.console = Console(highlight=False, quiet=not speaks)
         self._live: Any = None
         self._stage, self._total, self._per_epoch, self._batch = "", 0, 1, 1
-        self._began = self._said = 0.0
+        self._began = self._said = self._shown = 0.0
         self._first = self._at = 0
-        self._best, self._score, self._loss = 0.0, 0.0, 0.0
+        self._loss: float | None = None
+        self._score = self._best = 0.0
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        self.console.print(text, soft_wrap=True)
+        self.console.print(text, soft_wrap=True, markup=False)
 
     def card(self, title: str, rows: Sequence[Sequence[str]], head: Any = None) -> None:
-        """A table with a title."""
+        """A table with a title; the first column is text, the others numbers."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=title, title_justify="left", show_header=head is not None)
         for i, name in enumerate(head or [""] * len(rows[0])):
-            table.add_column(name, justify="right" if i else "left")
+            table.add_column(name, justify="right" if i and head else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.console.print(table)
 
     def start(
@@ -49,41 +56,51 @@ class Progress:
         """A training begins, or goes on, at a step."""
         self._stage, self._total, self._per_epoch = stage, total, per_epoch
         self._batch, self._first, self._at = batch, at + 1, at
-        self._best = self._score = 0.0
+        self._loss, self._score, self._best, self._began = None, 0.0, 0.0, 0.0
         if self.console.is_terminal and self.speaks:
             from rich.live import Live
 
-            self._live = Live(console=self.console, refresh_per_second=4)
+            self._live = Live(
+                console=self.console, refresh_per_second=4, transient=True
+            )
             self._live.start()
 
     def compiled(self, seconds: float) -> None:
         """The first step is done; its time does not count in what follows."""
         self.note(f"{self._stage}: compiling took {seconds:.0f} s")
-        self._began = self._said = time.perf_counter()
+        self._began = self._said = self._shown = time.perf_counter()
 
-    def step(self, number: int, loss: float) -> None:
-        """A step's loss has arrived."""
-        self._loss = loss if self._loss == 0 else 0.95 * self._loss + 0.05 * loss
-        self._at = number
+    def step(self, done: int, loss: float) -> None:
+        """The loss of the step that makes `done` steps has arrived."""
+        before = loss if self._loss is None else self._loss
+        self._loss = _SMOOTH * before + (1 - _SMOOTH) * loss
+        self._at = done
+        now = time.perf_counter()
         if self._live is not None:
-            self._live.update(self._line())
-        elif time.perf_counter() - self._said > _INTERVAL:
-            self._said = time.perf_counter()
+            if now - self._shown > 0.2:
+                self._shown = now
+                self._live.update(self._line())
+        elif now - self._said > _INTERVAL:
+            self._said = now
             self.note(self._line())
 
-    def evaluated(self, stage: str, number: int, row: Mapping[str, Any]) -> None:
-        """The validation split was judged; a row for the file."""
-        self._score, self._best = row["miou"], max(self._best, row["miou"])
+    def row(self, split: str, done: int, values: Mapping[str, Any]) -> None:
+        """What was measured on a split at a step: to the file, and the mIoU shown."""
+        if "miou" in values:
+            self._score = values["miou"]
+            self._best = max(self._best, self._score)
         speed = {"images_per_s": round(self._rate() * self._batch, 2)}
-        self.append({"stage": stage, "step": number, "split": "val", **speed, **row})
-        if number == self._total:
-            self._at = number
-            if self._live is not None:
-                self._live.update(self._line())
-                self._live.stop()
-                self._live = None
-            else:
-                self.note(self._line())
+        epoch = {"epoch": round(done / self._per_epoch, 4)}
+        place = {"stage": self._stage, "step": done, **epoch, "split": split}
+        self.append({**place, **values, **(speed if split == "train" else {})})
+
+    def finish(self) -> None:
+        """The training ended, or was left: the last line stays, the live one goes."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._at >= self._first:
+            self.note(self._line())
 
     def append(self, row: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl."""
@@ -101,30 +118,40 @@ class Progress:
                 row = json.loads(line)
             except ValueError:  # cut short by a kill
                 continue
-            if row["stage"] != stage or row["step"] <= step:
+            if row.get("stage") != stage or row.get("step", 0) <= step:
                 rows.append(line + "\n")
         partial = self.rows.with_suffix(".partial")
         partial.write_text("".join(rows), "utf-8")
         os.replace(partial, self.rows)
 
     def _rate(self) -> float:
-        """Steps a second since the first one."""
+        """Steps a second since the first one, which was compiled."""
         elapsed = time.perf_counter() - self._began
-        return (
-            (self._at - self._first + 1) / elapsed if self._began and elapsed else 0.0
-        )
+        count = self._at - self._first
+        return count / elapsed if self._began and elapsed and count > 0 else 0.0
 
     def _line(self) -> str:
         done = self._at / max(self._total, 1)
         bar = "█" * round(20 * done) + "░" * (20 - round(20 * done))
         rate = self._rate()
-        left = (self._total - self._at) / rate if rate else 0.0
+        left = clock((self._total - self._at) / rate) if rate else "?"
+        loss = "" if self._loss is None else f"  loss {self._loss:.3f}"
         return (
             f"{self._stage:8} {bar} epoch {self._at / self._per_epoch:.1f}"
-            f"/{self._total / self._per_epoch:.0f}  loss {self._loss:.3f}  "
+            f"/{self._total / self._per_epoch:.0f}, step {self._at}{loss}  "
             f"mIoU {self._score:.3f} ({self._best:.3f})  "
-            f"{rate * self._batch:.0f} images/s  {clock(left)} left"
+            f"{rate * self._batch:.0f} images/s  {memory()}  {left} left"
         )
+
+
+def memory() -> str:
+    """The highest use so far: of the first device, or of the process on a CPU."""
+    known = jax.local_devices()[0].memory_stats() or {}
+    used = known.get("peak_bytes_in_use")
+    if used is None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{used / 2**30:.1f} GiB"
 
 
 def clock(seconds: float) -> str:

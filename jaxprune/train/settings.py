@@ -44,6 +44,24 @@ def check_types(config: Any, where: str = "") -> None:
             raise ConfigError(f"{full} = {value!r}: must be {_words(hint)}")
 
 
+def from_dict(kind: Any, record: Any) -> Any:
+    """A nested dataclass of what `dataclasses.asdict` and JSON made of it.
+
+    Raises ConfigError for what is no such record, or has a field that `kind` lacks.
+    """
+    hints = typing.get_type_hints(kind)
+    if not isinstance(record, Mapping):
+        raise ConfigError(f"{record!r} is no {kind.__name__}")
+    values = {}
+    for name, value in record.items():
+        if name not in hints:
+            raise ConfigError(unknown(name, kind, kind.__name__))
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(hints[name], value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
 def flatten(tree: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Nested dicts as one, {'a.b': value}."""
     flat: dict[str, Any] = {}

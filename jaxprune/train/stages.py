@@ -17,17 +17,19 @@ import jax
 
 import jaxprune
 from jaxprune import checkpoint, data, models
-from jaxprune.base import Graph, Keep, PyTree
+from jaxprune.base import CheckpointError, ConfigError, Graph, GraphError, PyTree
 from jaxprune.cost import cost
 from jaxprune.graph_io import graph_from_json, graph_to_json
+from jaxprune.pruned import Pruned
 from jaxprune.slim import slim
 from jaxprune.trace import trace
-from jaxprune.train import compare, cut
-from jaxprune.train import config as configs
-from jaxprune.train.config import Config, Fit, check, differences, to_json
-from jaxprune.train.loop import Job, Splits, train
+from jaxprune.train import compare, cut, folder
+from jaxprune.train import step as steps
+from jaxprune.train.compare import Contender
+from jaxprune.train.config import Config, check, differences
+from jaxprune.train.loop import Job, Splits, confusion_of, train
+from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
-from jaxprune.trees import shrink
 
 
 def run(config: Config, workdir: str | Path) -> dict[str, Any]:
@@ -38,48 +40,64 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     SIGTERM saves and exits with 143; a kill loses the steps since the last save.
     """
     check(config)
+    _check_devices(config)
     workdir = Path(os.path.abspath(workdir))
-    _claim(config, workdir)
-    progress = Progress(workdir, speaks=jax.process_index() == 0)
-    splits = load_splits(config)
+    folder.check_free(config, workdir)
+    splits = Splits(*(load_split(config, n) for n in ("train", "val", "test")))
     args = network_args(config, len(splits.train.classes))
     net = models.build(config.network.name, args)
+    folder.claim(config, workdir)
+    progress = Progress(workdir, speaks=jax.process_index() == 0)
     graph = _graph(net, config, workdir)
     _opening_card(config, graph, splits, workdir, progress)
 
     job = Job("train", net.apply, config.train, config, splits, workdir)
     key = jax.random.key(config.seed)
     dense = train(job, models.init(net, key, config.data.size), progress)
-    keep, start = cut.prune_stage(job, graph, dense, progress)
-    slimmed = slim(net.apply, graph, keep)
-    job = dataclasses.replace(
-        job,
-        stage="retrain",
-        apply=slimmed,
-        fit=config.retrain,
-        teacher=(net.apply, dense) if config.distill.weight else None,
-    )
-    pruned = train(job, shrink(graph, keep, start), progress)
+    teacher = (net.apply, dense.average) if config.distill.weight else None
+    job = dataclasses.replace(job, stage="retrain", fit=config.retrain, teacher=teacher)
+    cut_out = cut.prune_stage(job, graph, dense, progress)
+    keep = cut_out.keep
+    small = slim(net.apply, graph, keep)
+    job = dataclasses.replace(job, apply=small, carried=cut_out.carried)
+    pruned = train(job, cut_out.variables, progress).average
+
+    costs, epochs = (cost(graph), cost(graph, keep)), pruned_epochs(config)
     networks = {
-        "dense": compare.Contender(net.apply, dense, cost(graph), config.train.epochs),
-        "pruned": compare.Contender(
-            slimmed, pruned, cost(graph, keep), _epochs(config)
-        ),
+        "dense": Contender(net.apply, dense.average, costs[0], config.train.epochs),
+        "pruned": Contender(small, pruned, costs[1], epochs),
     }
     if config.scratch:
-        networks["scratch"] = _scratch(job, net, pruned, graph, keep, progress)
+        plain = models.rebuild(net, pruned)
+        fresh = _from_scratch(job, plain, epochs, progress)
+        networks["scratch"] = Contender(plain.apply, fresh, costs[1], epochs)
     evaluation = compare.evaluate_stage(job, networks, progress)
-    if jax.process_index() == 0:
-        _finish(config, workdir, net, slimmed, pruned, graph, keep, splits)
+    _save(config, args, splits, workdir, Pruned(small, pruned, graph, keep))
     progress.note(f"report: {_report(workdir)}")
     return evaluation
 
 
-def _epochs(config: Config) -> float:
+def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
+    """The pruned network of a finished run on one split of its data set.
+
+    Returns miou, global_accuracy, class_accuracy, per_class_iou and confusion. Raises
+    ConfigError or CheckpointError for a folder that holds no finished run.
+    """
+    workdir = Path(workdir)
+    config = folder.read_config(workdir)
+    pruned = checkpoint.load(workdir / "final")
+    found = load_split(config, split, evaluated=True)
+    judge = jax.jit(steps.make_evaluate(pruned.apply, found.classes.ignore))
+    matrix = confusion_of(judge, pruned.variables, found, config.evaluate.batch)
+    return {**measures(matrix), "confusion": matrix.tolist()}
+
+
+def pruned_epochs(config: Config) -> float:
     """Epochs that the pruned network has seen in all."""
     prune = config.prune
     sparse = prune.lasso_epochs if prune.method == "lasso" else 0.0
-    return config.train.epochs + sparse + config.retrain.epochs
+    recovery = prune.recovery_epochs * (prune.rounds - 1)
+    return config.train.epochs + sparse + recovery + config.retrain.epochs
 
 
 def network_args(config: Config, classes: int) -> dict[str, Any]:
@@ -95,81 +113,63 @@ def network_args(config: Config, classes: int) -> dict[str, Any]:
     return args
 
 
-def load_splits(config: Config) -> Splits:
-    """The three splits; only the training one may be stored larger."""
-    found = {}
-    for i, name in enumerate(("train", "val", "test")):
-        size = config.data.stored if name == "train" else None
-        found[name] = data.load(
-            config.data.source,
-            config.data.root,
-            name,
-            size or config.data.size,
-            config.data.cache,
-            count=config.data.counts[i] if config.data.counts else None,
-        )
-    return Splits(**found)
+def load_split(config: Config, name: str, *, evaluated: bool = False) -> data.Split:
+    """A split of the data; 'train' as stored for training, unless it is evaluated."""
+    where = config.data
+    stored = where.stored if name == "train" and not evaluated else None
+    count = where.counts and where.counts[("train", "val", "test").index(name)]
+    return data.load(
+        where.source, where.root, name, stored or where.size, where.cache, count=count
+    )
 
 
-def _claim(config: Config, workdir: Path) -> None:
-    """Write config.json, or check that the folder is this config's."""
-    path = workdir / "config.json"
-    if path.exists():
-        configs.compare(config, path.read_text("utf-8"), str(workdir))
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, to_json(config))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file all at once."""
-    if jax.process_index() == 0:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, "utf-8")
-        os.replace(partial, path)
+def _check_devices(config: Config) -> None:
+    for name in ("train", "retrain"):
+        batch, devices = getattr(config, name).batch, jax.device_count()
+        if batch % devices:
+            raise ConfigError(
+                f"{name}.batch = {batch}: must be a multiple of the {devices} devices"
+            )
 
 
 def _graph(net: Any, config: Config, workdir: Path) -> Graph:
     path = workdir / "graph.json"
     if path.exists():
-        return graph_from_json(path.read_text("utf-8"))
+        try:
+            return graph_from_json(path.read_text("utf-8"))
+        except (OSError, GraphError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}); delete it, and it is traced again"
+            ) from error
     images = jax.ShapeDtypeStruct((1, *config.data.size, 3), jax.numpy.float32)
     variables = jax.eval_shape(net.init, jax.random.key(0), images)
     graph = trace(net.apply, variables, images, train=False)
-    write_text(path, graph_to_json(graph))
+    folder.write_text(path, graph_to_json(graph))
     return graph
 
 
-def _scratch(
-    job: Job, net: Any, pruned: PyTree, graph: Graph, keep: Keep, progress: Progress
-) -> compare.Contender:
+def _from_scratch(job: Job, net: Any, epochs: float, progress: Progress) -> PyTree:
     """The pruned widths from new weights, for as many epochs as the pruned net had."""
-    small = models.rebuild(net, pruned)
-    epochs = _epochs(job.config)
-    fit: Fit = dataclasses.replace(job.fit, epochs=epochs)
+    fit = dataclasses.replace(job.fit, epochs=epochs)
     job = dataclasses.replace(
-        job, stage="scratch", apply=small.apply, fit=fit, teacher=None
+        job, stage="scratch", apply=net.apply, fit=fit, teacher=None, carried=None
     )
     key = jax.random.key(job.config.seed + 1)
-    variables = train(job, models.init(small, key, job.config.data.size), progress)
-    return compare.Contender(small.apply, variables, cost(graph, keep), epochs)
+    variables = models.init(net, key, job.config.data.size)
+    return train(job, variables, progress).average
 
 
-def _finish(
+def _save(
     config: Config,
-    workdir: Path,
-    net: Any,
-    slimmed: Any,
-    variables: PyTree,
-    graph: Graph,
-    keep: Keep,
+    args: dict[str, Any],
     splits: Splits,
+    workdir: Path,
+    pruned: Pruned,
 ) -> None:
-    """`final/`: the pruned network, which `jaxprune.load` opens."""
-    args = network_args(config, len(splits.train.classes))
+    """`final/`: the pruned network, which `jaxprune.load` opens by itself."""
     checkpoint.save(
         workdir / "final",
-        checkpoint.Pruned(slimmed, variables, graph, keep),
+        pruned,
         overwrite=True,
         network={"name": config.network.name, "args": args},
         classes=dataclasses.asdict(splits.train.classes),
@@ -195,8 +195,8 @@ def _opening_card(
             ("versions", f"python {platform.python_version()}, jax {jax.__version__}"),
             (
                 "devices",
-                f"{jax.device_count()} {jax.devices()[0].platform}, "
-                f"{jax.process_count()} process(es)",
+                f"{jax.device_count()} {jax.devices()[0].platform} in a mesh of one "
+                f"axis, {jax.process_count()} process(es)",
             ),
             ("work folder", str(workdir)),
             (

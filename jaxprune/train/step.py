@@ -60,14 +60,26 @@ def _kernels(params: PyTree) -> PyTree:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def init_state(variables: PyTree, tx: optax.GradientTransformation) -> State:
-    """The state before the first step."""
-    return State(
-        jnp.zeros((), jnp.int32),
-        variables,
-        jax.tree.map(jnp.array, variables),
-        tx.init(variables["params"]),
-    )
+def init_state(
+    variables: PyTree, tx: optax.GradientTransformation, carried: PyTree = None
+) -> State:
+    """The state before the first step.
+
+    carried: the optimiser state of an earlier chain, whose moments go on; schedules
+    start anew.
+    """
+    variables = jax.tree.map(jnp.array, variables)
+    opt_state = tx.init(variables["params"])
+    if carried is not None:
+        old = {type(part): part for part in carried}
+        opt_state = tuple(
+            part
+            if isinstance(part, optax.ScaleByScheduleState)
+            else old.get(type(part), part)
+            for part in opt_state
+        )
+    average = jax.tree.map(jnp.array, variables)
+    return State(jnp.zeros((), jnp.int32), variables, average, opt_state)
 
 
 def scaled(images: Any) -> Any:
@@ -113,7 +125,8 @@ def make_step(
     """step(state, batch, teacher_variables, key) -> (state, loss), to be jitted.
 
     batch: image uint8[B, H, W, 3] and label int[B, H, W]. teacher_variables: of the
-    dense network, or None. The key serves dropout, and is folded with the step.
+    dense network, or None. The key serves dropout, and is folded with the step. Where
+    the loss or its gradient is not finite, the state stays as it is, the loss is NaN.
     """
     distill = distill or Distill()
 
@@ -148,7 +161,11 @@ def make_step(
         averaged = jax.tree.map(
             lambda a, v: decay * a + (1 - decay) * v, state.average, variables
         )
-        return State(state.step + 1, variables, averaged, opt_state), loss
+        fine = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        after = State(state.step + 1, variables, averaged, opt_state)
+        # So that what led there can still be looked at.
+        after = jax.tree.map(lambda a, b: jnp.where(fine, a, b), after, state)
+        return after, jnp.where(fine, loss, jnp.nan)
 
     return step
 

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which channels stay, by the config's method: pure functions of a job and weights."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import budget as budgets
+from jaxprune import criteria, data, measures, path, sparsity
+from jaxprune.base import Graph, Keep, PyTree
+from jaxprune.budget import Budget
+from jaxprune.cost import cost
+from jaxprune.criteria import Criterion, score
+from jaxprune.select import select
+from jaxprune.train import metrics
+from jaxprune.train import step as steps
+from jaxprune.train.config import Prune
+from jaxprune.train.loop import Job
+from jaxprune.train.progress import Progress
+from jaxprune.trees import mask
+
+
+def choose(
+    job: Job, graph: Graph, variables: PyTree, budget: Budget, progress: Progress
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]] | None]:
+    """(keep, rows of the path or None) of the network `job.apply`, `graph`."""
+    prune = job.config.prune
+    if prune.method == "path":
+        return _walk(job, graph, variables, budget, progress)
+    if prune.method == "lasso":
+        alive = sparsity.dead(graph, variables)
+        if _measured(graph, alive, budget) <= budgets.limit(graph, budget):
+            return alive, None
+    keep = select(
+        graph,
+        _scores(job, graph, variables),
+        budget,
+        multiple_of=prune.multiple_of,
+        min_channels=prune.min_channels,
+        scope=prune.scope,
+    )
+    return keep, None
+
+
+def estimates(job: Job, count: int) -> list[Any]:
+    """Training batches that estimates see: whole images, in a seeded order."""
+    how = data.Augment(crop=job.config.data.size, flip=False)
+    batches = data.batches(
+        job.splits.train, batch=job.fit.batch, seed=job.config.seed, augment=how
+    )
+    return list(itertools.islice(batches, count))
+
+
+def _measured(graph: Graph, keep: Keep, budget: Budget) -> float:
+    kept = np.array([np.sum(k) for k in keep.values()], int)
+    return float(budgets.measure(graph, budget.kind, kept))
+
+
+def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
+    prune = job.config.prune
+    name = "magnitude" if prune.method == "lasso" else prune.criterion
+    taylor = name == "taylor"
+    return score(
+        _criterion(prune, name),
+        graph,
+        variables,
+        loss=_loss(job) if taylor else None,
+        batches=estimates(job, prune.batches) if taylor else None,
+        key=jax.random.key(job.config.seed),
+    )
+
+
+def _criterion(prune: Prune, name: str) -> Criterion:
+    known: dict[str, Any] = {
+        "taylor": measures.taylor,
+        "magnitude": measures.magnitude,
+        "bn_scale": measures.bn_scale,
+        "random": measures.random,
+    }
+    parts = [known[name]()]
+    if prune.normalize != "none":
+        parts.append(criteria.normalize(prune.normalize))
+    if prune.per_cost:
+        parts.append(criteria.per_cost(prune.budget))
+    return criteria.chain(*parts)
+
+
+def _logits(job: Job, variables: PyTree, batch: Any) -> Any:
+    """Logits under each batch's own statistics: masked channels spoil running ones."""
+    images = steps.scaled(batch["image"])
+    # A generator for dropout, where there is any; what it draws hardly matters here.
+    rngs = {"dropout": jax.random.key(job.config.seed)}
+    return job.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)[
+        0
+    ]
+
+
+def _loss(job: Job) -> Any:
+    target = _target(job)
+
+    def loss(variables: PyTree, batch: Any) -> Any:
+        logits = _logits(job, variables, batch)
+        return steps.cross_entropy(logits, batch["label"], target)
+
+    return loss
+
+
+def _risk(job: Job) -> Any:
+    """Per image, its loss in nats, and whether it counts: it has labelled pixels."""
+    target = _target(job)
+
+    def risk(variables: PyTree, batch: Any) -> Any:
+        logits, labels = _logits(job, variables, batch), batch["label"]
+        losses = jax.vmap(lambda x, y: steps.cross_entropy(x, y, target))(
+            logits, labels
+        )
+        return losses, jnp.any(labels != target.ignore, axis=(1, 2))
+
+    return risk
+
+
+def _target(job: Job) -> steps.Target:
+    weights = data.class_weights(job.splits.train, job.fit.class_weights)
+    return steps.Target(job.splits.train.classes.ignore, weights)
+
+
+def _validation(job: Job) -> list[Any]:
+    """The validation split; its last batch is filled with frames that do not count."""
+    batches = list(data.eval_batches(job.splits.val, job.fit.batch))
+    over = len(batches) * job.fit.batch - len(job.splits.val)
+    if over:
+        first = batches[0]["image"] if len(batches) > 1 else batches[0]["image"][:-over]
+        batches[-1]["image"][-over:] = np.resize(first, (over, *first.shape[1:]))
+    return batches
+
+
+def _walk(
+    job: Job, graph: Graph, variables: PyTree, budget: Budget, progress: Progress
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+    """The cost-complexity path down to the budget, and the step that is chosen."""
+    prune, dense, ignore = job.config.prune, cost(graph), _target(job).ignore
+    validation, mious = _validation(job), []
+
+    @jax.jit
+    def confusion(keep: Keep, variables: PyTree, batch: Any) -> Any:
+        logits = _logits(job, mask(graph, keep, variables), batch)
+        return metrics.confusion(logits, batch["label"], ignore)
+
+    def judge(step: path.Step) -> None:
+        matrices = [np.asarray(confusion(step.keep, variables, b)) for b in validation]
+        mious.append(metrics.measures(np.sum(matrices, axis=0))["miou"])
+        progress.note(
+            f"prune: {step.cost.flops / dense.flops:6.1%} of the FLOPs, "
+            f"risk {step.risk:.3f} ± {step.stderr:.3f}, mIoU {mious[-1]:.3f}"
+        )
+
+    walked = path.prune_path(
+        graph,
+        variables,
+        _loss(job),
+        estimates(job, prune.batches),
+        risk=_risk(job),
+        validation=validation,
+        block=prune.block,
+        until=budget,
+        kind=prune.budget,
+        multiple_of=prune.multiple_of,
+        min_channels=prune.min_channels,
+        on_step=judge,
+    )
+    # The first step that meets the budget is the last of the walk.
+    chosen = walked.select(budget if prune.choose == "budget" else prune.choose)
+    rows = [
+        {
+            "alpha": float(s.alpha),
+            "flops": int(s.cost.flops),
+            "params": int(s.cost.params),
+            "risk": float(s.risk),
+            "stderr": float(s.stderr),
+            "miou": miou,
+            "chosen": s is chosen,
+        }
+        for s, miou in zip(walked.steps, mious, strict=True)
+    ]
+    return chosen.keep, rows
