@@ -21,7 +21,9 @@ mypy
 
 # Small programs: one thread in each of a few processes is quicker than many in one.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-export XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false}"
+# Compiling takes longer than running here, so XLA is told not to try hard.
+quick="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+export XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false $quick}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
 python -m pytest --quiet --numprocesses "${JAXPRUNE_TEST_PROCESSES:-2}" \

@@ -235,8 +235,8 @@ def _resolver(
     if len(both):
         cause = solved.causes.get(int(both[0]), "other channels that stay")
         raise GraphError(
-            f"in {name}, {len(both)} removed channels are tied to {cause}; keep them, "
-            "or trace the function in this mode"
+            f"in {name}, removed channels are tied to {cause}; keep them, or trace "
+            "the function in this mode"
         )
     cache: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
 

@@ -129,7 +129,8 @@ def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
         return None
     if name == "convert_element_type":
         number = np.asarray(number).astype(eqn.params["new_dtype"])
-    return float(number) if np.isfinite(number) else None
+    real = np.isrealobj(number) and bool(np.isfinite(number))
+    return float(number) if real else None
 
 
 def _leaf(eqn: jx.Eqn, ins: Sequence[Value]) -> int | None:

@@ -275,9 +275,9 @@ def _reshape_block(
         labels[news[0]], fill[news[0]] = merged, value.fill[last]
         return
     grid = merged.reshape(new)
-    axis = _varying(grid)
-    if axis is None:
-        axis = max(range(len(new)), key=lambda a: (new[a], a))
+    varying = _varying(grid)
+    longest = max(range(len(new)), key=lambda a: (new[a], a))
+    axis = longest if varying is None else varying
     lines = np.moveaxis(grid, axis, -1).reshape(-1, new[axis])
     if not (lines == lines[:1]).all():
         for other in lines[1:]:

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What trace finds: groups, slots, what is frozen and why; its errors."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune.base import INPUT, OUTPUT, GraphError
+from jaxprune.models.segnet import SegNet
+
+
+def segnet() -> tuple[Any, Any, Any]:
+    net = SegNet(11)
+    x = jax.ShapeDtypeStruct((1, 360, 480, 3), jnp.float32)
+    return net.apply, jax.eval_shape(net.init, jax.random.key(0), x), x
+
+
+def test_segnet_has_the_published_groups_and_costs() -> None:
+    """21 groups: un-pooling ties four encoder stages to the decoder."""
+    before = len(jax.live_arrays())
+    start = time.perf_counter()
+    graph = jp.trace(*segnet(), train=False)
+    assert time.perf_counter() - start < 60  # a hang, not a speed
+    assert len(jax.live_arrays()) <= before + 1
+    assert len(graph.groups) == 21
+    assert graph.channels == 6976
+    assert all(g.exact for g in graph.groups.values())
+    dense = jp.cost(graph)
+    assert dense.flops == 2 * 106_712_432_640
+    assert dense.params == 29_449_355
+    half = {n: np.arange(g.size) % 2 == 0 for n, g in graph.groups.items()}
+    cut = jp.cost(graph, half)
+    assert round(cut.flops / 2e9, 3) == 27.026
+    assert cut.params == 7_370_315
+    tied = graph.groups["encoder4_conv3"]
+    assert {"decoder5_conv3", "encoder4_conv3"} <= {s.path[1] for s in tied.slots}
+
+
+def test_slots_say_who_makes_and_who_reads_a_channel() -> None:
+    graph = jp.trace(*networks.linen(networks.Vgg))
+    first, second, dense = graph.groups.values()
+    found = {("/".join(s.path), s.axis): s for s in first.slots}
+    assert found["params/Conv_0/kernel", 3].role == "out"
+    assert found["params/Conv_0/bias", 0].role == "out"
+    assert found["params/Conv_1/kernel", 2].role == "in"
+    flat = {s.path[1]: s for s in second.slots}["Dense_0"]
+    # Flattening [2, 2, C] puts channel c at c, C + c, 2C + c, 3C + c.
+    want = np.arange(9)[:, None] + 9 * np.arange(4)
+    np.testing.assert_array_equal(np.sort(flat.indices, axis=1), want)
+    assert dense.size == 10
+
+
+def test_names_and_order_are_stable() -> None:
+    apply, variables, x = networks.linen(networks.ResNet)
+    a, b = jp.trace(apply, variables, x), jp.trace(apply, variables, x)
+    assert list(a.groups) == list(b.groups)
+    assert a.to_json() == b.to_json()
+    assert list(a.groups)[0] == "Conv_0"
+
+
+def test_graph_survives_json() -> None:
+    graph = jp.trace(*networks.linen(networks.Fcn))
+    again = jp.Graph.from_json(graph.to_json())
+    assert again.to_json() == graph.to_json()
+    assert jp.cost(again) == jp.cost(graph)
+    assert "Conv_0" in str(graph)
+
+
+def test_input_and_output_channels_are_frozen() -> None:
+    graph = jp.trace(*networks.linen(networks.Vgg))
+    causes = {("/".join(f.path[1:]), f.axis): f.cause for f in graph.frozen}
+    assert causes["Conv_0/kernel", 2] == INPUT
+    assert causes["Dense_1/kernel", 1] == OUTPUT
+    assert causes["Dense_1/bias", 0] == OUTPUT
+
+
+def two_layers(middle: Any) -> tuple[Any, Any, Any]:
+    """x @ a, something, @ b."""
+    rng = np.random.default_rng(0)
+    variables = {
+        "a": rng.normal(size=(3, 6)).astype(np.float32),
+        "b": rng.normal(size=(6, 2)).astype(np.float32),
+    }
+    x = rng.normal(size=(4, 3)).astype(np.float32)
+    return (lambda v, x: middle(x @ v["a"]) @ v["b"]), variables, x
+
+
+FREEZING = {
+    "sort": lambda x: jnp.sort(x, axis=-1),
+    "cumsum": lambda x: jnp.cumsum(x, axis=-1),
+    "reduce_max": lambda x: x - x.max(axis=-1, keepdims=True),
+    "argmax": lambda x: x * x.argmax(axis=-1)[:, None],
+    "top_k": lambda x: x + jax.lax.top_k(x, 6)[0],
+    "fft": lambda x: jnp.fft.fft(x).real,
+    "while": lambda x: jax.lax.fori_loop(0, x.astype(int)[0, 0], lambda i, c: c * 2, x),
+}
+
+
+@pytest.mark.parametrize("name", FREEZING)
+def test_what_cannot_be_cut_is_frozen_and_named(name: str) -> None:
+    apply, variables, x = two_layers(FREEZING[name])
+    graph = jp.trace(apply, variables, x)
+    assert not graph.groups
+    assert any(name in f.cause for f in graph.frozen)
+    assert jp.verify(apply, graph, {}, variables, x) == 0
+
+
+def test_causes_name_the_line_of_the_users_code() -> None:
+    graph = jp.trace(*two_layers(FREEZING["sort"]))
+    assert any("test_trace.py" in f.cause for f in graph.frozen)
+
+
+EXACT = {
+    "relu": jax.nn.relu,
+    "softplus": jax.nn.softplus,
+    "scaled": lambda x: 2 * x / 3 - 1,
+    "layer norm, fast": lambda x: (
+        (x - x.mean(-1, keepdims=True))
+        / jnp.sqrt((x**2).mean(-1, keepdims=True) - x.mean(-1, keepdims=True) ** 2 + 1)
+    ),
+    "logsumexp of zero": lambda x: x * jnp.sum(jnp.expm1(x), -1, keepdims=True),
+    "iota": lambda x: x * jnp.arange(6.0),
+    "constant": lambda x: x * np.linspace(1, 2, 6, dtype=np.float32) + 1,
+    "reverse": lambda x: x[:, ::-1],
+    "concatenate": lambda x: jnp.concatenate([x[:, 3:], x[:, :3]], -1),
+    "pad": lambda x: jnp.pad(x, ((0, 0), (2, 2)))[:, 2:-2],
+    "stack": lambda x: jnp.stack([x, 2 * x]).sum(0),
+    "tile": lambda x: jnp.tile(x, (1, 2))[:, 6:],
+    "there and back": lambda x: jnp.reshape(jnp.reshape(x, (4, 2, 3)), (4, 6)),
+    "gather rows": lambda x: x[jnp.array([3, 1, 0, 2])],
+    "dynamic slice": lambda x: jax.lax.dynamic_slice(x, (x.shape[0] - 3, 0), (2, 6)),
+    "where": lambda x: jnp.where(x > 0, x, 0.5),
+    "remat": jax.checkpoint(lambda x: jnp.sin(x)),
+    "jit": jax.jit(lambda x: x**3),
+    "einsum": lambda x: jnp.einsum("bc,bd->bc", x, x),
+    "softmax weights": lambda x: x * jax.nn.softmax(jnp.ones_like(x[:, 0])[:, None]),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_slim_is_mask_for_each_kind_of_rule(name: str) -> None:
+    apply, variables, x = two_layers(EXACT[name])
+    graph = jp.trace(apply, variables, x)
+    assert graph.groups, graph.frozen
+    for seed in range(3):
+        keep = networks.random_keep(graph, seed)
+        assert jp.verify(apply, graph, keep, variables, x) < 1e-5
+        grads = [
+            jax.grad(lambda v, f=f: jnp.sum(jnp.sin(f(v, x))))(v)
+            for f, v in (
+                (apply, jp.mask(graph, keep, variables)),
+                (jp.slim(apply, graph, keep), jp.shrink(graph, keep, variables)),
+            )
+        ]
+        want = jp.shrink(graph, keep, grads[0])
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(grads[1]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_variance_about_the_mean_is_not_exact() -> None:
+    """Removed channels are zero, but their distance from the mean is not."""
+    apply, variables, x = two_layers(lambda x: x / (1 + x.var(-1, keepdims=True)))
+    assert not jp.trace(apply, variables, x).groups
+    graph = jp.trace(apply, variables, x, exact=False)
+    assert [g.exact for g in graph.groups.values()] == [False]
+    keep = networks.random_keep(graph, 0)
+    small = jp.shrink(graph, keep, variables)
+    assert jp.slim(apply, graph, keep)(small, x).shape == (4, 2)
+
+
+def test_relu_keeps_its_derivative_at_zero() -> None:
+    apply, variables, _ = two_layers(jax.nn.relu)
+    x = np.zeros((4, 3), np.float32)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 0)
+    small = jp.shrink(graph, keep, variables)
+    slim = jp.slim(apply, graph, keep)
+    gradient = jax.grad(lambda x: slim(small, x).sum())(x)
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_custom_vjp_is_kept_and_cut() -> None:
+    """A backward rule of its own: here it triples the gradient."""
+
+    @jax.custom_vjp
+    def f(x: Any) -> Any:
+        return jnp.sin(x)
+
+    f.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (3 * g * jnp.cos(x),))
+    apply, variables, x = two_layers(f)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 1)
+    masked, small = jp.mask(graph, keep, variables), jp.shrink(graph, keep, variables)
+    want = jp.shrink(graph, keep, jax.grad(lambda v: apply(v, x).sum())(masked))
+    slim = jp.slim(apply, graph, keep)
+    for transform in (lambda g: g, jax.jit):
+        got = transform(jax.grad(lambda v: slim(v, x).sum()))(small)
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_shared_weights_are_cut_once() -> None:
+    def apply(v: Any, x: Any) -> Any:
+        y = jnp.tanh(x @ v["a"])
+        return jnp.tanh(jnp.tanh(y @ v["w"]) @ v["w"]) @ v["b"]
+
+    rng = np.random.default_rng(0)
+    variables = {"a": rng.normal(size=(3, 5)), "w": rng.normal(size=(5, 5))}
+    variables = {**variables, "b": rng.normal(size=(5, 2))}
+    variables = jax.tree.map(np.float32, variables)
+    x = np.ones((2, 3), np.float32)
+    graph = jp.trace(apply, variables, x)
+    assert [g.size for g in graph.groups.values()] == [5]
+    keep = networks.random_keep(graph, 0)
+    assert jp.verify(apply, graph, keep, variables, x) < 1e-5
+
+
+def test_branches_on_channel_counts_stay_what_they_were() -> None:
+    """The user's Python is never run at the new widths."""
+
+    def apply(v: Any, x: Any) -> Any:
+        y = x @ v["a"]
+        z = jnp.tanh(y @ v["w"])
+        if z.shape[-1] == 6:
+            z = z + y
+        return z @ v["b"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 6), "w": (6, 6), "b": (6, 2)}
+    variables = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    x = rng.normal(size=(2, 3)).astype(np.float32)
+    graph = jp.trace(apply, variables, x)
+    keep = {n: np.arange(g.size) < 4 for n, g in graph.groups.items()}
+    assert jp.verify(apply, graph, keep, variables, x) < 1e-5
+
+
+def test_errors_name_what_does_not_fit() -> None:
+    apply, variables, x = two_layers(jax.nn.relu)
+    graph = jp.trace(apply, variables, x)
+    (name,) = graph.groups
+    keep = {name: np.arange(6) < 3}
+    with pytest.raises(GraphError, match="hold no array"):
+        jp.trace(apply, {}, x)
+    for wrong, match in (
+        ({}, f"lacks group '{name}'"),
+        ({name: np.ones(5, bool)}, "6 channels.*shape \\(5,\\)"),
+        ({name: np.zeros(6, bool)}, "removes all 6"),
+        ({name: np.ones(6)}, "bool"),
+        ({name: keep[name], "bb": keep[name]}, "'bb'"),
+    ):
+        with pytest.raises(GraphError, match=match):
+            jp.shrink(graph, wrong, variables)
+    with pytest.raises(GraphError, match=r"lacks the leaf b \(6, 2\)"):
+        jp.mask(graph, keep, {"a": variables["a"]})
+    with pytest.raises(GraphError, match=r"a has shape \(3, 5\)"):
+        jp.shrink(graph, keep, {**variables, "a": variables["a"][:, :5]})
+    with pytest.raises(GraphError, match="traced"):
+        jax.jit(lambda k: jp.shrink(graph, k, variables))(keep)
+    slim = jp.slim(apply, graph, keep)
+    with pytest.raises(
+        GraphError, match=r"a has shape \(3, 6\), shrunk it is \(3, 3\)"
+    ):
+        slim(variables, x)
+    with pytest.raises(GraphError, match="variables lack b"):
+        slim({"a": variables["a"][:, :3]}, x)
+
+
+def test_another_mode_that_ties_more_is_an_error() -> None:
+    def apply(v: Any, x: Any, sort: bool = False) -> Any:
+        y = x @ v["a"]
+        return (jnp.sort(y, -1) if sort else y) @ v["b"]
+
+    _, variables, x = two_layers(jax.nn.relu)
+    graph = jp.trace(apply, variables, x)
+    keep = {n: np.arange(6) < 3 for n in graph.groups}
+    slim, small = jp.slim(apply, graph, keep), jp.shrink(graph, keep, variables)
+    assert slim(small, x).shape == (4, 2)
+    with pytest.raises(GraphError, match="removed channels are tied to sort"):
+        slim(small, x, sort=True)
+
+
+def test_sharded_leaves_keep_their_sharding() -> None:
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    apply, variables, x = two_layers(jax.nn.relu)
+    graph = jp.trace(apply, variables, x)
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
+    placed = jax.device_put(variables, spec)
+    keep = {n: np.arange(6) < 4 for n in graph.groups}
+    small = jp.shrink(graph, keep, placed)
+    for leaf in jax.tree.leaves(small):
+        assert leaf.sharding.is_equivalent_to(spec, leaf.ndim)
