@@ -92,7 +92,8 @@ def prune_path(
             if until is not None and _met(graph, keep, until):
                 return
             rises = estimate(variables, batches=batches, key=key, keep=keep)
-            keep, rise, saved = _cut(graph, keep, rises, allowed, kind, block * dense)
+            target = min(block * dense, _excess(graph, keep, until, kind))
+            keep, rise, saved = _cut(graph, keep, rises, allowed, kind, target)
             if not saved:
                 return
             alpha = max(alpha, rise * dense / saved)
@@ -177,6 +178,16 @@ def _finite(batches: Iterable[Any], what: str) -> list[Any]:
     if not batches:
         raise DataError(f"{what} is empty (or an iterator that was used up before)")
     return batches
+
+
+def _excess(
+    graph: Graph, keep: Keep, until: Budget | None, kind: budgets.Kind
+) -> float:
+    """What is still over the budget, so that the last block does not cut far below."""
+    if until is None or until.kind != kind:
+        return math.inf
+    kept = np.array([k.sum() for k in keep.values()])
+    return float(budgets.measure(graph, kind, kept)) - budgets.limit(graph, until)
 
 
 def _met(graph: Graph, keep: Keep, budget: Budget) -> bool:
