@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxprune.base import Apply, Cost, PyTree
 from jaxprune.train import step as steps
+from jaxprune.train.config import Config
 from jaxprune.train.folder import write_json
 from jaxprune.train.loop import Job, confusion_of
 from jaxprune.train.metrics import measures
@@ -43,15 +44,22 @@ def evaluate_stage(
     else:
         classes = job.splits.train.classes
         progress.rewind("evaluate", -1)
+        forwards = {n: _forward(c) for n, c in networks.items()}
         evaluation = {
             "classes": list(classes.names),
             "colors": [list(map(int, c)) for c in classes.colors],
             "networks": {
-                n: _measured(job, c, n, progress) for n, c in networks.items()
+                n: {
+                    "splits": _judged(job, c, n, progress),
+                    "cost": {k: int(v) for k, v in c.cost._asdict().items()},
+                    "latency_ms": _latency(job.config, forwards[n]),
+                    "epochs": c.epochs,
+                }
+                for n, c in networks.items()
             },
         }
         if jax.process_index() == 0:
-            _samples(job, networks)
+            _samples(job, forwards)
         write_json(file, evaluation)
     _closing_card(evaluation, progress)
     return evaluation
@@ -69,66 +77,63 @@ def as_text(result: Mapping[str, Any], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _measured(job: Job, contender: Contender, name: str, progress: Progress) -> dict:
-    evaluate = jax.jit(
-        steps.make_evaluate(contender.apply, job.splits.train.classes.ignore)
-    )
-    mesh = steps.make_mesh()
+def _judged(job: Job, contender: Contender, name: str, progress: Progress) -> dict:
+    """Measures and confusion matrices of one network, by split."""
+    ignore = job.splits.train.classes.ignore
+    evaluate = jax.jit(steps.make_evaluate(contender.apply, ignore))
+    mesh, batch = steps.make_mesh(), job.config.evaluate.batch
     variables = jax.device_put(contender.variables, steps.replicated(mesh))
     splits = {}
     for split in ("val", "test"):
-        matrix = confusion_of(
-            evaluate,
-            variables,
-            getattr(job.splits, split),
-            job.config.evaluate.batch,
-        )
-        splits[split] = {**measures(matrix), "confusion": matrix.tolist()}
-        row = {k: v for k, v in splits[split].items() if k != "confusion"}
-        progress.append(
-            {"stage": "evaluate", "step": 0, "network": name, "split": split} | row
-        )
-    return {
-        "splits": splits,
-        "cost": {k: int(v) for k, v in contender.cost._asdict().items()},
-        "latency_ms": _latency(job, contender),
-        "epochs": contender.epochs,
-    }
+        found = getattr(job.splits, split)
+        matrix = confusion_of(evaluate, variables, found, batch)
+        row = measures(matrix)
+        splits[split] = {**row, "confusion": matrix.tolist()}
+        place = {"stage": "evaluate", "step": 0, "network": name, "split": split}
+        progress.append({**place, **row})
+    return splits
 
 
-def _latency(job: Job, contender: Contender) -> dict[str, Any]:
-    """Median milliseconds of a compiled call on random images, on one device."""
-    f = jax.jit(lambda v, x: contender.apply(v, x, train=False))
-    found: dict[str, Any] = {"1": None, "N": None, "batch": job.config.evaluate.batch}
-    if not job.config.evaluate.repeats:
-        return found
+def _forward(contender: Contender) -> Callable[[Any], Any]:
+    """float images [B, H, W, 3] -> logits, compiled for one device."""
     variables = jax.device_put(contender.variables, jax.local_devices()[0])
-    for name, batch in (("1", 1), ("N", job.config.evaluate.batch)):
-        shape = (batch, *job.config.data.size, 3)
+    run = jax.jit(lambda v, x: contender.apply(v, x, train=False))
+    return lambda images: run(variables, images)
+
+
+def _latency(config: Config, forward: Callable[[Any], Any]) -> dict[str, Any]:
+    """Median milliseconds of a compiled call on random images, on one device."""
+    batch, repeats = config.evaluate.batch, config.evaluate.repeats
+    found: dict[str, Any] = {"1": None, "N": None, "batch": batch}
+    for name, count in (("1", 1), ("N", batch)) if repeats else ():
+        shape = (count, *config.data.size, 3)
         images = jnp.asarray(np.random.default_rng(0).random(shape, np.float32))
-        jax.block_until_ready(f(variables, images))
+        jax.block_until_ready(forward(images))
         times = []
-        for _ in range(job.config.evaluate.repeats):
+        for _ in range(repeats):
             start = time.perf_counter()
-            jax.block_until_ready(f(variables, images))
+            jax.block_until_ready(forward(images))
             times.append(time.perf_counter() - start)
         found[name] = float(np.median(times) * 1e3)
     return found
 
 
-def _samples(job: Job, networks: Mapping[str, Contender]) -> None:
+def _samples(job: Job, forwards: Mapping[str, Callable[[Any], Any]]) -> None:
     """samples.npz: evenly spaced test images with what each network sees."""
-    split = job.splits.test
-    chosen = np.unique(
-        np.linspace(0, len(split) - 1, job.config.evaluate.samples).astype(int)
-    )
-    images = np.stack([split.images[i] for i in chosen])
-    arrays = {"images": images, "truth": np.stack([split.labels[i] for i in chosen])}
-    for name, contender in networks.items():
-        logits = jax.jit(lambda v, x, f=contender.apply: f(v, x, train=False))(
-            contender.variables, steps.scaled(jnp.asarray(images))
-        )
-        arrays[name] = np.asarray(jnp.argmax(logits, -1), np.uint8)
+    split, batch = job.splits.test, job.config.evaluate.batch
+    count = min(job.config.evaluate.samples, len(split))
+    chosen = np.linspace(0, len(split) - 1, count).astype(int)
+    arrays = {
+        "images": np.stack([split.images[i] for i in chosen]),
+        "truth": np.stack([split.labels[i] for i in chosen]),
+    }
+    for name, forward in forwards.items():
+        seen = []
+        for start in range(0, count, batch):  # of the size that is compiled already
+            images = np.resize(arrays["images"][start:], (batch, *split.size, 3))
+            logits = forward(steps.scaled(jnp.asarray(images)))
+            seen.append(np.asarray(jnp.argmax(logits, -1), np.uint8))
+        arrays[name] = np.concatenate(seen)[:count]
     _write_npz(job.workdir / "samples.npz", arrays)
 
 

@@ -228,7 +228,9 @@ def _own_rows(batch: Any) -> Any:
 
 def _non_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> NonFinite:
     norms = {
-        "/".join(str(getattr(k, "key", k)) for k in path): float(np.linalg.norm(x))
+        "/".join(str(getattr(k, "key", k)) for k in path): float(
+            np.linalg.norm(np.asarray(x, np.float64))
+        )
         for path, x in jax.tree_util.tree_leaves_with_path(state.variables["params"])
     }
     largest = max(norms, key=lambda k: (not np.isfinite(norms[k]), norms[k]))

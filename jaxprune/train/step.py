@@ -161,7 +161,7 @@ def make_step(
         averaged = jax.tree.map(
             lambda a, v: decay * a + (1 - decay) * v, state.average, variables
         )
-        fine = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        fine = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
         after = State(state.step + 1, variables, averaged, opt_state)
         # So that what led there can still be looked at.
         after = jax.tree.map(lambda a, b: jnp.where(fine, a, b), after, state)

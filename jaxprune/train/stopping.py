@@ -51,5 +51,5 @@ def stoppable() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for caught, previous in before.items():
+            signal.signal(caught, previous)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs: overrides, checks before any work, and the JSON of a work folder."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxprune import data
+from jaxprune.base import ConfigError
+from jaxprune.train import config as configs
+from jaxprune.train import folder
+from jaxprune.train.config import Config, Data, Fit, Network, Prune
+
+SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+HEAD = "from jaxprune import data, train\n"
+
+
+def write(tmp_path: Path, body: str, head: str = HEAD) -> Path:
+    path = tmp_path / "some.py"
+    path.write_text(head + body)
+    return path
+
+
+@pytest.fixture
+def empty(tmp_path) -> Path:
+    return write(tmp_path, "def get_config():\n    return train.Config()\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("seed=3", "seed", 3),
+        ("prune.ratio=0.4", "prune.ratio", 0.4),
+        ("prune.ratio=1", "prune.ratio", 1.0),
+        ("train.epochs=1e1", "train.epochs", 10.0),
+        ("prune.per_cost=yes", "prune.per_cost", True),
+        ("scratch=false", "scratch", False),
+        ("data.root=/a b", "data.root", "/a b"),
+        ("data.root=none", "data.root", None),
+        ("data.size=120x160", "data.size", (120, 160)),
+        ("data.size=(120, 160)", "data.size", (120, 160)),
+        ("data.stored=240,320", "data.stored", (240, 320)),
+        ("data.augment.scale=0.5,2", "data.augment.scale", (0.5, 2.0)),
+        ("network.widths=8,16,32,64,64", "network.widths", (8, 16, 32, 64, 64)),
+        ("network.widths=", "network.widths", ()),
+        ("prune.method=path", "prune.method", "path"),
+    ],
+)
+def test_overrides_take_the_fields_type(empty, override, field, value):
+    found = configs.settings.get(configs.load_config(empty, [override]), field)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("prune.ration=0.4", ("prune", "'ration'", "did you mean 'ratio'?")),
+        ("trian.epochs=3", ("'trian'", "did you mean 'train'?")),
+        ("zzz=3", ("'zzz'", "name, seed")),
+        ("prune=3", ("prune.(", "ratio")),
+        ("seed.a=3", ("seed has no field 'a'",)),
+        ("seed", ("FIELD=VALUE",)),
+        ("seed=x", ("seed = x", "a whole number")),
+        ("seed=1.5", ("seed = 1.5", "a whole number")),
+        ("scratch=perhaps", ("scratch = perhaps", "true or false")),
+        ("data.size=120", ("data.size = 120", "2 numbers")),
+        ("prune.method=magic", ("prune.method = magic", "'lasso'")),
+        ("prune.ratio=0", ("prune.ratio = 0", "(0, 1]")),
+        ("prune.ratio=1.01", ("prune.ratio = 1.01", "(0, 1]")),
+        ("prune.ratio=nan", ("prune.ratio = nan", "(0, 1]")),
+        ("train.epochs=-1", ("train.epochs = -1", "0 or more")),
+        ("retrain.batch=0", ("retrain.batch = 0", "positive")),
+        ("retrain.ema=1", ("retrain.ema = 1", "[0, 1)")),
+        ("train.warmup=1000", ("train.warmup = 1000", "epochs")),
+        ("distill.weight=2", ("distill.weight = 2", "[0, 1]")),
+        ("evaluate.every=0", ("evaluate.every = 0", "positive")),
+        ("data.size=0x10", ("data.size", "positive")),
+        ("data.augment.colour=2", ("data.augment.colour = 2", "[0, 1]")),
+        ("data.augment.crop=8x8", ("data.augment.crop", "data.size decides")),
+        ("network.widths=8,0", ("network.widths", "positive")),
+        ("name=a/b", ("name = 'a/b'", "file's name")),
+    ],
+)
+def test_bad_overrides_are_named(empty, override, parts):
+    with pytest.raises(ConfigError) as caught:
+        configs.load_config(empty, [override])
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("x = 1\n", ("get_config()",)),
+        ("def get_config():\n    return 3\n", ("get_config()", "train.Config")),
+        ("def get_config(:\n", ("SyntaxError",)),
+        (
+            "def get_config():\n    return train.Fit(epoch=3)\n",
+            ("Fit", "'epoch'", "did you mean 'epochs'?"),
+        ),
+        (
+            "def get_config():\n    return train.Config(prune=train.Prune('Path'))\n",
+            ("prune.method = 'Path'", "'path'"),
+        ),
+        (
+            "def get_config():\n    return train.Config(data=train.Fit())\n",
+            ("data = ", "must be a Data"),
+        ),
+        (
+            "def get_config():\n    return train.Config(seed='3')\n",
+            ("seed = '3'", "a whole number"),
+        ),
+        (
+            "def get_config():\n    data.Augment(colour=3)\n",
+            ("colour", "[0, 1]"),
+        ),
+        ("def get_config():\n    return train.Confg()\n", ("Confg",)),
+    ],
+)
+def test_bad_files_are_named(tmp_path, body, parts):
+    path = write(tmp_path, body)
+    with pytest.raises(ConfigError) as caught:
+        configs.load_config(path)
+    assert str(path) in str(caught.value) or parts[0] in str(caught.value)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="none.py: no such config file"):
+        configs.load_config(tmp_path / "none.py")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    config = configs.load_config(path)
+    assert config.name == path.stem
+    assert configs.from_json(configs.to_json(config)) == config
+    text = path.read_text()
+    assert f"jaxprune run configs/{path.name}" in text
+    assert "Hardware" in text
+
+
+def test_differences_list_only_what_was_changed():
+    config = Config(prune=Prune(ratio=0.5), data=Data(augment=data.Augment(flip=False)))
+    found = configs.differences(config)
+    assert found == {"prune.ratio": 0.5, "data.augment.flip": False}
+    assert configs.differences(config, config) == {}
+
+
+def test_json_is_whole_and_missing_fields_have_defaults():
+    config = Config("x", network=Network(widths=(4, 8)), train=Fit(epochs=3))
+    assert configs.from_json(configs.to_json(config)) == config
+    assert configs.from_json('{"seed": 4}') == Config(seed=4)
+
+
+def test_a_work_folder_belongs_to_its_config(tmp_path):
+    config, workdir = Config(seed=1), tmp_path / "run"
+    folder.check_free(config, workdir)
+    folder.claim(config, workdir)
+    folder.check_free(config, workdir)
+    assert folder.read_config(workdir) == config
+    # What changes no result may differ.
+    free = dataclasses.replace(config, save_every=7.0)
+    folder.check_free(free, workdir)
+    other = dataclasses.replace(config, seed=2, prune=Prune(ratio=0.5))
+    with pytest.raises(ConfigError) as caught:
+        folder.check_free(other, workdir)
+    message = str(caught.value)
+    assert "seed (there 1, now 2)" in message
+    assert "prune.ratio (there 0.25, now 0.5)" in message
+    assert "--workdir" in message and "save_every" not in message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"sede": 1})])
+def test_a_damaged_config_json_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="config.json"):
+        folder.check_free(Config(), tmp_path)
+
+
+def test_a_folder_with_other_things_is_not_worked_in(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="not empty"):
+        folder.check_free(Config(), tmp_path)
+    with pytest.raises(ConfigError, match="no work folder"):
+        folder.read_config(tmp_path)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs: every stage and file, nothing twice, and each way to choose a keep."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tinyrun
+
+import jaxprune as jp
+from jaxprune import data, report
+from jaxprune.base import ConfigError, DataError
+from jaxprune.train import choose, cut, run, stages
+from jaxprune.train import step as steps
+from jaxprune.train.config import (
+    Config,
+    Data,
+    Distill,
+    Evaluate,
+    Fit,
+    Network,
+    Prune,
+)
+from jaxprune.train.progress import Progress
+
+FIT = Fit(epochs=1, batch=4, ema=0.5)
+CONFIG = Config(
+    name="tiny",
+    network=Network("segnet_basic", widths=(8,)),
+    data=Data("synthetic", size=(16, 16), stored=(24, 24), counts=(8, 5, 6)),
+    train=FIT,
+    prune=Prune(
+        ratio=0.4,
+        multiple_of=2,
+        min_channels=2,
+        batches=1,
+        rounds=2,
+        recovery_epochs=0.5,
+        carry_optimizer=True,
+        statistics=2,
+    ),
+    retrain=FIT,
+    distill=Distill(0.5),
+    scratch=True,
+    evaluate=Evaluate(every=1, batch=4, repeats=1, samples=3),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """The same programs are compiled again when a run is resumed: keep them."""
+    with tinyrun.compilations(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, what `run` returned) of a whole run."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        folder = tmp_path_factory.mktemp("work") / "run"
+        yield folder, run(CONFIG, folder)
+
+
+def read(folder: Path, name: str):
+    return json.loads((folder / name).read_text())
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_all_networks_are_compared(whole):
+    folder, evaluation = whole
+    assert read(folder, "evaluation.json") == evaluation
+    networks = evaluation["networks"]
+    assert list(networks) == ["dense", "pruned", "scratch"]
+    dense, pruned, scratch = networks.values()
+    assert dense["epochs"] == 1 and pruned["epochs"] == scratch["epochs"] == 2.5
+    assert pruned["cost"] == scratch["cost"]
+    assert pruned["cost"]["flops"] <= 0.4 * dense["cost"]["flops"]
+    for network in networks.values():
+        assert set(network["splits"]) == {"val", "test"}
+        assert network["latency_ms"]["1"] > 0 and network["latency_ms"]["N"] > 0
+        labels = stages.load_split(CONFIG, "test").labels
+        counted = np.sum(network["splits"]["test"]["confusion"])
+        assert counted == np.sum(labels != 11)
+
+
+def test_the_report_reads_the_folder(whole):
+    folder, _ = whole
+    record = report.read(folder)
+    assert record.missing == ()
+    assert (folder / "report" / "index.html").is_file()
+    assert record.samples["images"].shape == (3, 16, 16, 3)
+    assert {"truth", "dense", "pruned"} <= set(record.samples)
+    groups = record.prune["groups"]
+    assert sum(g["after"] for g in groups) < sum(g["before"] for g in groups)
+    stages_seen = {(r["stage"], r["split"]) for r in rows(folder)}
+    for stage in ("train", "retrain", "scratch"):
+        assert {(stage, "train"), (stage, "val")} <= stages_seen
+    assert [r["step"] for r in rows(folder) if r["stage"] == "prune"] == [1, 2]
+
+
+def test_final_loads_by_itself_and_is_what_was_evaluated(whole):
+    folder, evaluation = whole
+    pruned = jp.load(folder / "final")
+    assert pruned.info["size"] == [16, 16]
+    assert pruned.info["classes"]["names"] == evaluation["classes"]
+    split = stages.load_split(CONFIG, "val")
+    logits = pruned.apply(pruned.variables, split.images / np.float32(255), train=False)
+    seen, truth = np.argmax(logits, -1), split.labels
+    expected = np.zeros((11, 11), int)
+    np.add.at(expected, (truth[truth != 11], seen[truth != 11]), 1)
+    found = evaluation["networks"]["pruned"]["splits"]["val"]
+    np.testing.assert_array_equal(found["confusion"], expected)
+    again = stages.evaluate(folder, "val")
+    assert again["confusion"] == found["confusion"] and again["miou"] == found["miou"]
+
+
+def test_a_finished_run_only_shows_its_result(whole, monkeypatch):
+    folder, evaluation = whole
+    before = (folder / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(steps, "make_step", None)
+    monkeypatch.setattr(choose, "choose", None)
+    assert run(CONFIG, folder) == evaluation
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_stages_whose_files_are_gone_run_again(whole):
+    folder, evaluation = whole
+    kept = (folder / "prune.json").read_text()
+    (folder / "prune.json").unlink()
+    (folder / "evaluation.json").unlink()
+    again = run(CONFIG, folder)
+    assert (folder / "prune.json").read_text() == kept
+    for name, network in again["networks"].items():
+        assert network["splits"] == evaluation["networks"][name]["splits"]
+    steps_of = [
+        (r["stage"], r["step"], r.get("network"), r["split"]) for r in rows(folder)
+    ]
+    assert len(set(steps_of)) == len(steps_of)
+
+
+def test_another_config_is_refused_before_any_work(whole, monkeypatch):
+    folder, _ = whole
+    monkeypatch.setattr(data, "load", None)
+    with pytest.raises(ConfigError, match="retrain.lr .there 0.002, now 0.1."):
+        other = dataclasses.replace(FIT, lr=0.1)
+        run(dataclasses.replace(CONFIG, retrain=other), folder)
+
+
+def test_missing_data_leaves_no_folder(tmp_path):
+    where = Data("folder", root=str(tmp_path / "none"), size=(16, 16))
+    with pytest.raises(DataError, match="none"):
+        run(dataclasses.replace(CONFIG, data=where), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# The prune stage alone, on a network of one group.
+
+
+def prepared(folder: Path, **fields):
+    """(job, graph, dense state) with the given fields of `Prune`."""
+    job = tinyrun.job(folder, 1)
+    prune = Prune(**{"ratio": 0.5, "multiple_of": 1, "min_channels": 1, **fields})
+    job = dataclasses.replace(
+        job, stage="retrain", config=dataclasses.replace(job.config, prune=prune)
+    )
+    variables = tinyrun.variables()
+    images = jnp.zeros((1, *tinyrun.SIZE, 3))
+    graph = jp.trace(job.apply, variables, images, train=False)
+    tx, _ = steps.optimizer(job.fit, job.total)
+    return job, graph, steps.init_state(variables, tx)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"criterion": "magnitude"},
+        {"criterion": "taylor", "per_cost": True},
+        {"criterion": "bn_scale", "normalize": "none"},
+        {"criterion": "random", "scope": "local"},
+        {"method": "path", "block": 0.1},
+        {"method": "lasso", "lasso_epochs": 1.0, "strength": 30.0},
+        {"criterion": "magnitude", "rounds": 2, "recovery_epochs": 1 / 3},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_every_method_meets_the_budget_and_resumes(tmp_path, fields):
+    job, graph, dense = prepared(tmp_path, batches=2, statistics=2, **fields)
+    found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    kept = {n: int(k.sum()) for n, k in found.keep.items()}
+    assert 1 <= kept["first"] <= 3
+    kernel = found.variables["params"]["last"]["kernel"]
+    assert kernel.shape == (3, 3, kept["first"], 3)
+    (row,) = read(tmp_path, "prune.json")["groups"]
+    assert (row["before"], row["after"]) == (6, kept["first"])
+    path = read(tmp_path, "prune.json")["path"]
+    if fields.get("method") == "path":
+        assert [s["flops"] for s in path] == sorted(s["flops"] for s in path)[::-1]
+        assert sum(s["chosen"] for s in path) == 1 and path[0]["miou"] > 0
+    else:
+        assert path is None
+    again = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    chex.assert_trees_all_equal(again.keep, found.keep)
+    chex.assert_trees_all_equal(again.variables, found.variables)
+
+
+def test_the_last_rounds_budget_is_of_the_dense_network(tmp_path):
+    job, graph, dense = prepared(tmp_path, criterion="magnitude", rounds=3, ratio=0.2)
+    found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    assert jp.cost(graph, found.keep).flops <= 0.2 * jp.cost(graph).flops
+
+
+def test_statistics_are_those_of_the_cut_network(tmp_path):
+    job, graph, dense = prepared(tmp_path, criterion="magnitude", statistics=60)
+    found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    batches = choose.estimates(job, 60)
+    apply = jp.slim(job.apply, graph, found.keep)
+    images = np.concatenate([b["image"] for b in batches[-20:]]) / np.float32(255)
+    kernel = found.variables["params"]["first"]
+    mean = (
+        jax.lax.conv_general_dilated(
+            images,
+            kernel["kernel"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ).mean((0, 1, 2))
+        + kernel["bias"]
+    )
+    assert apply(found.variables, images[:2], train=False).shape == (2, 8, 12, 3)
+    # flax's momentum of 0.99 has forgotten half of the initial zeros.
+    weight = 1 - 0.99**60
+    stats = found.variables["batch_stats"]["norm"]
+    np.testing.assert_allclose(stats["mean"], weight * mean, rtol=0.05, atol=0.02)
+
+
+def test_the_optimiser_is_cut_along(tmp_path):
+    job, graph, dense = prepared(
+        tmp_path, criterion="magnitude", carry_optimizer=True, statistics=0
+    )
+    found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    tx, _ = steps.optimizer(job.fit, job.total)
+    fresh = steps.init_state(found.variables, tx, found.carried)
+    shapes = jax.tree.map(jnp.shape, tx.init(found.variables["params"]))
+    assert jax.tree.map(jnp.shape, fresh.opt_state) == shapes
