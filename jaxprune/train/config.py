@@ -156,10 +156,6 @@ class Config:
     save_every: float = 2.0
 
 
-# Fields that may differ when a run is resumed: they change no result.
-FREE = ("data.cache", "data.root", "save_every")
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a Python file, with `a.b=value` overrides applied, checked.
 
@@ -221,27 +217,6 @@ def differences(config: Config, default: Config | None = None) -> dict[str, Any]
     mine = settings.flatten(dataclasses.asdict(config))
     other = settings.flatten(dataclasses.asdict(default or Config()))
     return {name: value for name, value in mine.items() if value != other[name]}
-
-
-def compare(config: Config, text: str, folder: str) -> None:
-    """Raise ConfigError unless a work folder's config.json agrees with `config`."""
-    try:
-        there = settings.flatten(dataclasses.asdict(from_json(text)))
-    except ConfigError as error:
-        raise ConfigError(
-            f"{folder}/config.json: {error}; choose another --workdir"
-        ) from error
-    here = settings.flatten(dataclasses.asdict(config))
-    changed = [
-        f"{name} (there {there[name]!r}, now {value!r})"
-        for name, value in here.items()
-        if name not in FREE and there[name] != value
-    ]
-    if changed:
-        raise ConfigError(
-            f"{folder} was made by another config: {', '.join(changed)}; choose "
-            "another --workdir, or set this back"
-        )
 
 
 def _rules(config: Config) -> list[tuple[str, bool, str]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,16 +13,19 @@ import jax
 
 from jaxprune.base import ConfigError
 from jaxprune.train import config as configs
+from jaxprune.train import settings
 from jaxprune.train.config import Config
 
 CONFIG = "config.json"
+# Fields that may differ when a run is resumed: they change no result.
+FREE = ("data.cache", "data.root", "save_every")
 
 
 def check_free(config: Config, workdir: Path) -> None:
     """Raise ConfigError unless the folder is empty, new, or made by this config."""
     path = workdir / CONFIG
     if path.exists():
-        configs.compare(config, path.read_text("utf-8"), str(workdir))
+        _compare(config, path.read_text("utf-8"), workdir)
     elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ConfigError(
             f"{workdir} is no work folder (no {CONFIG}), and not empty; choose another "
@@ -58,3 +62,24 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file all at once, from the first process."""
     write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def _compare(config: Config, text: str, folder: Path) -> None:
+    """Raise ConfigError unless a work folder's config.json agrees with `config`."""
+    try:
+        there = settings.flatten(dataclasses.asdict(configs.from_json(text)))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder / CONFIG}: {error}; choose another --workdir"
+        ) from error
+    here = settings.flatten(dataclasses.asdict(config))
+    changed = [
+        f"{name} (there {there[name]!r}, now {value!r})"
+        for name, value in here.items()
+        if name not in FREE and there[name] != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} was made by another config: {', '.join(changed)}; choose "
+            "another --workdir, or set this back"
+        )
