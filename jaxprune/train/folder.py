@@ -26,11 +26,19 @@ def check_free(config: Config, workdir: Path) -> None:
     path = workdir / CONFIG
     if path.exists():
         _compare(config, path.read_text("utf-8"), workdir)
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and not _empty(workdir):
         raise ConfigError(
             f"{workdir} is no work folder (no {CONFIG}), and not empty; choose another "
             "--workdir"
         )
+
+
+def _empty(workdir: Path) -> bool:
+    if not workdir.is_dir():
+        return False
+    # What another process of this run, or one that was killed, has just begun.
+    begun = (CONFIG, f"{CONFIG}.partial")
+    return all(path.name in begun for path in workdir.iterdir())
 
 
 def claim(config: Config, workdir: Path) -> None:
