@@ -28,6 +28,8 @@ INPUT = "the network's input"
 OUTPUT = "the network's output"
 SINGLE = "a single channel"
 WINDOW = "a convolution's window"
+# Those at its edges: they tell nothing of its inside, and are not shown to people.
+EDGES = (INPUT, OUTPUT, WINDOW)
 
 
 class JaxpruneError(Exception):

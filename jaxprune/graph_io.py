@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.base import (
+    EDGES,
     Extent,
     Frozen,
     Graph,
@@ -80,7 +81,10 @@ def graph_from_json(text: str) -> Graph:
 
 
 def graph_table(graph: Graph, keep: Keep | None = None) -> str:
-    """The groups with their channels (and those kept), then what is frozen, as text."""
+    """The groups with their channels (and those kept), then what is frozen, as text.
+
+    Left out are the image's channels, the classes and the windows of convolutions.
+    """
     head = ["group", "channels", *([] if keep is None else ["kept"]), "slots", "exact"]
     rows = []
     for name, group in graph.groups.items():
@@ -89,9 +93,9 @@ def graph_table(graph: Graph, keep: Keep | None = None) -> str:
         rows.append([name, str(group.size), *kept, str(len(group.slots)), exact])
     total = [str(sum(int(row[i]) for row in rows)) for i in range(1, len(head) - 1)]
     lines = _aligned([head, *rows, [f"{len(rows)} groups", *total, ""]])
-    if graph.frozen:
+    if frozen := _merged(graph):
         head = ["frozen, the first such", "modules", "indices", "cause"]
-        lines += ["", *_aligned([head, *_merged(graph)])]
+        lines += ["", *_aligned([head, *frozen])]
     return "\n".join(lines)
 
 
@@ -99,6 +103,8 @@ def _merged(graph: Graph) -> list[list[str]]:
     """One row for what has count and cause in common: axes, then modules."""
     modules: dict[tuple[Path, int, str], list[str]] = {}
     for f in graph.frozen:
+        if f.cause in EDGES:
+            continue
         key = (f.path[:-1], f.count, f.cause)
         modules.setdefault(key, []).append(f"{f.path[-1]}[{f.axis}]")
     alike: dict[tuple[str, int, str], list[Path]] = {}

@@ -238,9 +238,13 @@ def _costs(graph: base.Graph, keep: base.Keep | None) -> list[str]:
 
 
 def _frozen(graph: base.Graph) -> list[str]:
-    if not graph.frozen:
-        return ["nothing is frozen"]
-    entries = [(base.path_str(f.path), f.axis, f.count, f.cause) for f in graph.frozen]
+    entries = [
+        (base.path_str(f.path), f.axis, f.count, f.cause)
+        for f in graph.frozen
+        if f.cause not in base.EDGES
+    ]
+    if not entries:
+        return ["nothing inside it is frozen: every channel can be cut"]
     return ["cannot be cut:", *_aligned(words.by_cause(entries, 2), text=(0, 3))]
 
 

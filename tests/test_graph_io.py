@@ -11,7 +11,17 @@ import pytest
 import toygraphs
 
 from jaxprune import models
-from jaxprune.base import Extent, Frozen, Graph, GraphError, Group, Leaf, Slot, Term
+from jaxprune.base import (
+    EDGES,
+    Extent,
+    Frozen,
+    Graph,
+    GraphError,
+    Group,
+    Leaf,
+    Slot,
+    Term,
+)
 from jaxprune.cost import cost
 from jaxprune.graph_io import graph_from_json, graph_table, graph_to_json
 from jaxprune.trace import trace
@@ -165,13 +175,13 @@ def test_no_damage_raises_anything_else():
 def test_table():
     graph = toygraphs.chain(4, 10)
     frozen = [
-        Frozen(("params", f"l{i}", name), axis, 3, "a convolution's window")
+        Frozen(("params", f"l{i}", name), axis, 3, "cumsum")
         for i in range(3)
         for name, axis in (("kernel", 0), ("kernel", 1))
     ]
-    graph = dataclasses.replace(
-        graph, frozen=(*frozen, Frozen(("params", "l2", "bias"), 0, 2, "sort"))
-    )
+    frozen += [Frozen(("params", "l2", "bias"), 0, 2, "sort")]
+    frozen += [Frozen(("params", "l2", "bias"), 0, 2, cause) for cause in EDGES]
+    graph = dataclasses.replace(graph, frozen=tuple(frozen))
     keep = graph.full() | {"l1": np.arange(10) < 7}
     assert graph_table(graph, keep).splitlines() == [
         "group     channels  kept  slots  exact",
@@ -180,8 +190,10 @@ def test_table():
         "2 groups        14    11      6",
         "",
         "frozen, the first such          modules  indices  cause",
-        "params/l0/kernel[0], kernel[1]        3        3  a convolution's window",
+        "params/l0/kernel[0], kernel[1]        3        3  cumsum",
         "params/l2/bias[0]                     1        2  sort",
     ]
     assert "kept" not in graph_table(graph)
+    edges = dataclasses.replace(graph, frozen=tuple(frozen[-3:]))
+    assert "frozen" not in graph_table(edges)
     assert graph_table(Graph({}, (), ())).splitlines()[-1].startswith("0 groups")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxprune import base
 from jaxprune.report import files, html, pictures, plots, tables, words
 
 MISSING = {
@@ -151,8 +152,9 @@ def _pruning(record: files.Record, out: Path) -> list[str]:
 
 
 def _frozen(frozen: list) -> str:
+    frozen = [entry for entry in frozen if entry["cause"] not in base.EDGES]
     if not frozen:
-        return html.section("Nothing is frozen: every channel could be cut")
+        return html.section("Every channel inside the network could be cut")
     entries = []
     for entry in frozen:
         path = entry["path"]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxprune import checkpoint, sparsity
-from jaxprune.base import CheckpointError, Graph, Keep, PyTree, path_str
+from jaxprune.base import EDGES, CheckpointError, Graph, Keep, PyTree, path_str
 from jaxprune.budget import Budget, measure, sizes
 from jaxprune.cost import cost
 from jaxprune.slim import slim
@@ -233,7 +233,8 @@ def _card(graph: Graph, keep: Keep, progress: Progress) -> None:
     causes: dict[str, list[str]] = {}
     for frozen in graph.frozen:
         where = f"{path_str(frozen.path)} axis {frozen.axis}"
-        causes.setdefault(frozen.cause, []).append(where)
+        if frozen.cause not in EDGES:
+            causes.setdefault(frozen.cause, []).append(where)
     for cause, places in causes.items():
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
         progress.note(f"not cut, because of {cause}: {places[0]}{more}")
