@@ -13,6 +13,16 @@ from pathlib import Path
 from jaxprune import base
 
 BAD_INPUT, INTERRUPTED = 2, 130
+# What only the extras of pyproject.toml install, by the name that it is imported by.
+EXTRAS = (
+    "PIL",
+    "etils",
+    "grain",
+    "importlib_resources",
+    "matplotlib",
+    "rich",
+    "tensorflow_datasets",
+)
 
 # What each verb does: as the list of verbs says it, and what its own help adds.
 RUN = (
@@ -49,6 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.verb(args)
     except base.JaxpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(
+            f"error: {package} is not installed; the command needs it: "
+            "pip install 'jaxprune[all]'",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -155,7 +175,15 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from jaxprune import checkpoint, inspection, predict, train
+    from jaxprune.train import compare
+
+    final = inspection.saved(args.folder)
+    found = train.evaluate(args.folder, args.split)
+    names, _ = predict.classes(checkpoint.read_card(final))
+    print(f"the pruned network of {args.folder} on {args.split}")
+    print(compare.as_text(found, names))
+    return 0
 
 
 def _predict(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: verbs, exit codes, and one clear line for bad input."""
 
+import json
 import re
 import subprocess
 import sys
@@ -102,6 +103,51 @@ def test_report_of_a_damaged_file(tmp_path, capsys):
     assert "prune.json is damaged" in error_line(capsys)
 
 
+def test_eval_measures_what_the_run_did(tmp_path, monkeypatch, capsys):
+    """On a work folder that a run of no training has left."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = tmp_path / "tiny.py"
+    config.write_text(
+        textwrap.dedent("""
+        from jaxprune import train
+
+        def get_config():
+            return train.Config(
+                network=train.Network("segnet_basic", widths=(4,)),
+                data=train.Data("synthetic", size=(16, 16), counts=(4, 2, 2)),
+                train=train.Fit(epochs=0, batch=2),
+                prune=train.Prune(
+                    criterion="magnitude", ratio=0.9, multiple_of=1, min_channels=1
+                ),
+                retrain=train.Fit(epochs=0, batch=2),
+                evaluate=train.Evaluate(batch=2, repeats=0),
+            )
+        """)
+    )
+    folder = tmp_path / "run"
+    assert cli.main(["eval", str(folder)]) == 2
+    assert "run is no work folder" in error_line(capsys)
+    assert cli.main(["run", str(config), "--workdir", str(folder)]) == 0
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    capsys.readouterr()
+    assert cli.main(["eval", str(folder), "--split", "val"]) == 0
+    shown = capsys.readouterr().out
+    miou = evaluation["networks"]["pruned"]["splits"]["val"]["miou"]
+    assert re.search(rf"^mIoU +{miou:.4f}$", shown, re.MULTILINE)
+    for name in evaluation["classes"]:
+        assert f"IoU {name}" in shown
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "grain.sources"])
+def test_a_missing_extra_is_one_line(missing, monkeypatch, capsys):
+    def write(workdir):
+        raise ModuleNotFoundError(name=missing)
+
+    monkeypatch.setattr("jaxprune.report.write", write)
+    assert cli.main(["report", "DIR"]) == 2
+    assert "pip install 'jaxprune[all]'" in error_line(capsys)
+
+
 def test_inspect_segnet(capsys):
     assert cli.main(["inspect", "segnet", "--budget", "flops=0.25"]) == 0
     shown = capsys.readouterr().out
@@ -110,7 +156,7 @@ def test_inspect_segnet(capsys):
     assert "213,424,865,280" in shown and "29,449,355" in shown
     assert re.search(r"^encoder1_conv1 +64 +-> 32 +█████░░░░░", shown, re.MULTILINE)
     assert re.search(r"^FLOPs.* 25 %$", shown, re.MULTILINE)
-    assert "the network's output" in shown
+    assert "nothing inside it is frozen" in shown
 
 
 def test_inspect_a_shipped_network_s_fields(capsys):
