@@ -33,19 +33,18 @@ def prune(
     scope: Literal["global", "local"] = "global",
     overrides: Mapping[str, float | bool] | None = None,
     exact: bool = True,
-    apply_options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Pruned:
     """Prune a trained network to a budget: all of the core in one call.
 
-    apply, variables, inputs: as for `trace`, which also takes `exact` and, by keyword,
-    `apply_options` (such as {'train': False}). criterion (`magnitude()` by default),
-    loss, batches and key: as for `score`. The rest: as for `select`.
+    apply, variables, inputs, exact and kwargs (which go to apply as static, such as
+    train=False): as for `trace`. criterion (`magnitude()` by default), loss, batches
+    and key: as for `score`. The rest: as for `select`.
 
     Returns Pruned(apply, variables, graph, keep) with the slimmed apply and the shrunk
     variables. Raises what those functions raise.
     """
-    options = dict(apply_options or {})
-    graph = trace(apply, variables, *inputs, exact=exact, **options)
+    graph = trace(apply, variables, *inputs, exact=exact, **kwargs)
     scores = score(
         criterion or magnitude(),
         graph,
