@@ -191,6 +191,7 @@ def make_mesh() -> jax.sharding.Mesh:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """The same array on every device."""
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
