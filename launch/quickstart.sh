@@ -23,5 +23,4 @@ workdir="${workdir:-$root/runs/quickstart}"
 
 cd -- "$root"
 jaxprune run configs/quickstart.py --workdir "$workdir"
-printf '\nThe report:  %s\n' "$workdir/report/index.html"
-printf 'The network: %s  (jaxprune.load opens it)\n' "$workdir/final"
+printf 'network: %s  (jaxprune.load opens it)\n' "$workdir/final"
