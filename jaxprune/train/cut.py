@@ -219,12 +219,12 @@ def _card(graph: Graph, keep: Keep, progress: Progress) -> None:
     rows = []
     for name, group in graph.groups.items():
         after = int(np.sum(keep[name]))
-        bar = "█" * round(10 * after / group.size)
+        cells = round(10 * after / group.size)
+        bar = "█" * cells + "░" * (10 - cells)
         alone = 1 - cost(graph, {**full, name: keep[name]}).flops / max(dense.flops, 1)
         exact = "" if group.exact else "not exact"
-        rows.append(
-            (name, str(group.size), str(after), f"{bar:10}", f"-{alone:.1%}", exact)
-        )
+        gone = f"-{alone:.1%}" if after < group.size else ""
+        rows.append((name, str(group.size), str(after), bar, gone, exact))
     for title, field in (("FLOPs", "flops"), ("parameters", "params")):
         before, after = getattr(dense, field), getattr(small, field)
         stays = f"{after / max(before, 1):.1%}"
