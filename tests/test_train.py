@@ -124,6 +124,19 @@ def test_a_kill_at_any_moment_loses_no_more_than_the_last_steps(tmp_path):
     assert rows(tmp_path) == rows(tmp_path / "other") and len(killed) < 16
 
 
+def test_a_line_tells_no_miou_before_there_is_one(tmp_path, capsys):
+    progress = Progress(tmp_path)
+    progress.start("train", 0, 20, 8, 4)
+    progress.compiled(1)
+    progress.step(2, 1.5)
+    progress.finish()
+    progress.row("val", 8, {"miou": 0.25})
+    progress.finish()
+    _, before, after = capsys.readouterr().out.splitlines()
+    assert "epoch 0.2/2.5, step 2  loss 1.500  " in before and "mIoU" not in before
+    assert "  mIoU 0.250 (best 0.250)" in after
+
+
 def test_one_and_eight_devices_have_the_same_losses(whole, tmp_path):
     flags = "--xla_force_host_platform_device_count=8"
     process = start(tmp_path, 4, XLA_FLAGS=flags)

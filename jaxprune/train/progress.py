@@ -32,7 +32,8 @@ class Progress:
         self._began = self._said = self._shown = 0.0
         self._first = self._at = 0
         self._loss: float | None = None
-        self._score = self._best = 0.0
+        self._score: float | None = None
+        self._best: float | None = None
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -56,7 +57,8 @@ class Progress:
         """A training begins, or goes on, at a step."""
         self._stage, self._total, self._per_epoch = stage, total, per_epoch
         self._batch, self._first, self._at = batch, at + 1, at
-        self._loss, self._score, self._best, self._began = None, 0.0, 0.0, 0.0
+        self._loss = self._score = self._best = None
+        self._began = 0.0
         if self.console.is_terminal and self.speaks:
             from rich.live import Live
 
@@ -88,7 +90,7 @@ class Progress:
         """What was measured on a split at a step: to the file, and the mIoU shown."""
         if "miou" in values:
             self._score = values["miou"]
-            self._best = max(self._best, self._score)
+            self._best = max(self._score, self._best or 0.0)
         speed = {"images_per_s": round(self._rate() * self._batch, 2)}
         epoch = {"epoch": round(done / self._per_epoch, 4)}
         place = {"stage": self._stage, "step": done, **epoch, "split": split}
@@ -136,10 +138,12 @@ class Progress:
         rate = self._rate()
         left = clock((self._total - self._at) / rate) if rate else "?"
         loss = "" if self._loss is None else f"  loss {self._loss:.3f}"
+        miou = ""
+        if self._score is not None:
+            miou = f"  mIoU {self._score:.3f} (best {self._best:.3f})"
         return (
             f"{self._stage:8} {bar} epoch {self._at / self._per_epoch:.1f}"
-            f"/{self._total / self._per_epoch:.0f}, step {self._at}{loss}  "
-            f"mIoU {self._score:.3f} ({self._best:.3f})  "
+            f"/{self._total / self._per_epoch:.4g}, step {self._at}{loss}{miou}  "
             f"{rate * self._batch:.0f} images/s  {memory()}  {left} left"
         )
 
