@@ -4,6 +4,7 @@
 import re
 from pathlib import Path
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,3 +52,6 @@ def test_the_lines_for_ones_own_network():
         np.shape(x) for x in jax.tree.leaves(names["variables"]["params"])
     } <= shapes
     assert names["apply"](names["variables"], images).shape == (2, 3)
+    params = names["variables"]["params"]
+    updates, _ = names["tx"].update(params, names["opt_state"], params)
+    chex.assert_trees_all_equal_shapes(updates, params)
