@@ -83,6 +83,8 @@ def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
 
 
 def _epoch(row: Mapping[str, Any]) -> float:
+    if row["stage"] == "prune":  # its steps are rounds, and train nothing
+        return 0.0
     return float(row.get("epoch", row["step"]) or 0.0)
 
 
