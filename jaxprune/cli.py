@@ -158,11 +158,16 @@ def _add_settings(verb: argparse.ArgumentParser, form: str, text: str) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    import jax
+
+    from jaxprune import report
     from jaxprune.train import config, run
 
     settings = config.load_config(args.config, args.settings)
     workdir = args.workdir or Path("runs") / Path(args.config).stem
     run(settings, workdir)
+    if jax.process_index() == 0:
+        print(f"report: {report.write(workdir)}")
     return 0
 
 

@@ -89,7 +89,7 @@ def test_the_report_reads_the_folder(whole):
     folder, _ = whole
     record = report.read(folder)
     assert record.missing == ()
-    assert (folder / "report" / "index.html").is_file()
+    assert report.write(folder) == folder / "report" / "index.html"
     assert record.samples["images"].shape == (3, 16, 16, 3)
     assert {"truth", "dense", "pruned"} <= set(record.samples)
     groups = record.prune["groups"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole run: train, prune, retrain, (from scratch,) evaluate, report.
+"""A whole run: train, prune, retrain, (from scratch,) evaluate.
 
 Each stage leaves files in the work folder and is skipped when they are there, so the
 same command resumes a stopped run. Everything is a function of the config and its seed.
@@ -73,7 +73,6 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
         networks["scratch"] = Contender(plain.apply, fresh, costs[1], epochs)
     evaluation = compare.evaluate_stage(job, networks, progress)
     _save(config, args, splits, workdir, Pruned(small, pruned, graph, keep))
-    progress.note(f"report: {_report(workdir)}")
     return evaluation
 
 
@@ -175,12 +174,6 @@ def _save(
         classes=dataclasses.asdict(splits.train.classes),
         size=list(config.data.size),
     )
-
-
-def _report(workdir: Path) -> Path | str:
-    from jaxprune import report
-
-    return report.write(workdir) if jax.process_index() == 0 else ""
 
 
 def _opening_card(
