@@ -262,8 +262,8 @@ def _reshape_block(
 ) -> None:
     old = [eqn.invars[0].aval.shape[a] for a in olds]
     new = [eqn.outvars[0].aval.shape[a] for a in news]
-    lines = [(a, value.labels[a]) for a in olds]
-    loose = [(a, line) for a, line in lines if line is not None]
+    pairs = [(a, value.labels[a]) for a in olds]
+    loose = [(a, line) for a, line in pairs if line is not None]
     for _, fixed_line in loose[:-1]:
         context.labels.freeze(fixed_line, jx.Site(eqn))
     if not loose:
