@@ -138,12 +138,13 @@ class Progress:
         rate = self._rate()
         left = clock((self._total - self._at) / rate) if rate else "?"
         loss = "" if self._loss is None else f"  loss {self._loss:.3f}"
+        epochs = round(self._total / self._per_epoch, 1)
         miou = ""
         if self._score is not None:
             miou = f"  mIoU {self._score:.3f} (best {self._best:.3f})"
         return (
             f"{self._stage:8} {bar} epoch {self._at / self._per_epoch:.1f}"
-            f"/{self._total / self._per_epoch:.4g}, step {self._at}{loss}{miou}  "
+            f"/{epochs:g}, step {self._at}{loss}{miou}  "
             f"{rate * self._batch:.0f} images/s  {memory()}  {left} left"
         )
 

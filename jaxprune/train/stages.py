@@ -194,8 +194,8 @@ def _opening_card(
             ("work folder", str(workdir)),
             (
                 "images",
-                f"{len(splits.train)} / {len(splits.val)} / {len(splits.test)} "
-                f"at {height}x{width}",
+                f"{len(splits.train)} train, {len(splits.val)} val, "
+                f"{len(splits.test)} test, at {height}x{width}",
             ),
             ("parameters", f"{dense.params:,}"),
             ("FLOPs", f"{dense.flops / 1e9:.3f} G an image"),
