@@ -20,7 +20,7 @@ def get_config() -> train.Config:
             counts=(400, 64, 64),
             augment=data.Augment(scale=(1.0, 1.3), colour=0.1),
         ),
-        train=train.Fit(epochs=17, batch=8, lr=4e-3, ema=0.98),
+        train=train.Fit(epochs=14, batch=8, lr=4e-3, ema=0.98),
         prune=train.Prune(
             "path",
             ratio=0.35,
@@ -29,7 +29,7 @@ def get_config() -> train.Config:
             block=0.1,
             batches=6,
         ),
-        retrain=train.Fit(epochs=28, batch=8, lr=3e-3, ema=0.98),
+        retrain=train.Fit(epochs=34, batch=8, lr=3e-3, ema=0.98),
         evaluate=train.Evaluate(every=4),
         save_every=4,
     )
