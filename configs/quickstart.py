@@ -3,7 +3,8 @@
 
     jaxprune run configs/quickstart.py --workdir runs/quickstart
 
-Hardware: 2 CPU cores. Minutes and numbers to expect: docs/results.md.
+Hardware: 2 CPU cores, 6 minutes. To expect, mIoU on validation / test: dense .418 /
+.409, pruned to 29 % of the FLOPs .459 / .439 (docs/results.md).
 """
 
 from jaxprune import data, train
