@@ -10,7 +10,7 @@ import jax
 
 from jaxprune.base import Apply, PyTree
 from jaxprune.budget import Budget
-from jaxprune.criteria import Criterion, Loss, score
+from jaxprune.criteria import Criterion, Loss, chain, normalize, score
 from jaxprune.measures import magnitude
 from jaxprune.pruned import Pruned
 from jaxprune.select import select
@@ -38,15 +38,15 @@ def prune(
     """Prune a trained network to a budget: all of the core in one call.
 
     apply, variables, inputs, exact and kwargs (which go to apply as static, such as
-    train=False): as for `trace`. criterion (`magnitude()` by default), loss, batches
-    and key: as for `score`. The rest: as for `select`.
+    train=False): as for `trace`. criterion (by default `magnitude()`, normalised so that
+    groups compare), loss, batches and key: as for `score`. The rest: as for `select`.
 
     Returns Pruned(apply, variables, graph, keep) with the slimmed apply and the shrunk
     variables. Raises what those functions raise.
     """
     graph = trace(apply, variables, *inputs, exact=exact, **kwargs)
     scores = score(
-        criterion or magnitude(),
+        criterion or chain(magnitude(), normalize()),
         graph,
         variables,
         loss=loss,

@@ -15,7 +15,8 @@ from jaxprune.base import BudgetError
 def test_prune_is_its_parts_in_one_call() -> None:
     apply, variables, x = networks.linen(networks.ResNet)
     pruned = jp.prune(apply, variables, x, budget=jp.flops(0.5), train=False)
-    scores = jp.score(jp.magnitude(), pruned.graph, variables)
+    criterion = jp.chain(jp.magnitude(), jp.normalize())
+    scores = jp.score(criterion, pruned.graph, variables)
     keep = jp.select(pruned.graph, scores, jp.flops(0.5))
     for name, line in keep.items():
         np.testing.assert_array_equal(line, pruned.keep[name])
