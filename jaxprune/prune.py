@@ -38,8 +38,9 @@ def prune(
     """Prune a trained network to a budget: all of the core in one call.
 
     apply, variables, inputs, exact and kwargs (which go to apply as static, such as
-    train=False): as for `trace`. criterion (by default `magnitude()`, normalised so that
-    groups compare), loss, batches and key: as for `score`. The rest: as for `select`.
+    train=False): as for `trace`. criterion (by default `magnitude()`, normalised so
+    that groups compare), loss, batches and key: as for `score`. The rest: as for
+    `select`.
 
     Returns Pruned(apply, variables, graph, keep) with the slimmed apply and the shrunk
     variables. Raises what those functions raise.
