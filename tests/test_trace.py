@@ -165,6 +165,47 @@ def test_slim_is_mask_for_each_kind_of_rule(name: str) -> None:
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def _against_padding(x: Any) -> Any:
+    """Ones beside the rows also lie at the removed channels of those rows."""
+    return x * jnp.pad(x, ((1, 1), (0, 0)), constant_values=1.0).sum()
+
+
+def _of_unsigned(x: Any) -> Any:
+    """0 - 1 is 255, which no maximum takes away."""
+    whole = jnp.abs(x).astype(jnp.uint8)
+    return x + jnp.maximum(whole - 1, 0).sum(-1, keepdims=True).astype(x.dtype)
+
+
+INEXACT = {
+    "padding beside": _against_padding,
+    "unsigned": _of_unsigned,
+    "integer division": lambda x: (
+        x + jnp.prod(2 * jax.lax.div((0 * x).astype(int) + 1, 2), -1, keepdims=True)
+    ),
+    "gather, filled": lambda x: (
+        x * x.at[np.array([0, 9])].get(mode="fill", fill_value=1.0).sum()
+    ),
+    "exp": lambda x: x * jnp.exp(x).sum(-1, keepdims=True),
+    "permuting reshape": lambda x: jax.lax.reshape(x, (4, 6), dimensions=(1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_what_a_mask_would_not_leave_out_is_frozen(name: str) -> None:
+    apply, variables, x = two_layers(INEXACT[name])
+    apply = jax.jit(apply)
+    assert not jp.trace(apply, variables, x).groups
+
+
+def test_an_empty_reshape_is_no_error() -> None:
+    apply, variables, x = two_layers(
+        lambda x: x + x[:, :0].reshape(0, 4).sum() + x[:0].reshape(6, 0).sum()
+    )
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 0)
+    assert jp.verify(apply, graph, keep, variables, x) < 1e-5
+
+
 def test_variance_about_the_mean_is_not_exact() -> None:
     """Removed channels are zero, but their distance from the mean is not."""
     apply, variables, x = two_layers(lambda x: x / (1 + x.var(-1, keepdims=True)))

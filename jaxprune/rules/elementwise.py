@@ -129,8 +129,17 @@ def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
         return None
     if name == "convert_element_type":
         number = np.asarray(number).astype(eqn.params["new_dtype"])
+    dtype = np.dtype(eqn.outvars[0].aval.dtype)
+    if dtype.kind in "iu" and not _holds(dtype, number):
+        return None
     real = np.isrealobj(number) and bool(np.isfinite(number))
     return float(number) if real else None
+
+
+def _holds(dtype: np.dtype, number: Any) -> bool:
+    """Whether an integer type has this number: those beside it wrap or truncate."""
+    limits = np.iinfo(dtype)
+    return limits.min <= number <= limits.max and number == np.floor(number)
 
 
 def _leaf(eqn: jx.Eqn, ins: Sequence[Value]) -> int | None:

@@ -180,21 +180,23 @@ def _tile(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
 def _pad(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """Padded-on indices are free: they go with whatever they are added to."""
     value, padding = ins
+    config = eqn.params["padding_config"]
+    padded = any(map(any, config))
     labels: list[Axis] = []
     fill: list[float | None] = []
-    for axis, (low, high, inner) in enumerate(eqn.params["padding_config"]):
+    for axis, (low, high, inner) in enumerate(config):
+        # What pads one axis also lies at the removed indices of the others.
+        known = value.removed(axis)
+        fill.append(None if padded and padding.const != known else known)
         old, length = value.labels[axis], eqn.invars[0].aval.shape[axis]
-        same = low == high == inner == 0
-        if same or old is None or inner or low < 0 or high < 0:
-            if not same:
-                context.labels.freeze(old, jx.Site(eqn))
-            labels.append(old if same else None)
-            fill.append(value.removed(axis) if same else None)
-            continue
-        ends = [(_fresh(context, n), n) for n in (low, high)]
-        labels.append(joined([ends[0], (old, length), ends[1]]))
-        known = {value.removed(axis), padding.const}
-        fill.append(known.pop() if len(known) == 1 else None)
+        if low == high == inner == 0:
+            labels.append(old)
+        elif old is None or inner or low < 0 or high < 0:
+            context.labels.freeze(old, jx.Site(eqn))
+            labels.append(None)
+        else:
+            ends = [(_fresh(context, n), n) for n in (low, high)]
+            labels.append(joined([ends[0], (old, length), ends[1]]))
     return [Value(tuple(labels), tuple(fill))]
 
 
@@ -223,6 +225,8 @@ def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
     if value.const is not None:
         axes = tuple(context.labels.fresh(n) for n in new)
         return [Value(axes, (None,) * len(new), value.const)]
+    if eqn.params["dimensions"] is not None or 0 in old:
+        return freeze_all(context, eqn, ins)
     labels: list[Axis] = [None] * len(new)
     fill: list[float | None] = [None] * len(new)
     for olds, news in _blocks(old, new):
@@ -298,7 +302,7 @@ def _rewrite_reshape(cut: Cut) -> list[Any]:
     const, shape = cut.node.ins[0].const, cut.shape_out()
     if const is not None:
         return [jnp.full(shape, const, cut.eqn.outvars[0].aval.dtype)]
-    return cut.bind(new_sizes=shape, dimensions=None)
+    return cut.bind(new_sizes=shape)
 
 
 def _source(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
