@@ -72,8 +72,12 @@ def scalar(value: Any) -> float | None:
         return None
 
 
-_LIBRARIES = tuple(
-    os.sep + name + os.sep for name in ("jax", "flax", "optax", "jaxprune")
+# Frames that are not the user's: of JAX, of this package, of Flax and Optax.
+_LIBRARIES = (
+    os.path.dirname(jax.__file__) + os.sep,
+    os.path.dirname(__file__) + os.sep,
+    os.path.join("site-packages", "flax", ""),
+    os.path.join("site-packages", "optax", ""),
 )
 
 
