@@ -138,6 +138,30 @@ def test_eval_measures_what_the_run_did(tmp_path, monkeypatch, capsys):
         assert f"IoU {name}" in shown
 
 
+@pytest.mark.parametrize(
+    ("config", "settings", "said"),
+    [
+        ("none.py", [], "no such config file"),
+        ("good.py", ["prun.ratio=0.3"], "prune"),
+        ("good.py", ["prune.ration=0.3"], "ratio"),
+        ("good.py", ["prune.ratio=1.5"], "prune.ratio = 1.5"),
+        ("good.py", ["seed=soon"], "seed"),
+        ("good.py", ["seed"], "write FIELD=VALUE"),
+    ],
+)
+def test_run_bad_config(tmp_path, capsys, config, settings, said):
+    (tmp_path / "good.py").write_text(
+        "from jaxprune import train\n"
+        "def get_config():\n"
+        "    return train.Config(data=train.Data('synthetic', size=(16, 16)))\n"
+    )
+    folder = tmp_path / "run"
+    argv = ["run", str(tmp_path / config), "--workdir", str(folder)]
+    assert cli.main(argv + [f"--set={text}" for text in settings]) == 2
+    assert said in error_line(capsys)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("missing", ["matplotlib", "grain.sources"])
 def test_a_missing_extra_is_one_line(missing, monkeypatch, capsys):
     def write(workdir):

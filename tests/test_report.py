@@ -231,6 +231,23 @@ def test_frozen_axes_are_summed_up_by_cause():
     ]
 
 
+def test_unequal_training_is_said():
+    networks = {"dense": {"epochs": 14}, "pruned": {"epochs": 48.0}}
+    (sentence,) = words.unequal_training(networks)
+    assert sentence.startswith("Not trained alike: dense 14, pruned 48 epochs")
+    assert words.unequal_training({n: {"epochs": 3} for n in networks}) == []
+    assert words.unequal_training({"dense": {}, "pruned": {"epochs": 3}}) == []
+
+
+def test_rows_of_several_networks_stand_side_by_side(tmp_path):
+    folder = workfolder.write(tmp_path)
+    row = {"stage": "evaluate", "step": 0, "split": "val"}
+    with (folder / "metrics.jsonl").open("a") as file:
+        for name in ("dense", "pruned"):
+            file.write(json.dumps({**row, "network": name, "miou": 0.4}) + "\n")
+    assert len(files.read(folder).rows) == len(workfolder.rows()) + 2
+
+
 def test_percent_of_nothing():
     assert words.percent(1, 3) == "33 %"
     assert words.percent(0.083, 1) == "8.3 %"

@@ -165,7 +165,8 @@ def _rows(file: Path) -> tuple[Mapping[str, Any], ...] | None:
         except json.JSONDecodeError as error:
             raise _damaged(file, f"line {number} is not JSON: {error}") from error
         _check(row, ROW, file, f"line {number}")
-        rows[(row["stage"], row.get("split"), row["step"])] = row
+        at = ("stage", "network", "split", "step")
+        rows[tuple(row.get(key) for key in at)] = row
     return tuple(rows.values())
 
 

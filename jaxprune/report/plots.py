@@ -70,7 +70,7 @@ def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
                     color=color,
                     linestyle=style,
                     marker=marker,
-                    markersize=3,
+                    markersize=3 if len(points) > 1 else 7,
                     label=label,
                 )
     top.set_ylabel("training loss (nats)")

@@ -70,6 +70,7 @@ def _results(record: files.Record) -> list[str]:
         if low:
             label = words.NAMES.get(name, name)
             notes.append(f"Worst classes on {split}, {label}: {', '.join(low)}.")
+    notes += words.unequal_training(evaluation["networks"])
     title = "Dense against pruned"
     body = html.table(tables.results_rows(evaluation))
     return [html.section(title, body, *(html.text(n, "note") for n in notes))]

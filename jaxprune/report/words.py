@@ -70,6 +70,18 @@ def miou(network: Mapping[str, Any], split: str) -> float | None:
     return None if result is None else result["miou"]
 
 
+def unequal_training(networks: Mapping[str, Any]) -> list[str]:
+    """A sentence on who was trained for how long, where that differs; else none."""
+    epochs = {n: network.get("epochs") for n, network in networks.items()}
+    if len(set(epochs.values())) < 2 or None in epochs.values():
+        return []
+    parts = [f"{NAMES.get(n, n)} {count:g}" for n, count in epochs.items()]
+    return [
+        f"Not trained alike: {', '.join(parts)} epochs (the pruned net's count includes "
+        "the dense training that it began from)."
+    ]
+
+
 def curves(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the training curves show."""
     best: dict[str, float] = {}
