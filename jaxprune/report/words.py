@@ -77,8 +77,8 @@ def unequal_training(networks: Mapping[str, Any]) -> list[str]:
         return []
     parts = [f"{NAMES.get(n, n)} {count:g}" for n, count in epochs.items()]
     return [
-        f"Not trained alike: {', '.join(parts)} epochs (the pruned net's count includes "
-        "the dense training that it began from)."
+        f"Not trained alike: {', '.join(parts)} epochs (of the pruned net's, the first "
+        "were the dense training that it began from)."
     ]
 
 
