@@ -28,13 +28,17 @@ class Node(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """An analysed program at one call site: labels are per site, jaxprs are shared."""
+    """An analysed program at one call site: labels are per site, jaxprs are shared.
+
+    exact: whether axes were frozen over which a sum tells cutting from masking.
+    """
 
     program: jx.Program
     consts: tuple[Value, ...]
     nodes: tuple[Node, ...]
     ins: tuple[Value, ...]
     outs: tuple[Value, ...]
+    exact: bool
 
 
 class Rule(NamedTuple):
@@ -88,6 +92,10 @@ class Cut:
             n if k is None else len(k) for n, k in zip(dense, self.kept_out(i))
         )
 
+    def parts(self) -> tuple[Cut, tuple[Any, ...]]:
+        """The cut without its operands, and the operands."""
+        return dataclasses.replace(self, args=()), self.args
+
     def bind(self, *args: Any, **changed: Any) -> list[Any]:
         return jx.bind(self.eqn, *(args or self.args), **changed)
 
@@ -119,7 +127,7 @@ def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape
         nodes.append(Node(eqn, values, tuple(outs), aux))
         env.update(zip(eqn.outvars, outs))
     ends = tuple(read(atom) for atom in program.outvars)
-    return Tape(program, consts, tuple(nodes), tuple(ins), ends)
+    return Tape(program, consts, tuple(nodes), tuple(ins), ends, labels.exact)
 
 
 def run(

@@ -123,3 +123,30 @@ def test_many_keeps_at_once() -> None:
     costs = at(graph, kept)
     for i, keep in enumerate(keeps):
         assert [c[i] for c in costs] == list(jp.cost(graph, keep))
+
+
+def test_half_of_a_layer_used_alone_costs_as_half() -> None:
+    """Channels that cost differently are of different groups."""
+
+    def apply(v: Any, x: Any) -> Any:
+        y = x @ v["a"]
+        return (y @ v["b"]) * jnp.tanh(y[:, :4].T @ y[:, :4]).sum()
+
+    shapes = {"a": (3, 8), "b": (8, 2)}
+    variables = {k: jax.ShapeDtypeStruct(s, "float32") for k, s in shapes.items()}
+    graph = jp.trace(apply, variables, jax.ShapeDtypeStruct((5, 3), "float32"))
+    assert [g.size for g in graph.groups.values()] == [4, 4]
+    assert jp.cost(graph).flops == 2 * 5 * (3 * 8 + 8 * 2 + 4 * 4)
+    assert jp.cost(graph, keep_of(graph, (1, 4))).flops == 2 * 5 * (3 * 5 + 5 * 2 + 1)
+
+
+def test_what_loops_and_branches_compute_is_counted() -> None:
+    def apply(v: Any, x: Any) -> Any:
+        w = v["w"]
+        y, _ = jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=5)
+        y = jax.lax.cond(y.sum() > 0, lambda y: y @ w @ w, lambda y: y @ w, y)
+        return jax.lax.while_loop(lambda y: y.sum() > 1, lambda y: y @ w, y)
+
+    variables = {"w": jax.ShapeDtypeStruct((8, 8), "float32")}
+    graph = jp.trace(apply, variables, jax.ShapeDtypeStruct((4, 8), "float32"))
+    assert jp.cost(graph).flops == (5 + 2 + 1) * 2 * 4 * 8 * 8

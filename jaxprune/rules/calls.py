@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.base import GraphError
-from jaxprune.labels import Labels, Value, kept_indices
-from jaxprune.walk import Context, Cut, Kept, Rule, Tape, analyse, run
+from jaxprune.labels import Labels, RawTerm, Value, fixed, kept_indices
+from jaxprune.walk import Context, Cut, Kept, Rule, Tape, analyse, freeze_all, run
 
 
 def _call(name: str) -> Callable[..., Any]:
@@ -24,12 +25,18 @@ def _call(name: str) -> Callable[..., Any]:
     return rule
 
 
+# The programs that these rules hand to JAX outlive the call, so they must not hold its
+# operands: `parts` takes the two apart.
+
+
 def _rewrite_jit(cut: Cut) -> list[Any]:
+    cut, operands = cut.parts()
+
     def body(*args: Any) -> list[Any]:
         return cut.run(cut.node.aux, *args)
 
     body.__name__ = cut.eqn.params.get("name") or "body"
-    return jax.jit(body, inline=bool(cut.eqn.params.get("inline")))(*cut.args)
+    return jax.jit(body, inline=bool(cut.eqn.params.get("inline")))(*operands)
 
 
 def _rewrite_inline(cut: Cut) -> list[Any]:
@@ -37,13 +44,55 @@ def _rewrite_inline(cut: Cut) -> list[Any]:
 
 
 def _rewrite_remat(cut: Cut) -> list[Any]:
+    cut, operands = cut.parts()
     p = cut.eqn.params
     body = jax.checkpoint(
         lambda *args: cut.run(cut.node.aux, *args),
         prevent_cse=p["prevent_cse"],
         policy=p["policy"],
     )
-    return body(*cut.args)
+    return body(*operands)
+
+
+def _control(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Loops and branches: nothing they touch is cut, but what they compute costs.
+
+    Each pass of a scan counts; a while loop's length is unknown: one pass. Of branches,
+    the dearest counts.
+    """
+    outs, p = freeze_all(context, eqn, ins), eqn.params
+    if eqn.primitive.name == "cond":
+        branches = [_terms_of(context, branch) for branch in p["branches"]]
+        flops = [sum(map(_dense_flops, terms)) for terms in branches]
+        context.labels.terms += branches[int(np.argmax(flops))]
+    elif eqn.primitive.name == "scan":
+        for term in _terms_of(context, p["jaxpr"]):
+            coefficient = term.coefficient * p["length"]
+            context.labels.terms.append(term._replace(coefficient=coefficient))
+    else:
+        context.labels.terms += _terms_of(context, p["cond_jaxpr"])
+        context.labels.terms += _terms_of(context, p["body_jaxpr"])
+    return outs
+
+
+def _terms_of(context: Context, jaxpr: Any) -> list[RawTerm]:
+    """What a program costs of which nothing is cut."""
+    program, terms = jx.program(jaxpr), context.labels.terms
+    start = len(terms)
+    context.walk(
+        program, [fixed(len(getattr(v.aval, "shape", ()))) for v in program.invars]
+    )
+    own = terms[start:]
+    del terms[start:]
+    return own
+
+
+def _dense_flops(term: RawTerm) -> int:
+    return term.coefficient * math.prod(map(len, term.axes)) * (term.kind == "flops")
+
+
+def _rewrite_control(cut: Cut) -> list[Any]:
+    return cut.bind()
 
 
 # Custom derivatives. JAX derives the dense equation; the programs that come out,
@@ -52,7 +101,7 @@ def _rewrite_remat(cut: Cut) -> list[Any]:
 
 
 def _rewrite_custom_jvp(cut: Cut) -> list[Any]:
-    node = cut.node
+    (cut, operands), node = cut.parts(), cut.node
 
     @jax.custom_jvp
     def f(*args: Any) -> list[Any]:
@@ -78,11 +127,11 @@ def _rewrite_custom_jvp(cut: Cut) -> list[Any]:
         flat = _derived(cut, dense, avals, values, outs, args)
         return flat[: len(node.outs)], flat[len(node.outs) :]
 
-    return f(*cut.args)
+    return f(*operands)
 
 
 def _rewrite_custom_vjp(cut: Cut) -> list[Any]:
-    node = cut.node
+    (cut, operands), node = cut.parts(), cut.node
     avals = [v.aval for v in node.eqn.invars]
     tree: list[Any] = []
 
@@ -124,7 +173,7 @@ def _rewrite_custom_vjp(cut: Cut) -> list[Any]:
         return tuple(flat)
 
     f.defvjp(f_forward, f_backward)
-    return f(*cut.args)
+    return f(*operands)
 
 
 def _is_float(x: Any) -> bool:
@@ -169,9 +218,8 @@ def _plan(
     kept_out: list[Kept | None] = [*map(cut.kept, outs)]
     kept_out += [None] * (len(program.outvars) - len(outs))
     fills = [tuple(v.removed(a) for a in range(len(v.labels))) for v in ins]
-    tape, resolve = plan(
-        program, kept_in, kept_out, fills, cut.rules, str(jx.Site(cut.eqn))
-    )
+    name, exact = str(jx.Site(cut.eqn)), cut.node.aux.exact
+    tape, resolve = plan(program, kept_in, kept_out, fills, cut.rules, name, exact)
     return tape, resolve, shapes
 
 
@@ -251,6 +299,7 @@ def _resolver(
 
 
 RULES = {
+    **{name: Rule(_control, _rewrite_control) for name in ("cond", "scan", "while")},
     "jit": Rule(_call("jaxpr"), _rewrite_jit),
     "pjit": Rule(_call("jaxpr"), _rewrite_jit),
     "closed_call": Rule(_call("call_jaxpr"), _rewrite_inline),
