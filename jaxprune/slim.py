@@ -32,10 +32,12 @@ from jaxprune.base import (
 from jaxprune.labels import Value
 from jaxprune.rules import RULES
 from jaxprune.rules.calls import plan
-from jaxprune.trace import abstract_inputs, state_outputs, struct
+from jaxprune.trace import abstract_inputs, is_arraylike, state_outputs, struct
 from jaxprune.walk import Kept, Tape, run, take
 
 _PLANS = 16
+# Settings of JAX that a traced program depends on.
+_PRECISION = ("jax_enable_x64", "jax_default_matmul_precision")
 
 
 def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
@@ -46,9 +48,10 @@ def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
 
     The result takes what apply takes: other batch and image sizes, train mode, mutable
     collections, rngs; under jit, grad, vmap, remat and scan. Custom derivatives are
-    kept. Arguments that are not arrays are static. Raises GraphError for variables that
-    do not have the shrunk shapes, and where another mode of the function ties a removed
-    channel to one that stays.
+    kept. Arguments that are not arrays are static, and apply is traced once for each
+    set of shapes and static arguments, as `jax.jit` does: it must be pure. Raises
+    GraphError for variables that do not have the shrunk shapes, and where another mode
+    of the function ties a removed channel to one that stays.
     """
     keep = trees.check_keep(graph, keep, concrete=True)
     if all(k.all() for k in keep.values()):
@@ -63,7 +66,7 @@ def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
         flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
         arrays = [x for _, x in flat]
         abstract, rebuild = abstract_inputs((inputs, kwargs))
-        given = [x for x in jax.tree.leaves((inputs, kwargs)) if hasattr(x, "shape")]
+        given = [x for x in jax.tree.leaves((inputs, kwargs)) if is_arraylike(x)]
         key = _key((inputs, kwargs), arrays, treedef)
         if key is not None and key in plans:
             plans.move_to_end(key)
@@ -100,7 +103,8 @@ def verify(
 ) -> float:
     """The largest relative error of slim's law on this input, over all outputs.
 
-    variables are the dense ones. For each output, max |slim - masked| / max |masked|.
+    variables are the dense ones. For each output, max |slim - masked| / max |masked|;
+    inf where one of the two is not finite and the other is not the same.
     """
     masked = apply(trees.mask(graph, keep, variables), *inputs, **kwargs)
     small = trees.shrink(graph, keep, variables)
@@ -109,10 +113,20 @@ def verify(
     masked = _cut_state(graph, keep, masked)
     for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(cut), strict=True):
         if jx.is_array(a) and np.size(a):
-            a, b = (np.asarray(x).astype(np.float64) for x in (a, b))
-            scale = np.max(np.abs(a)) or 1.0
-            worst = max(worst, float(np.max(np.abs(a - b)) / scale))
+            worst = max(worst, _relative_error(np.asarray(a), np.asarray(b)))
     return worst
+
+
+def _relative_error(want: np.ndarray, got: np.ndarray) -> float:
+    wide = np.complex128 if np.iscomplexobj(want) else np.float64
+    want, got = want.astype(wide), got.astype(wide)
+    numbers = np.isfinite(want)
+    if not np.array_equal(want[~numbers], got[~numbers], equal_nan=True):
+        return np.inf
+    if not np.isfinite(got[numbers]).all():
+        return np.inf
+    scale = np.max(np.abs(want), where=numbers, initial=0.0) or 1.0
+    return float(np.max(np.abs(want - got), where=numbers, initial=0.0) / scale)
 
 
 def _cut_state(graph: Graph, keep: Keep, out: PyTree) -> PyTree:
@@ -128,11 +142,10 @@ def _cut_state(graph: Graph, keep: Keep, out: PyTree) -> PyTree:
 def _key(arguments: Any, arrays: Sequence[Any], treedef: Any) -> Any:
     """What a plan depends on; None where an argument cannot be hashed."""
     flat, tree = jax.tree.flatten(arguments)
-    static = tuple(
-        (struct(x).shape, str(struct(x).dtype)) if hasattr(x, "shape") else (type(x), x)
-        for x in flat
-    )
-    key = (treedef, tree, static, tuple(str(jnp.result_type(x)) for x in arrays))
+    static = tuple(str(struct(x)) if is_arraylike(x) else (type(x), x) for x in flat)
+    numbers = tuple(getattr(jax.config, name) for name in _PRECISION)
+    dtypes = tuple(str(jnp.result_type(x)) for x in arrays)
+    key = (treedef, tree, static, dtypes, numbers)
     try:
         hash(key)
     except TypeError:

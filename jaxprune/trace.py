@@ -30,6 +30,7 @@ from jaxprune.base import (
     Slot,
     Term,
     key_path,
+    path_str,
 )
 from jaxprune.labels import FROM_INPUT, Labels, Solved, Value, fixed
 from jaxprune.rules import RULES
@@ -47,12 +48,11 @@ def trace(
     are prunable too, and marked so; else they are frozen.
 
     Returns a `Graph`; its groups are in order of first use. Raises GraphError where
-    variables hold no array.
+    variables hold no array, or arrays without a key path of their own.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
     leaves = _leaves(flat, _nnx_statistics(variables))
-    if not any(leaf.shape for leaf in leaves):
-        raise GraphError("variables hold no array; pass what apply takes first")
+    _check_leaves(leaves)
     structs = [struct(x) for _, x in flat]
     abstract, rebuild = abstract_inputs(inputs)
 
@@ -77,10 +77,16 @@ def trace(
 
 
 def struct(x: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of an array or a Python number."""
-    if hasattr(x, "shape") and hasattr(x, "dtype"):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    """The shape and dtype (weak or not) of an array or a Python number."""
+    if is_arraylike(x):
+        weak = getattr(x, "weak_type", False)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak)
     return jax.eval_shape(lambda: jax.numpy.asarray(x))
+
+
+def is_arraylike(x: Any) -> bool:
+    """Whether x has a shape and a dtype, and is not a type (`np.float32`) itself."""
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
 
 
 def abstract_inputs(
@@ -88,7 +94,7 @@ def abstract_inputs(
 ) -> tuple[list[jax.ShapeDtypeStruct], Callable[[Sequence[Any]], Any]]:
     """The arrays among the inputs, abstract, and how to put new ones in place."""
     flat, treedef = jax.tree.flatten(inputs)
-    arrays = [i for i, x in enumerate(flat) if hasattr(x, "shape")]
+    arrays = [i for i, x in enumerate(flat) if is_arraylike(x)]
 
     def rebuild(new: Sequence[Any]) -> Any:
         filled = list(flat)
@@ -131,10 +137,24 @@ def _leaves(
     for path, (_, x) in zip(paths, flat):
         x = struct(x)
         trained = jx.is_array(x) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
-        trained = trained and (path[0] == "params" or not collections)
+        trained = trained and (path[:1] == ("params",) or not collections)
         trained = trained and path not in statistics
         leaves.append(Leaf(path, tuple(x.shape), str(x.dtype), trained))
     return tuple(leaves)
+
+
+def _check_leaves(leaves: Sequence[Leaf]) -> None:
+    if not any(leaf.shape for leaf in leaves):
+        raise GraphError("variables hold no array; pass what apply takes first")
+    seen: set[Path] = set()
+    for leaf in leaves:
+        if not leaf.path:
+            raise GraphError("variables are one array; name it: {'kernel': array}")
+        if leaf.path in seen:
+            raise GraphError(
+                f"two arrays of the variables are {path_str(leaf.path)}; rename one"
+            )
+        seen.add(leaf.path)
 
 
 def _nnx_statistics(variables: PyTree) -> list[Path]:
@@ -165,9 +185,11 @@ def _finish(
 
 
 # From components to groups. A position is one index of one axis of one leaf; a channel
-# is a component's positions; channels that lie in the same axes are one group.
+# is a component's positions; channels that lie in the same axes, of leaves and of the
+# operations that cost, are one group: each of them is worth the same.
 
 _AxisKey = tuple[int, int]
+_Uses = tuple[tuple[int, int], ...]
 
 
 def _graph(labels: Labels, leaves: tuple[Leaf, ...], ins: Sequence[Value]) -> Graph:
@@ -187,15 +209,19 @@ def _graph(labels: Labels, leaves: tuple[Leaf, ...], ins: Sequence[Value]) -> Gr
             for index in np.flatnonzero(~stays):
                 channels[int(components[index])].append((rank, axis, int(index)))
 
-    families: dict[tuple[_AxisKey, ...], list[int]] = defaultdict(list)
+    uses = _uses(labels, solved)
+    families: dict[tuple[tuple[_AxisKey, ...], _Uses], list[int]] = defaultdict(list)
     for channel, positions in channels.items():
-        families[tuple((rank, axis) for rank, axis, _ in positions)].append(channel)
+        family_axes = tuple((rank, axis) for rank, axis, _ in positions)
+        families[family_axes, tuple(uses[channel])].append(channel)
     consumed = _consumed(labels)
     groups: dict[str, Group] = {}
     owner = np.full(len(solved.frozen), -1)
-    for family in sorted(families):
-        members = sorted(families[family], key=lambda c: channels[c])
-        leaf_axes = [(order[rank], axis) for rank, axis in family]
+    for members in families.values():
+        members.sort(key=lambda c: channels[c])
+    for family in sorted(families, key=lambda f: (f[0], channels[families[f][0]])):
+        members = families[family]
+        leaf_axes = [(order[rank], axis) for rank, axis in family[0]]
         slots = _slots(members, channels, leaf_axes, leaves, ins, consumed)
         if len(members) == 1:
             frozen += [Frozen(s.path, s.axis, s.indices.size, SINGLE) for s in slots]
@@ -206,6 +232,17 @@ def _graph(labels: Labels, leaves: tuple[Leaf, ...], ins: Sequence[Value]) -> Gr
         groups[name] = Group(name, len(members), slots, exact)
     terms = _terms(labels, solved, owner, list(groups))
     return Graph(groups, tuple(frozen), leaves, terms)
+
+
+def _uses(labels: Labels, solved: Solved) -> dict[int, list[tuple[int, int]]]:
+    """{component: (number of an axis of a cost, how often it lies in it)}."""
+    axes = {axis.tobytes(): axis for term in labels.terms for axis in term.axes}
+    uses: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for number, axis in enumerate(axes.values()):
+        found, counts = np.unique(solved.component[axis], return_counts=True)
+        for component, count in zip(found.tolist(), counts.tolist()):
+            uses[component].append((number, count))
+    return uses
 
 
 def _consumed(labels: Labels) -> np.ndarray:

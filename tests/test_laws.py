@@ -99,6 +99,22 @@ def test_slim_is_mask(name: str, kw: Any) -> None:
     assert_close(masked[1], slim[1])
 
 
+def test_verify_tells_of_values_that_are_no_numbers() -> None:
+    """Masked, 0 / 0; cut, nothing of the kind."""
+
+    def apply(v: Any, x: Any) -> Any:
+        y = x @ v["a"]
+        return y / jnp.linalg.norm(y, axis=0) @ v["b"]
+
+    variables = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    x = jnp.ones((5, 3))
+    graph = jp.trace(apply, variables, x)
+    keep = {n: np.arange(g.size) < 2 for n, g in graph.groups.items()}
+    assert jp.verify(apply, graph, keep, variables, x) == np.inf
+    assert jp.verify(apply, graph, graph.full(), variables, x) == 0
+    assert jp.verify(apply, graph, graph.full(), variables, x * np.nan) == 0
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_masked_output_depends_on_input(name: str) -> None:
     """Law 1 would be idle on a network that the cut has made constant."""
@@ -276,3 +292,39 @@ def test_slim_takes_any_batch_size_and_transformation() -> None:
         lambda x: jax.lax.scan(lambda c, i: (c, slim(small, i[None])[0]), 0, x)
     )(x)
     np.testing.assert_allclose(want, looped, rtol=1e-4, atol=1e-4)
+
+
+def test_slim_takes_what_apply_takes() -> None:
+    """Types as arguments, weakly typed numbers, 64 bits switched on between calls."""
+
+    def apply(v: Any, x: Any, by: Any = None, dtype: Any = np.float32) -> Any:
+        y = jnp.tanh(x.astype(dtype) @ v["a"].astype(dtype))
+        return (
+            y
+            @ v["b"].astype(dtype)
+            * (1 if by is None else by)
+            * jnp.ones(2, dtype if by is not None else float)
+        )
+
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 6), "b": (6, 2)}
+    variables = {k: jnp.float32(rng.normal(size=s)) for k, s in shapes.items()}
+    x = jnp.ones((4, 3))
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 0)
+    small, slim = jp.shrink(graph, keep, variables), jp.slim(apply, graph, keep)
+    masked = jp.mask(graph, keep, variables)
+    for kw in (
+        {},
+        {"dtype": np.float32},
+        {"dtype": np.dtype("float16")},
+        {"dtype": jnp.bfloat16, "by": jnp.asarray(2.0)},
+        {"dtype": jnp.bfloat16, "by": np.float32(2.0)},
+    ):
+        for wide in (False, True):
+            with jax.enable_x64(wide):
+                want, got = apply(masked, x, **kw), slim(small, x, **kw)
+                assert want.dtype == got.dtype
+                np.testing.assert_allclose(
+                    np.float32(want), np.float32(got), rtol=0, atol=0.05
+                )

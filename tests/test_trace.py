@@ -248,6 +248,55 @@ def test_custom_vjp_is_kept_and_cut() -> None:
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def _spread(x: Any) -> Any:
+    return x / jnp.sqrt(x.var(-1, keepdims=True) + 1)
+
+
+def _spread_vjp() -> Any:
+    f = jax.custom_vjp(_spread)
+    f.defvjp(lambda x: (_spread(x), x), lambda x, g: (g / (1 + x.var(-1)[:, None]),))
+    return f
+
+
+def _spread_jvp() -> Any:
+    f = jax.custom_jvp(_spread)
+    f.defjvp(lambda x, t: (_spread(*x), t[0] / (1 + x[0].var(-1)[:, None])))
+    return f
+
+
+@pytest.mark.parametrize("rule", [_spread_vjp, _spread_jvp])
+def test_custom_derivatives_of_inexact_groups_are_cut(rule: Any) -> None:
+    apply, variables, x = two_layers(rule())
+    graph = jp.trace(apply, variables, x, exact=False)
+    keep = networks.random_keep(graph, 1)
+    small, slim = jp.shrink(graph, keep, variables), jp.slim(apply, graph, keep)
+    grads = jax.jit(jax.grad(lambda v: slim(v, x).sum()))(small)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, small)
+
+
+def test_a_backward_rule_that_mixes_removed_channels_is_an_error() -> None:
+    """Their cotangents are not known to be zero."""
+    f = jax.custom_vjp(jnp.sin)
+    f.defvjp(lambda x: (jnp.sin(x), None), lambda _, g: (g - g.mean(-1)[:, None],))
+    apply, variables, x = two_layers(f)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 1)
+    small, slim = jp.shrink(graph, keep, variables), jp.slim(apply, graph, keep)
+    with pytest.raises(GraphError, match="custom_vjp_call.*reduce_sum"):
+        jax.grad(lambda v: slim(v, x).sum())(small)
+
+
+def test_slim_leaks_no_tracer() -> None:
+    apply, variables, x = two_layers(
+        jax.checkpoint(lambda x: _spread_vjp()(jax.nn.relu(jnp.where(x > 1, 1, x))))
+    )
+    graph = jp.trace(apply, variables, x, exact=False)
+    keep = networks.random_keep(graph, 1)
+    small, slim = jp.shrink(graph, keep, variables), jp.slim(apply, graph, keep)
+    with jax.checking_leaks():
+        jax.jit(lambda v, x: slim(v, x).sum())(small, x)
+
+
 def test_shared_weights_are_cut_once() -> None:
     def apply(v: Any, x: Any) -> Any:
         y = jnp.tanh(x @ v["a"])
@@ -290,6 +339,10 @@ def test_errors_name_what_does_not_fit() -> None:
     keep = {name: np.arange(6) < 3}
     with pytest.raises(GraphError, match="hold no array"):
         jp.trace(apply, {}, x)
+    with pytest.raises(GraphError, match="variables are one array"):
+        jp.trace(lambda v, x: x @ v, variables["a"], x)
+    with pytest.raises(GraphError, match="two arrays of the variables are w"):
+        jp.trace(apply, {"w": {"value": x, "raw_value": x}}, x)
     for wrong, match in (
         ({}, f"lacks group '{name}'"),
         ({name: np.ones(5, bool)}, "6 channels.*shape \\(5,\\)"),
