@@ -5,7 +5,9 @@ A tree is anything that carries the variables' key paths: the variables, their
 gradients, an optimiser state, a moving average. A leaf belongs to the variable whose
 key path its own ends with (`opt_state[0].mu['params']['conv']['kernel']`); a tree over
 one collection alone (`variables['params']`) matches too. All other leaves are passed
-on, not copied.
+on, not copied. Adafactor's factored means are cut along the axes that they keep; they
+still hold, averaged, what the removed channels had. Where a cut changes which of two
+axes is the longer one, the two means change places: start such an optimiser anew.
 """
 
 from __future__ import annotations
@@ -337,13 +339,29 @@ def _map(
         context = _context(index, path, leaf)
         if not any(hasattr(k, "name") for k in keys):
             found.setdefault(context, set()).add(number)
-        if not cuts or not np.shape(x) and leaf.shape:
+        leaf, cuts = _statistic(leaf, cuts, path, np.ndim(x))
+        shape, wanted = tuple(np.shape(x)), expected(leaf, cuts)
+        if not cuts or shape != wanted and shape in ((), (1,)):  # a placeholder
             out.append(x)
             continue
-        _check_shape(leaf, path, np.shape(x), expected(leaf, cuts))
+        _check_shape(leaf, path, shape, wanted)
         out.append(f(leaf, cuts, x))
     _check_complete(graph, index, found)
     return jax.tree_util.tree_unflatten(treedef, out)
+
+
+def _statistic(leaf: Leaf, cuts: _Cuts, path: Path, ndim: int) -> tuple[Leaf, _Cuts]:
+    """The leaf as it lies in Adafactor's factored means of squared gradients.
+
+    `v_row` lacks the longest axis of the leaf, `v_col` the second longest (Shazeer and
+    Stern, 2018, "Adafactor"). Elsewhere: the leaf itself.
+    """
+    if ndim != len(leaf.shape) - 1 or not {"v_row", "v_col"} & set(path):
+        return leaf, cuts
+    gone = int(np.argsort(leaf.shape)[-1 if "v_row" in path else -2])
+    shape = leaf.shape[:gone] + leaf.shape[gone + 1 :]
+    rest = tuple((a - (a > gone), slots) for a, slots in cuts if a != gone)
+    return dataclasses.replace(leaf, shape=shape), rest
 
 
 def _leaf_number(index: _Index, path: Path) -> int | None:

@@ -218,6 +218,31 @@ def test_optimiser_state_shrinks_with_the_tree(name: str) -> None:
     chex.assert_trees_all_close(late, early, rtol=1e-6, atol=1e-7)
 
 
+def test_factored_statistics_shrink_with_the_tree() -> None:
+    """Adafactor's row and column means, and its placeholders of one entry."""
+    shapes = {"a": (9, 6), "bias": (6,), "b": (6, 2)}
+    variables = {k: jnp.ones(s) for k, s in shapes.items()}
+
+    def apply(v: Any, x: Any) -> Any:
+        return jnp.tanh(x @ v["a"] + v["bias"]) @ v["b"]
+
+    graph = jp.trace(apply, variables, jnp.ones((4, 9)))
+    keep = {n: np.array([1, 1, 0, 1, 0, 1], bool) for n in graph.groups}
+    tx = optax.adafactor(0.1, min_dim_size_to_factor=2)
+    rng = np.random.default_rng(0)
+    grads = {k: jnp.float32(rng.normal(size=s)) for k, s in shapes.items()}
+    state = tx.update(grads, tx.init(variables), variables)[1]
+    small, early = jp.shrink(graph, keep, (variables, state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(early, tx.init(small))
+    tx.update(jp.shrink(graph, keep, grads), early, small)
+    columns = state[0].v_col["a"]
+    np.testing.assert_array_equal(early[0].v_col["a"], columns)
+    np.testing.assert_array_equal(early[0].v_row["a"], state[0].v_row["a"][keep["a"]])
+    chex.assert_trees_all_equal(
+        jp.expand(graph, keep, early), jp.mask(graph, keep, state)
+    )
+
+
 def test_eval_and_train_traces_have_the_same_groups() -> None:
     for name in NETS:
         apply, variables, x = build(name)
