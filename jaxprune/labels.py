@@ -63,7 +63,10 @@ class Solved(NamedTuple):
 
 @dataclasses.dataclass
 class Labels:
-    """What one analysis gathers: labels handed out, unions, freezes, costs."""
+    """What one analysis gathers: labels handed out, unions, freezes, costs.
+
+    repeats: the first labels of axes along which an array was only repeated.
+    """
 
     exact: bool = True
     count: int = 1
@@ -75,6 +78,7 @@ class Labels:
     consumed: list[np.ndarray] = dataclasses.field(default_factory=list)
     first_use: dict[int, int] = dataclasses.field(default_factory=dict)
     terms: list[RawTerm] = dataclasses.field(default_factory=list)
+    repeats: set[int] = dataclasses.field(default_factory=set)
 
     def fresh(self, length: int) -> Axis:
         """New labels for an axis; an axis of one index is never cut."""

@@ -20,6 +20,7 @@ def _broadcast(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Valu
     """New axes get labels of their own: they can be made at any length."""
     (value, *_), shape = ins, eqn.params["shape"]
     labels = [context.labels.fresh(n) for n in shape]
+    context.labels.repeats |= {int(axis[0]) for axis in labels if axis is not None}
     fill: list[float | None] = [value.const] * len(shape)
     for axis, to in enumerate(eqn.params["broadcast_dimensions"]):
         if eqn.invars[0].aval.shape[axis] == shape[to]:
@@ -268,10 +269,12 @@ def _reshape_block(
     new = [eqn.outvars[0].aval.shape[a] for a in news]
     pairs = [(a, value.labels[a]) for a in olds]
     loose = [(a, line) for a, line in pairs if line is not None]
-    for _, fixed_line in loose[:-1]:
-        context.labels.freeze(fixed_line, jx.Site(eqn))
     if not loose:
         return
+    # One axis of those that merge can be cut: the last that is more than repetition.
+    loose.sort(key=lambda pair: int(pair[1][0]) not in context.labels.repeats)
+    for _, fixed_line in loose[:-1]:
+        context.labels.freeze(fixed_line, jx.Site(eqn))
     last, line = loose[-1]
     place = [-1 if a == last else 1 for a in olds]
     merged = np.broadcast_to(np.reshape(line, place), old).ravel()
