@@ -24,6 +24,7 @@ from jaxprune.criteria import (
 from jaxprune.measures import bn_scale, magnitude, random, taylor
 from jaxprune.path import prune_path
 from jaxprune.prune import prune
+from jaxprune.rules import register_rule
 from jaxprune.select import select
 from jaxprune.slim import slim, verify
 from jaxprune.sparsity import (
@@ -83,6 +84,7 @@ __all__ = [
     "prune",
     "prune_path",
     "random",
+    "register_rule",
     "save",
     "score",
     "select",
