@@ -118,6 +118,7 @@ def _add_inspect(verb: argparse.ArgumentParser) -> None:
         metavar="KIND=RATIO",
         help="widths when every group is cut alike to this budget, e.g. flops=0.5",
     )
+    verb.add_argument("--svg", metavar="FILE", help="also draw which group feeds which")
     _add_settings(verb, "FIELD=VALUE", "a field of a shipped network; repeatable")
 
 
@@ -176,6 +177,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
     found = inspection.find(args.target, size=args.size, settings=args.settings)
     print(inspection.describe(found, budget=args.budget))
+    if args.svg:
+        picture = inspection.draw(found, Path(args.svg), budget=args.budget)
+        print(f"\nthe picture: {picture}")
     return 0
 
 

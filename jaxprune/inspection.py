@@ -16,7 +16,7 @@ from flax import linen, nnx
 
 from jaxprune import base, budget, checkpoint, graph_io, integrity, models
 from jaxprune.cost import cost
-from jaxprune.report import words
+from jaxprune.report import diagram, words
 from jaxprune.select import select
 from jaxprune.trace import trace
 
@@ -84,11 +84,27 @@ def describe(subject: Subject, *, budget: str | None = None) -> str:
     budget: 'flops=0.5', a kind and a ratio; the widths that are left when every group
     is cut alike to meet it. Raises BudgetError for another form, or one not to be met.
     """
-    graph, keep = subject.graph, subject.keep
-    if budget is not None:
-        keep = _alike(graph, parse_budget(budget))
+    graph, keep = subject.graph, _keep(subject, budget)
     lines = [subject.title, "", *_groups(graph, keep), "", *_costs(graph, keep)]
     return "\n".join([*lines, "", *_frozen(graph)])
+
+
+def draw(subject: Subject, file: Path, *, budget: str | None = None) -> Path:
+    """Write the subject's groups, and which feeds which, as an SVG; its path.
+
+    Raises BudgetError as `describe` does, ConfigError where the file can't be written.
+    """
+    text = diagram.svg(subject.graph, _keep(subject, budget))
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise base.ConfigError(f"--svg {file}: {error.strerror}") from error
+    return file
+
+
+def _keep(subject: Subject, budget: str | None) -> base.Keep | None:
+    """What the budget leaves, or else what the subject's own pruning left."""
+    return _alike(subject.graph, parse_budget(budget)) if budget else subject.keep
 
 
 def parse_budget(text: str) -> budget.Budget:
