@@ -22,6 +22,7 @@ from jaxprune.criteria import (
     score,
 )
 from jaxprune.measures import bn_scale, magnitude, random, taylor
+from jaxprune.modules import to_nnx
 from jaxprune.path import prune_path
 from jaxprune.prune import prune
 from jaxprune.rules import register_rule
@@ -92,6 +93,7 @@ __all__ = [
     "shrink_graph",
     "slim",
     "taylor",
+    "to_nnx",
     "trace",
     "verify",
 ]

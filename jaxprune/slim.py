@@ -113,11 +113,12 @@ def verify(
     masked = _cut_state(graph, keep, masked)
     for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(cut), strict=True):
         if jx.is_array(a) and np.size(a):
-            worst = max(worst, _relative_error(np.asarray(a), np.asarray(b)))
+            worst = max(worst, relative_error(np.asarray(a), np.asarray(b)))
     return worst
 
 
-def _relative_error(want: np.ndarray, got: np.ndarray) -> float:
+def relative_error(want: np.ndarray, got: np.ndarray) -> float:
+    """max |want - got| / max |want|; inf where one is not finite and the other is."""
     wide = np.complex128 if np.iscomplexobj(want) else np.float64
     want, got = want.astype(wide), got.astype(wide)
     numbers = np.isfinite(want)

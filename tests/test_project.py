@@ -32,7 +32,7 @@ TEXTS = sorted(
 LAYERS = (
     "base jaxpr",
     "labels walk rules trace",
-    "trees slim graph_io",
+    "trees slim graph_io modules",
     "cost budget criteria measures select",
     "sparsity steps path pruned prune",
     "integrity leaves storage store checkpoint",
