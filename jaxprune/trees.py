@@ -4,10 +4,11 @@
 A tree is anything that carries the variables' key paths: the variables, their
 gradients, an optimiser state, a moving average. A leaf belongs to the variable whose
 key path its own ends with (`opt_state[0].mu['params']['conv']['kernel']`); a tree over
-one collection alone (`variables['params']`) matches too. All other leaves are passed
-on, not copied. Adafactor's factored means are cut along the axes that they keep; they
-still hold, averaged, what the removed channels had. Where a cut changes which of two
-axes is the longer one, the two means change places: start such an optimiser anew.
+one collection alone (`variables['params']`) matches too, and so do leaves that are
+stacked along leading axes (an ensemble, the history of L-BFGS). All other leaves are
+passed on, not copied. Adafactor's factored means are cut along the axes that they keep;
+they still hold, averaged, what the removed channels had. Where a cut changes which of
+two axes is the longer one, the two means change places: start such an optimiser anew.
 """
 
 from __future__ import annotations
@@ -339,8 +340,9 @@ def _map(
         context = _context(index, path, leaf)
         if not any(hasattr(k, "name") for k in keys):
             found.setdefault(context, set()).add(number)
-        leaf, cuts = _statistic(leaf, cuts, path, np.ndim(x))
-        shape, wanted = tuple(np.shape(x)), expected(leaf, cuts)
+        shape = tuple(np.shape(x))
+        leaf, cuts = _stacked(*_statistic(leaf, cuts, path, len(shape)), shape)
+        wanted = expected(leaf, cuts)
         if not cuts or shape != wanted and shape in ((), (1,)):  # a placeholder
             out.append(x)
             continue
@@ -362,6 +364,15 @@ def _statistic(leaf: Leaf, cuts: _Cuts, path: Path, ndim: int) -> tuple[Leaf, _C
     shape = leaf.shape[:gone] + leaf.shape[gone + 1 :]
     rest = tuple((a - (a > gone), slots) for a, slots in cuts if a != gone)
     return dataclasses.replace(leaf, shape=shape), rest
+
+
+def _stacked(leaf: Leaf, cuts: _Cuts, shape: tuple[int, ...]) -> tuple[Leaf, _Cuts]:
+    """The leaf behind the leading axes along which a tree holds many of it."""
+    extra = len(shape) - len(leaf.shape)
+    if extra <= 0:
+        return leaf, cuts
+    whole = dataclasses.replace(leaf, shape=shape[:extra] + leaf.shape)
+    return whole, tuple((axis + extra, slots) for axis, slots in cuts)
 
 
 def _leaf_number(index: _Index, path: Path) -> int | None:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimiser states of every standard kind shrink with the tree, and go on."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+
+
+def labels(params):
+    return jax.tree.map(lambda p: "kernel" if p.ndim > 1 else "rest", params)
+
+
+def matrices(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+# Those whose update is the same per weight, whatever the others are, come first.
+ELEMENTWISE = {
+    "adam": optax.adam(0.1),
+    "amsgrad": optax.amsgrad(0.1),
+    "adagrad": optax.adagrad(0.1),
+    "lion": optax.lion(0.1),
+    "rmsprop": optax.rmsprop(0.1, momentum=0.9),
+    "yogi": optax.yogi(0.1),
+    "nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "multi_transform": optax.multi_transform(
+        {"kernel": optax.adam(0.1), "rest": optax.sgd(0.1, momentum=0.9)}, labels
+    ),
+    "masked": optax.masked(optax.adam(0.1), matrices),
+    "multi_steps": optax.MultiSteps(
+        optax.adamw(0.1), every_k_schedule=2
+    ).gradient_transformation(),
+    "ema": optax.chain(optax.adam(0.1), optax.ema(0.9)),
+    "injected": optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+    "if finite": optax.apply_if_finite(optax.adam(0.1), 3),
+    "schedule free": optax.contrib.schedule_free_adamw(0.1),
+}
+# A trust ratio or an orthogonalisation looks at whole arrays: what the masked arrays
+# give differs from what the small ones give. Shapes and going on are what can be asked.
+SPANNING = {
+    "lamb": optax.lamb(0.1),
+    "lars": optax.lars(0.1),
+    "novograd": optax.novograd(0.1),
+    "muon": optax.contrib.muon(0.1),
+    "prodigy": optax.contrib.prodigy(0.1),
+}
+
+
+def stepped(tx, params, count=3):
+    """Params and state after some steps on made-up gradients."""
+    state = tx.init(params)
+    for i in range(count):
+        updates, state = tx.update(gradients(params, i), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def gradients(params, seed):
+    return networks.randomised(params, seed)
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *SPANNING])
+def test_the_cut_state_is_one_of_the_small_params_and_goes_on(name):
+    tx = {**ELEMENTWISE, **SPANNING}[name]
+    apply, variables, x = networks.linen(networks.ResNet)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 0)
+    params, state = stepped(tx, variables["params"])
+
+    small, cut = jp.shrink(graph, keep, (params, state))
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(cut, tx.init(small))
+    grads = gradients(params, 9)
+    updates, _ = tx.update(jp.shrink(graph, keep, grads), cut, small)
+    chex.assert_tree_all_finite(updates)
+    if name in ELEMENTWISE:
+        want = jp.shrink(graph, keep, tx.update(grads, state, params)[0])
+        chex.assert_trees_all_close(updates, want, rtol=1e-5, atol=1e-6)
+
+
+def test_histories_are_cut_behind_their_leading_axis():
+    tx = optax.lbfgs(0.1, memory_size=4, linesearch=None)
+    apply, variables, x = networks.linen(networks.Vgg)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 0)
+    params, state = stepped(tx, variables["params"])
+
+    small, cut = jp.shrink(graph, keep, (params, state))
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(cut, tx.init(small))
+    name, group = next(iter(graph.groups.items()))
+    slot = group.slots[0]
+    history = np.asarray(state[0].diff_params_memory[slot.path[1]][slot.path[2]])
+    got = cut[0].diff_params_memory[slot.path[1]][slot.path[2]]
+    want = np.take(history, np.flatnonzero(keep[name]), axis=slot.axis + 1)
+    np.testing.assert_array_equal(got, want)
+    chex.assert_trees_all_equal(
+        jp.expand(graph, keep, cut), jp.mask(graph, keep, state)
+    )
+
+
+def test_an_ensemble_is_cut_as_one():
+    apply, variables, x = networks.linen(networks.ResNet)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 3)
+    both = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), variables)
+    small = jp.shrink(graph, keep, both)
+    one = jp.shrink(graph, keep, variables)
+    chex.assert_trees_all_equal(jax.tree.map(lambda a: a[0], small), one)
+    slim = jp.slim(apply, graph, keep)
+    out = jax.vmap(slim, in_axes=(0, None))(small, x)
+    np.testing.assert_allclose(out[0], slim(one, x), rtol=1e-5, atol=1e-5)
