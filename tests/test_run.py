@@ -116,13 +116,21 @@ def test_final_loads_by_itself_and_is_what_was_evaluated(whole):
     assert again["confusion"] == found["confusion"] and again["miou"] == found["miou"]
 
 
-def test_a_finished_run_only_shows_its_result(whole, monkeypatch):
+def test_a_finished_run_only_shows_its_result(whole, monkeypatch, capsys):
     folder, evaluation = whole
     before = (folder / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(steps, "make_step", None)
     monkeypatch.setattr(choose, "choose", None)
     assert run(CONFIG, folder) == evaluation
     assert (folder / "metrics.jsonl").read_bytes() == before
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "done already" in line] == [
+        "train: done already, step 2 of 2",
+        "prune: done already, cut 1 of 1",
+        "retrain: done already, step 2 of 2",
+        "scratch: done already, step 4 of 4",
+        "evaluate: done already",
+    ]
 
 
 def test_stages_whose_files_are_gone_run_again(whole):

@@ -377,6 +377,11 @@ def test_errors_name_what_does_not_fit() -> None:
         jp.mask(graph, keep, {"a": variables["a"]})
     with pytest.raises(GraphError, match=r"a has shape \(3, 5\)"):
         jp.shrink(graph, keep, {**variables, "a": variables["a"][:, :5]})
+    cut = jp.shrink(graph, keep, variables)
+    with pytest.raises(GraphError, match="cut already.*jaxprune.shrink_graph"):
+        jp.shrink(graph, keep, cut)
+    with pytest.raises(GraphError, match="another network's"):
+        jp.expand(graph, keep, variables)
     with pytest.raises(GraphError, match="traced"):
         jax.jit(lambda k: jp.shrink(graph, k, variables))(keep)
     slim = jp.slim(apply, graph, keep)
@@ -384,6 +389,8 @@ def test_errors_name_what_does_not_fit() -> None:
         GraphError, match=r"a has shape \(3, 6\), shrunk it is \(3, 3\)"
     ):
         slim(variables, x)
+    with pytest.raises(GraphError, match="another keep.*jaxprune.compose"):
+        slim({**cut, "a": variables["a"][:, :2]}, x)
     with pytest.raises(GraphError, match="variables lack b"):
         slim({"a": variables["a"][:, :3]}, x)
 

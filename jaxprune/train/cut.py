@@ -57,6 +57,7 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
         last = number == prune.rounds
         known = number in store.steps() and (not last or (job.workdir / _FILE).exists())
         if known:
+            progress.note(f"prune: done already, cut {number} of {prune.rounds}")
             cut = _restore(store, number, graph, cut)
         else:
             cut = _round(job, graph, cut, number, progress)
