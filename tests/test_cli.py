@@ -327,6 +327,31 @@ def test_inspect_a_run_that_has_not_pruned_yet(saved, tmp_path, capsys):
     assert "graph.json is damaged" in error_line(capsys)
 
 
+def test_a_network_of_ones_own_is_pointed_to_python(tmp_path, capsys):
+    import tinyrun
+
+    import jaxprune as jp
+
+    net, variables = tinyrun.Net(), tinyrun.variables()
+    images = np.zeros((1, *tinyrun.SIZE, 3), np.float32)
+    pruned = jp.prune(net.apply, variables, images, budget=jp.flops(0.5))
+    folder, image = tmp_path / "net", tmp_path / "in.png"
+    jp.save(folder, pruned, classes={"names": ["a"] * 3, "colors": [[0, 0, 0]] * 3})
+    Image.new("RGB", (12, 8)).save(image)
+    for argv in (
+        ["predict", str(folder), str(image), "--out", str(tmp_path / "out")],
+        ["eval", str(folder)],
+    ):
+        assert cli.main(argv) == 2
+        assert "jaxprune.load(path, apply=model.apply)" in error_line(capsys)
+    assert cli.main(["report", str(folder)]) == 2
+    assert "no work folder" in error_line(capsys)
+    # As those lines, and the verb's help, say:
+    loaded = jp.load(folder, apply=net.apply)
+    (written,) = jp.predict.write(loaded, [image], tmp_path / "out", size="native")
+    assert written.exists()
+
+
 def test_predict_with_a_saved_network(saved, tmp_path, capsys):
     image = tmp_path / "in.png"
     Image.new("L", (50, 40), 90).save(image)
