@@ -37,6 +37,10 @@ class Value(NamedTuple):
         """The number at removed indices of an axis."""
         return self.fill[axis] if self.const is None else self.const
 
+    def held(self) -> tuple[float | None, ...]:
+        """The number at removed indices of every axis."""
+        return tuple(self.removed(axis) for axis in range(len(self.labels)))
+
 
 def fixed(ndim: int, const: float | None = None) -> Value:
     """An array of which nothing can be cut."""
@@ -110,6 +114,21 @@ class Labels:
         """Cutting this axis is not the same as masking it: frozen unless asked for."""
         if axis is not None:
             (self.freezes if self.exact else self.softened).append((axis, cause))
+
+    def scratch(self) -> Labels:
+        """An empty one that hands out the labels that come next; see `absorb`."""
+        first_use, repeats = dict(self.first_use), set(self.repeats)
+        return Labels(self.exact, self.count, first_use=first_use, repeats=repeats)
+
+    def absorb(self, scratch: Labels) -> None:
+        """Let stand what an analysis gathered in a scratch; others are forgotten."""
+        self.count, self.repeats = scratch.count, scratch.repeats
+        self.first_use = scratch.first_use
+        self.unions += scratch.unions
+        self.freezes += scratch.freezes
+        self.softened += scratch.softened
+        self.consumed += scratch.consumed
+        self.terms += scratch.terms
 
     def solve(self) -> Solved:
         """Merge what was unified."""

@@ -19,7 +19,10 @@ Kept = tuple[np.ndarray | None, ...]
 
 
 class Node(NamedTuple):
-    """One analysed equation; `aux` is what its rule wants to see again when it runs."""
+    """One analysed equation; `aux` is what its rule wants to see again when it runs.
+
+    For an equation that calls programs, their tape, or the tuple of their tapes.
+    """
 
     eqn: jx.Eqn
     ins: tuple[Value, ...]
@@ -164,12 +167,13 @@ def run(
 
 def _cut_inside(node: Node, kept: Callable[[Value], Kept]) -> bool:
     """Whether a sub-program of this equation is cut although its ends are not."""
-    tape = node.aux
-    if not isinstance(tape, Tape):
-        return False
-    values = [v for n in tape.nodes for v in (*n.ins, *n.outs)] + list(tape.consts)
+    aux = node.aux if type(node.aux) is tuple else (node.aux,)
+    tapes = [tape for tape in aux if isinstance(tape, Tape)]
+    nodes = [n for tape in tapes for n in tape.nodes]
+    values = [v for tape in tapes for v in (*tape.ins, *tape.consts)]
+    values += [v for n in nodes for v in (*n.ins, *n.outs)]
     return any(k is not None for v in values for k in kept(v)) or any(
-        _cut_inside(n, kept) for n in tape.nodes
+        _cut_inside(n, kept) for n in nodes
     )
 
 
@@ -216,7 +220,7 @@ def freeze_all(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Valu
 
 def has_jaxpr(eqn: jx.Eqn) -> bool:
     """Whether an equation calls a program; its variables are used inside, not by it."""
-    return any("jaxpr" in name for name in eqn.params)
+    return any("jaxpr" in name or name == "branches" for name in eqn.params)
 
 
 def _note_use(labels: Labels, values: Sequence[Value]) -> None:

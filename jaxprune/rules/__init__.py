@@ -6,7 +6,7 @@ from typing import Any
 from jaxprune.base import GraphError
 from jaxprune.jaxpr import Site
 from jaxprune.labels import Value
-from jaxprune.rules import calls, elementwise, linear, reduce, shape
+from jaxprune.rules import calls, control, elementwise, linear, reduce, shape
 from jaxprune.walk import Context, Cut, Rule, freeze_all
 
 __all__ = [
@@ -26,6 +26,7 @@ RULES: dict[str, Rule] = {
     **linear.RULES,
     **reduce.RULES,
     **calls.RULES,
+    **control.RULES,
 }
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.base import GraphError
-from jaxprune.labels import Labels, RawTerm, Value, fixed, kept_indices
-from jaxprune.walk import Context, Cut, Kept, Rule, Tape, analyse, freeze_all, run
+from jaxprune.labels import Labels, Value, kept_indices
+from jaxprune.walk import Context, Cut, Kept, Rule, Tape, analyse, run
 
 
 def _call(name: str) -> Callable[..., Any]:
@@ -52,47 +51,6 @@ def _rewrite_remat(cut: Cut) -> list[Any]:
         policy=p["policy"],
     )
     return body(*operands)
-
-
-def _control(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    """Loops and branches: nothing they touch is cut, but what they compute costs.
-
-    Each pass of a scan counts; a while loop's length is unknown: one pass. Of branches,
-    the dearest counts.
-    """
-    outs, p = freeze_all(context, eqn, ins), eqn.params
-    if eqn.primitive.name == "cond":
-        branches = [_terms_of(context, branch) for branch in p["branches"]]
-        flops = [sum(map(_dense_flops, terms)) for terms in branches]
-        context.labels.terms += branches[int(np.argmax(flops))]
-    elif eqn.primitive.name == "scan":
-        for term in _terms_of(context, p["jaxpr"]):
-            coefficient = term.coefficient * p["length"]
-            context.labels.terms.append(term._replace(coefficient=coefficient))
-    else:
-        context.labels.terms += _terms_of(context, p["cond_jaxpr"])
-        context.labels.terms += _terms_of(context, p["body_jaxpr"])
-    return outs
-
-
-def _terms_of(context: Context, jaxpr: Any) -> list[RawTerm]:
-    """What a program costs of which nothing is cut."""
-    program, terms = jx.program(jaxpr), context.labels.terms
-    start = len(terms)
-    context.walk(
-        program, [fixed(len(getattr(v.aval, "shape", ()))) for v in program.invars]
-    )
-    own = terms[start:]
-    del terms[start:]
-    return own
-
-
-def _dense_flops(term: RawTerm) -> int:
-    return term.coefficient * math.prod(map(len, term.axes)) * (term.kind == "flops")
-
-
-def _rewrite_control(cut: Cut) -> list[Any]:
-    return cut.bind()
 
 
 # Custom derivatives. JAX derives the dense equation; the programs that come out,
@@ -182,8 +140,7 @@ def _is_float(x: Any) -> bool:
 
 def _still(value: Value) -> Value:
     """A tangent: where a removed index holds a known number, it does not move."""
-    fill = [value.removed(a) for a in range(len(value.labels))]
-    return Value(value.labels, tuple(None if f is None else 0.0 for f in fill))
+    return Value(value.labels, tuple(None if f is None else 0.0 for f in value.held()))
 
 
 def _unknown(value: Value) -> Value:
@@ -217,7 +174,7 @@ def _plan(
     kept_in = [cut.kept(v) for v in ins] if kept is None else list(kept)
     kept_out: list[Kept | None] = [*map(cut.kept, outs)]
     kept_out += [None] * (len(program.outvars) - len(outs))
-    fills = [tuple(v.removed(a) for a in range(len(v.labels))) for v in ins]
+    fills = [v.held() for v in ins]
     name, exact = str(jx.Site(cut.eqn)), cut.node.aux.exact
     tape, resolve = plan(program, kept_in, kept_out, fills, cut.rules, name, exact)
     return tape, resolve, shapes
@@ -299,7 +256,6 @@ def _resolver(
 
 
 RULES = {
-    **{name: Rule(_control, _rewrite_control) for name in ("cond", "scan", "while")},
     "jit": Rule(_call("jaxpr"), _rewrite_jit),
     "pjit": Rule(_call("jaxpr"), _rewrite_jit),
     "closed_call": Rule(_call("call_jaxpr"), _rewrite_inline),
