@@ -52,6 +52,24 @@ def bind(eqn: Eqn, *args: Any, **changed: Any) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def scan_parts(eqn: Eqn, operands: Sequence[Any]) -> tuple[list, list, list]:
+    """A scan's constants, first carry, and scanned arrays."""
+    p = eqn.params
+    if "ft_in" in p:  # after JAX 0.10
+        start, carried, _ = (len(list(part)) for part in p["ft_in"].unpack())
+    else:
+        start, carried = p["num_consts"], p["num_carry"]
+    end = start + carried
+    return list(operands[:start]), list(operands[start:end]), list(operands[end:])
+
+
+def while_parts(eqn: Eqn, operands: Sequence[Any]) -> tuple[list, list, list]:
+    """A while loop's constants of the condition, of the body, and first carry."""
+    start = eqn.params["cond_nconsts"]
+    end = start + eqn.params["body_nconsts"]
+    return list(operands[:start]), list(operands[start:end]), list(operands[end:])
+
+
 def is_array(aval: Any) -> bool:
     """Whether a type is an array of numbers (not a key, a token, a reference)."""
     dtype = getattr(aval, "dtype", None)

@@ -256,7 +256,7 @@ def test_what_a_pass_mixes_is_frozen(name: str) -> None:
     apply, variables, x = network(FROZEN[name])
     graph = jp.trace(apply, variables, x)
     assert not sizes(graph, "b")
-    assert jp.verify(apply, graph, half(graph), variables, x) == 0
+    assert jp.verify(apply, graph, half(graph), variables, x) < 1e-5
     if name == "zero only at first":
         graph = jp.trace(apply, variables, x, exact=False)
         assert not graph.groups["a"].exact

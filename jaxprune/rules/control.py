@@ -23,7 +23,7 @@ from jaxprune.walk import Context, Cut, Rule, Tape
 
 def _scan(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
     """Every pass computes, so every pass costs."""
-    consts, init, xs = _scan_parts(eqn, ins)
+    consts, init, xs = jx.scan_parts(eqn, ins)
     for value in xs:
         context.labels.freeze(value.labels[0], jx.Site(eqn))
     xs = [v._replace(labels=v.labels[1:], fill=v.fill[1:]) for v in xs]
@@ -42,7 +42,7 @@ def _scan(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
 
 def _rewrite_scan(cut: Cut) -> list[Any]:
     (cut, operands), p = cut.parts(), cut.eqn.params
-    consts, init, xs = _scan_parts(cut.eqn, operands)
+    consts, init, xs = jx.scan_parts(cut.eqn, operands)
 
     def body(carry: Any, x: Any) -> Any:
         outs = cut.run(cut.node.aux, *consts, *carry, *x)
@@ -54,16 +54,9 @@ def _rewrite_scan(cut: Cut) -> list[Any]:
     return [*carry, *ys]
 
 
-def _scan_parts(eqn: jx.Eqn, operands: Sequence[Any]) -> tuple[list, list, list]:
-    """(constants, first carry, scanned arrays)"""
-    start = eqn.params["num_consts"]
-    end = start + eqn.params["num_carry"]
-    return list(operands[:start]), list(operands[start:end]), list(operands[end:])
-
-
 def _while(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
     """The number of passes is unknown: one counts."""
-    asked, consts, init = _while_parts(eqn, ins)
+    asked, consts, init = jx.while_parts(eqn, ins)
     body, ends, inner = _passes(context, eqn, eqn.params["body_jaxpr"], consts, init)
     context.labels.absorb(inner)
     carry = body.ins[len(consts) :]
@@ -78,7 +71,7 @@ def _while(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
 
 def _rewrite_while(cut: Cut) -> list[Any]:
     cut, operands = cut.parts()
-    asked, consts, init = _while_parts(cut.eqn, operands)
+    asked, consts, init = jx.while_parts(cut.eqn, operands)
     test, body = cut.node.aux
     # Under vmap each example has its own answer, and stays as it is once that is no.
     batch = len(test.outs[0].labels)
@@ -98,13 +91,6 @@ def _rewrite_while(cut: Cut) -> list[Any]:
 
     until = (lambda carry: jnp.any(goes_on(carry))) if batch else goes_on
     return list(jax.lax.while_loop(until, one_pass, init))
-
-
-def _while_parts(eqn: jx.Eqn, operands: Sequence[Any]) -> tuple[list, list, list]:
-    """(constants of the condition, constants of the body, first carry)"""
-    start = eqn.params["cond_nconsts"]
-    end = start + eqn.params["body_nconsts"]
-    return list(operands[:start]), list(operands[start:end]), list(operands[end:])
 
 
 def _passes(
