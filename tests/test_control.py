@@ -148,6 +148,25 @@ def _gradient_descent(y: Any, p: Any) -> Any:
     return y - 0.1 * dy @ (p["w"] - 0.1 * dw)
 
 
+def _gradient_of_branches(y: Any, p: Any) -> Any:
+    """What the branches leave to the derivative is tied too, also under remat."""
+
+    def body(c: Any) -> Any:
+        return lax.cond(c.sum() > 0, lambda c: jnp.tanh(c @ p["w"]), jnp.sin, c)
+
+    def loss(y: Any) -> Any:
+        return (_steps(jax.checkpoint(body), _steps(body, y)) ** 2).sum()
+
+    return y + jax.grad(loss)(y)
+
+
+def _curvature(y: Any, p: Any) -> Any:
+    def loss(y: Any) -> Any:
+        return (_steps(lambda c: _tripled(jnp.tanh(c @ p["w"])), y) ** 2).sum()
+
+    return jax.jvp(jax.grad(loss), (y,), (jnp.sin(y),))[1]
+
+
 @jax.custom_vjp
 def _tripled(x: Any) -> Any:
     return jnp.sin(x)
@@ -169,6 +188,8 @@ SCANS = {
     "custom_vjp": lambda y, p: _steps(lambda c: _tripled(c @ p["w"]), y),
     "swap": _swap,
     "gradient descent": _gradient_descent,
+    "gradient of branches": _gradient_of_branches,
+    "curvature": _curvature,
     "from zero": lambda y, p: _steps(
         lambda c: jnp.tanh(c @ p["w"] + y) * (1 + c.sum()), jnp.zeros_like(y)
     ),
@@ -398,6 +419,46 @@ def test_hidden_channels_of_recurrent_cells_are_cut(cell: str) -> None:
     assert jp.cost(graph, half(graph)) == jp.cost(jp.trace(*small))
 
 
+class NnxBlock(nnx.Module):
+    """A residual block in nnx."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(8, 6, rngs=rngs)
+        self.second = nnx.Linear(6, 8, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return x + self.second(nnx.relu(self.first(x)))
+
+
+class NnxStacked(nnx.Module):
+    """Blocks of stacked parameters in nnx."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.stem, self.head = (nnx.Linear(*w, rngs=rngs) for w in ((3, 8), (8, 2)))
+        self.blocks = nnx.vmap(NnxBlock)(rngs.split(4))
+
+    def __call__(self, x: Any) -> Any:
+        run = nnx.scan(
+            lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+        )
+        return self.head(run(self.stem(x), self.blocks))
+
+
+def nnx_law(net: nnx.Module, x: Any) -> jp.Graph:
+    definition, params, rest = nnx.split(net, nnx.Param, ...)
+    params = networks.randomised(params, 0)
+
+    def apply(v: Any, x: Any) -> Any:
+        return nnx.merge(definition, v["params"], rest, copy=True)(x)
+
+    return check_law(apply, {"params": params}, x, -x)
+
+
+def test_stacked_blocks_of_nnx_are_cut_alike() -> None:
+    graph = nnx_law(NnxStacked(nnx.Rngs(0)), networks.images(0, (5, 3)))
+    assert sizes(graph) == [6, 8]
+
+
 class NnxRecurrent(nnx.Module):
     """A recurrent layer in nnx."""
 
@@ -415,14 +476,7 @@ class NnxRecurrent(nnx.Module):
 @pytest.mark.parametrize("cell", CELLS[:3])
 def test_hidden_channels_of_nnx_cells_are_cut(cell: str) -> None:
     net = NnxRecurrent(getattr(nnx, cell), nnx.Rngs(0))
-    definition, params, rest = nnx.split(net, nnx.Param, ...)
-    params = networks.randomised(params, 0)
-
-    def apply(v: Any, x: Any) -> Any:
-        return nnx.merge(definition, v["params"], rest, copy=True)(x)
-
-    x = networks.images(0, (2, 5, 3))
-    graph = check_law(apply, {"params": params}, x, -x)
+    graph = nnx_law(net, networks.images(0, (2, 5, 3)))
     assert sizes(graph) == [6]
 
 

@@ -175,8 +175,19 @@ def _rewrite_cond(cut: Cut) -> list[Any]:
     return jax.lax.switch(index, branches, *operands)
 
 
+def _empty(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """What a branch that was not taken leaves to the derivative: zero, never read."""
+    del context, eqn, ins
+    return [Value((), (), 0.0)]
+
+
+def _rewrite_empty(cut: Cut) -> list[Any]:
+    return cut.bind()
+
+
 RULES = {
     "cond": Rule(_cond, _rewrite_cond),
+    "empty2": Rule(_empty, _rewrite_empty),
     "scan": Rule(_scan, _rewrite_scan),
     "while": Rule(_while, _rewrite_while),
 }
