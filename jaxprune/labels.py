@@ -8,6 +8,7 @@ freeze them; one connected-components call at the end says which are one channel
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
@@ -116,19 +117,19 @@ class Labels:
             (self.freezes if self.exact else self.softened).append((axis, cause))
 
     def scratch(self) -> Labels:
-        """An empty one that hands out the labels that come next; see `absorb`."""
-        first_use, repeats = dict(self.first_use), set(self.repeats)
-        return Labels(self.exact, self.count, first_use=first_use, repeats=repeats)
+        """One without events that hands out the labels that come next; see `absorb`."""
+        return Labels(
+            **{
+                name: [] if isinstance(held, list) else copy.copy(held)
+                for name, held in vars(self).items()
+            }
+        )
 
     def absorb(self, scratch: Labels) -> None:
         """Let stand what an analysis gathered in a scratch; others are forgotten."""
-        self.count, self.repeats = scratch.count, scratch.repeats
-        self.first_use = scratch.first_use
-        self.unions += scratch.unions
-        self.freezes += scratch.freezes
-        self.softened += scratch.softened
-        self.consumed += scratch.consumed
-        self.terms += scratch.terms
+        for name, held in vars(scratch).items():
+            events = isinstance(held, list)
+            setattr(self, name, [*getattr(self, name), *held] if events else held)
 
     def solve(self) -> Solved:
         """Merge what was unified."""
