@@ -9,6 +9,8 @@ freeze them; one connected-components call at the end says which are one channel
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -100,6 +102,10 @@ class Labels:
                 self.freeze(a[~loose], cause)
                 self.freeze(b[~loose], cause)
         return a
+
+    def unify_all(self, axes: Sequence[Axis], cause: object) -> Axis:
+        """Tie axes of one length, index by index."""
+        return functools.reduce(lambda a, b: self.unify(a, b, cause), axes)
 
     def freeze(self, axis: Axis, cause: object) -> None:
         """Nothing of this axis can be cut."""

@@ -99,6 +99,11 @@ FREEZING = {
     "reduce_max": lambda x: x - x.max(axis=-1, keepdims=True),
     "argmax": lambda x: x * x.argmax(axis=-1)[:, None],
     "top_k": lambda x: x + jax.lax.top_k(x, 6)[0],
+    "scatter": lambda x: jnp.asarray(x).at[:, x.sum(1).argmax()].add(1.0),
+    "gather": lambda x: x + x[:, (jnp.arange(6) + x.sum(1).argmax()) % 6],
+    "dynamic_update_slice": lambda x: jax.lax.dynamic_update_slice(
+        x, jnp.ones((4, 2)), (0, x.sum(1).argmax())
+    ),
     "fft": lambda x: jnp.fft.fft(x).real,
     "while": lambda x: jax.lax.fori_loop(0, x.astype(int)[0, 0], lambda i, c: c * 2, x),
 }

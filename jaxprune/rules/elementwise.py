@@ -94,10 +94,7 @@ def _tied(
         for atom, value in zip(eqn.invars, ins)
         if atom.aval.shape and atom.aval.shape[axis] == length
     ]
-    tied = axes[0]
-    for other in axes[1:]:
-        tied = context.labels.unify(tied, other, jx.Site(eqn))
-    return tied
+    return context.labels.unify_all(axes, jx.Site(eqn))
 
 
 def _at(eqn: jx.Eqn, i: int, value: Value, axis: int, length: int) -> float | None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reductions and windows.
+"""Reductions, windows, cumulative sums and sorting.
 
 Over a cut axis a reduction is exact only where the masked network holds the operation's
-neutral element, so that leaving indices out changes nothing.
+neutral element, so that leaving indices out changes nothing. What runs along an axis in
+order fixes that axis; the others pass.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ def _window(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     fill: list[float | None] = []
     for axis, size in enumerate(p["window_dimensions"]):
         same = size == 1 and out[axis] == eqn.invars[0].aval.shape[axis]
-        tied = value.labels[axis]
-        for other in ins[1:]:
-            tied = context.labels.unify(tied, other.labels[axis], jx.Site(eqn))
+        tied = context.labels.unify_all([v.labels[axis] for v in ins], jx.Site(eqn))
         if not same:
             context.labels.freeze(tied, jx.Site(eqn))
         labels.append(tied if same else None)
@@ -78,14 +77,34 @@ def _select_and_scatter(
     return [Value(tuple(labels), (None,) * len(labels))]
 
 
-def _cumulative(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    (value,), axis = ins, eqn.params["axis"]
-    context.labels.freeze(value.labels[axis], jx.Site(eqn))
-    labels = list(value.labels)
-    labels[axis] = None
-    zero = tuple(0.0 if value.removed(a) == 0 else None for a in range(len(labels)))
-    fill = zero if eqn.primitive.name == "cumsum" else (None,) * len(labels)
-    return [Value(tuple(labels), fill)]
+def _along(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """One axis is fixed; on the others, what is the same number all along may stay."""
+    p, name, cause = eqn.params, eqn.primitive.name, jx.Site(eqn)
+    ndim = len(eqn.invars[0].aval.shape)
+    along = p["dimension" if name == "sort" else "axis"] % ndim
+    labels: list[Axis] = []
+    for axis in range(ndim):
+        axes = [value.labels[axis] for value in ins]
+        if axis == along:
+            for line in axes:
+                context.labels.freeze(line, cause)
+            labels.append(None)
+        else:
+            labels.append(context.labels.unify_all(axes, cause))
+    outs = [
+        Value(tuple(labels), tuple(_stays(name, v.removed(a)) for a in range(ndim)))
+        for v in ins
+    ]
+    # Which of equal numbers come first is not known.
+    return [*outs, outs[0]._replace(fill=(None,) * ndim)][: len(eqn.outvars)]
+
+
+def _stays(name: str, number: float | None) -> float | None:
+    """What becomes of a number that is all along an axis."""
+    return number if number in _FIXED_POINTS.get(name, (number,)) else None
+
+
+_FIXED_POINTS = {"cumsum": (0.0,), "cumprod": (0.0, 1.0), "cumlogsumexp": ()}
 
 
 def _rewrite(cut: Cut) -> list[Any]:
@@ -105,8 +124,11 @@ RULES = {
         for name in ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
     },
     **{
-        name: Rule(_cumulative, _rewrite)
-        for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+        name: Rule(_along, _rewrite)
+        for name in (
+            *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
+            *("sort", "top_k"),
+        )
     },
     "select_and_scatter_add": Rule(_select_and_scatter, _rewrite),
 }

@@ -7,13 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Axis, Value, fixed, joined
-from jaxprune.walk import Context, Cut, Rule, freeze_all, pick, take
+from jaxprune.walk import Context, Cut, Rule, freeze_all, take
 
 
 def _broadcast(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -74,10 +73,7 @@ def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Va
             lengths = [atom.aval.shape[axis] for atom in eqn.invars]
             labels.append(joined(list(zip(axes, lengths))))
             continue
-        tied = axes[0]
-        for other in axes[1:]:
-            tied = context.labels.unify(tied, other, jx.Site(eqn))
-        labels.append(tied)
+        labels.append(context.labels.unify_all(axes, jx.Site(eqn)))
     return [Value(tuple(labels), tuple(fill))]
 
 
@@ -86,80 +82,13 @@ def _stack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     labels: list[Axis] = []
     fill: list[float | None] = []
     for old in range(ndim - 1):
-        tied = ins[0].labels[old]
-        for other in ins[1:]:
-            tied = context.labels.unify(tied, other.labels[old], jx.Site(eqn))
+        axes = [value.labels[old] for value in ins]
+        labels.append(context.labels.unify_all(axes, jx.Site(eqn)))
         known = {value.removed(old) for value in ins}
-        labels.append(tied)
         fill.append(known.pop() if len(known) == 1 else None)
     labels.insert(axis % ndim, None)
     fill.insert(axis % ndim, None)
     return [Value(tuple(labels), tuple(fill))]
-
-
-def _slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    (value,), windows = ins, _windows(eqn)
-    labels = [
-        _part(context, eqn, axis, None if axis is None else axis[w])
-        for axis, w in zip(value.labels, windows)
-    ]
-    return [value._replace(labels=tuple(labels), leaf=None)]
-
-
-def _part(context: Context, eqn: jx.Eqn, axis: Axis, part: Axis) -> Axis:
-    """Part of an axis; one index alone is an axis that cannot vanish, so it stays."""
-    if axis is None or part is None or len(part) > 1 or len(axis) == 1:
-        return part
-    context.labels.freeze(part, jx.Site(eqn))
-    return None
-
-
-def _windows(eqn: jx.Eqn) -> list[slice]:
-    p = eqn.params
-    strides = p["strides"] or (1,) * len(p["start_indices"])
-    return [slice(*w) for w in zip(p["start_indices"], p["limit_indices"], strides)]
-
-
-def _rewrite_slice(cut: Cut) -> list[Any]:
-    (x,) = cut.args
-    windows = _windows(cut.eqn)
-    starts, limits, strides = [], [], []
-    for w, kept in zip(windows, cut.kept_in(0)):
-        plain = kept is None
-        starts.append(w.start if plain else 0)
-        limits.append(w.stop if kept is None else len(kept))
-        strides.append((w.step or 1) if plain else 1)
-    x = jax.lax.slice(x, starts, limits, strides)
-    for axis, (w, kept) in enumerate(zip(windows, cut.kept_in(0))):
-        if kept is not None:
-            x = pick(x, axis, _positions(kept, w))
-    return [x]
-
-
-def _positions(kept: np.ndarray, window: slice) -> np.ndarray:
-    """Where the kept indices that a window selects lie among the kept ones."""
-    chosen = np.arange(window.start, window.stop, window.step or 1)
-    return np.flatnonzero(np.isin(kept, chosen))
-
-
-def _split(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    (value,), along = ins, eqn.params["axis"]
-    ends = np.cumsum(eqn.params["sizes"])[:-1]
-    length = eqn.invars[0].aval.shape[along]
-    axis = value.labels[along]
-    parts = np.split(np.zeros(length, int) if axis is None else axis, ends)
-    pieces = []
-    for part in parts:
-        labels = list(value.labels)
-        labels[along] = None if axis is None else _part(context, eqn, axis, part)
-        pieces.append(value._replace(labels=tuple(labels), leaf=None))
-    return pieces
-
-
-def _rewrite_split(cut: Cut) -> list[Any]:
-    along = cut.eqn.params["axis"]
-    sizes = [cut.shape_out(i)[along] for i in range(len(cut.eqn.outvars))]
-    return cut.bind(sizes=tuple(sizes))
 
 
 def _tile(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -329,63 +258,12 @@ def _rewrite_source(cut: Cut) -> list[Any]:
     return [take(x, cut.kept_out(i)) for i, x in enumerate(cut.bind())]
 
 
-def _dynamic_slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    """Axes taken whole pass; axes that are indexed at run time are fixed."""
-    value, sizes = ins[0], eqn.params["slice_sizes"]
-    labels: list[Axis] = []
-    for axis, size in enumerate(sizes):
-        whole = size == eqn.invars[0].aval.shape[axis]
-        if not whole:
-            context.labels.freeze(value.labels[axis], jx.Site(eqn))
-        labels.append(value.labels[axis] if whole else None)
-    return [value._replace(labels=tuple(labels), leaf=None)]
-
-
-def _rewrite_dynamic_slice(cut: Cut) -> list[Any]:
-    return cut.bind(slice_sizes=cut.shape_out())
-
-
-def _gather(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    """Axes taken whole pass; axes that are indexed are fixed."""
-    value, dims = ins[0], eqn.params["dimension_numbers"]
-    if getattr(dims, "operand_batching_dims", ()):
-        return freeze_all(context, eqn, ins)
-    for line in ins[1].labels:
-        context.labels.freeze(line, jx.Site(eqn))
-    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
-    out = fixed(len(eqn.outvars[0].aval.shape))
-    labels, fill = list(out.labels), list(out.fill)
-    taken = [a for a in range(len(shape)) if a not in dims.collapsed_slice_dims]
-    for to, axis in zip(dims.offset_dims, taken):
-        if axis not in dims.start_index_map and sizes[axis] == shape[axis]:
-            labels[to], fill[to] = value.labels[axis], value.removed(axis)
-        else:
-            context.labels.freeze(value.labels[axis], jx.Site(eqn))
-    for axis in dims.collapsed_slice_dims:
-        context.labels.freeze(value.labels[axis], jx.Site(eqn))
-    if str(eqn.params["mode"]).upper().find("FILL") >= 0:
-        fill = [None] * len(fill)
-    return [Value(tuple(labels), tuple(fill))]
-
-
-def _rewrite_gather(cut: Cut) -> list[Any]:
-    sizes = [
-        n if kept is None else len(kept)
-        for n, kept in zip(cut.eqn.params["slice_sizes"], cut.kept_in(0))
-    ]
-    return cut.bind(slice_sizes=tuple(sizes))
-
-
 RULES = {
     "broadcast_in_dim": Rule(_broadcast, _rewrite_broadcast),
     "concatenate": Rule(_concatenate, _same),
-    "dynamic_slice": Rule(_dynamic_slice, _rewrite_dynamic_slice),
-    "gather": Rule(_gather, _rewrite_gather),
     "pad": Rule(_pad, _rewrite_pad),
     "reshape": Rule(_reshape, _rewrite_reshape),
     "rev": Rule(_reverse, _same),
-    "slice": Rule(_slice, _rewrite_slice),
-    "split": Rule(_split, _rewrite_split),
     "stack": Rule(_stack, _same),
     "squeeze": Rule(_squeeze, _same),
     "tile": Rule(_tile, _same),
