@@ -476,3 +476,23 @@ def test_weight_standardisation_can_be_asked_for() -> None:
     graph = jp.trace(module.apply, shapes, x, exact=False)
     found = {n: (g.size, g.exact) for n, g in graph.groups.items()}
     assert found == {"a": (6, False), "w": (5, True)}
+
+
+@pytest.mark.parametrize(("width", "groups"), [(12, 2), (8, 4)])
+def test_a_cut_grouped_convolution_costs_what_a_small_one_does(
+    width: int, groups: int
+) -> None:
+    """Half the channels of every group, or half the groups."""
+
+    def cost(width: int, groups: int, cut: bool = False) -> jp.Cost:
+        def body(m: nn.Module, x: Any) -> Any:
+            x = conv(x, width, "a")
+            return conv(x, width, "b", feature_group_count=groups)
+
+        module, x = Whole(body), networks.images(0)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+        graph = jp.trace(module.apply, shapes, x)
+        return jp.cost(graph, half(graph) if cut else None)
+
+    small = (width // 2, groups if width == 12 else groups // 2)
+    assert cost(width, groups, cut=True) == cost(*small)

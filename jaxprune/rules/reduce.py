@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reductions, windows, cumulative sums and sorting.
+"""Reductions, windows, cumulative sums, sorting, Fourier transforms.
 
 Over a cut axis a reduction is exact only where the masked network holds the operation's
-neutral element, so that leaving indices out changes nothing. What runs along an axis in
-order fixes that axis; the others pass.
+neutral element, so that leaving indices out changes nothing. What mixes an axis in any
+other way fixes that axis; the others pass.
 """
 
 from __future__ import annotations
@@ -78,14 +78,18 @@ def _select_and_scatter(
 
 
 def _along(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    """One axis is fixed; on the others, what is the same number all along may stay."""
+    """Some axes are fixed; on the others, what is one number all along may stay."""
     p, name, cause = eqn.params, eqn.primitive.name, jx.Site(eqn)
     ndim = len(eqn.invars[0].aval.shape)
-    along = p["dimension" if name == "sort" else "axis"] % ndim
+    if name == "fft":
+        mixed = range(ndim - len(p["fft_lengths"]), ndim)
+    else:
+        along = p["dimension" if name == "sort" else "axis"] % ndim
+        mixed = range(along, along + 1)
     labels: list[Axis] = []
     for axis in range(ndim):
         axes = [value.labels[axis] for value in ins]
-        if axis == along:
+        if axis in mixed:
             for line in axes:
                 context.labels.freeze(line, cause)
             labels.append(None)
@@ -104,7 +108,12 @@ def _stays(name: str, number: float | None) -> float | None:
     return number if number in _FIXED_POINTS.get(name, (number,)) else None
 
 
-_FIXED_POINTS = {"cumsum": (0.0,), "cumprod": (0.0, 1.0), "cumlogsumexp": ()}
+_FIXED_POINTS: dict[str, tuple[float, ...]] = {
+    "cumsum": (0.0,),
+    "cumprod": (0.0, 1.0),
+    "cumlogsumexp": (),
+    "fft": (0.0,),
+}
 
 
 def _rewrite(cut: Cut) -> list[Any]:
@@ -127,7 +136,7 @@ RULES = {
         name: Rule(_along, _rewrite)
         for name in (
             *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
-            *("sort", "top_k"),
+            *("fft", "sort", "top_k"),
         )
     },
     "select_and_scatter_add": Rule(_select_and_scatter, _rewrite),

@@ -91,6 +91,15 @@ def _stack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     return [Value(tuple(labels), tuple(fill))]
 
 
+def _unstack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    (value,), axis = ins, eqn.params["axis"] % len(ins[0].labels)
+    context.labels.freeze(value.labels[axis], jx.Site(eqn))
+    labels, fill = (
+        (*line[:axis], *line[axis + 1 :]) for line in (value.labels, value.fill)
+    )
+    return [Value(labels, fill, value.const)] * len(eqn.outvars)
+
+
 def _tile(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """Copies of an index go together."""
     (value,), reps = ins, eqn.params["reps"]
@@ -267,6 +276,7 @@ RULES = {
     "stack": Rule(_stack, _same),
     "squeeze": Rule(_squeeze, _same),
     "tile": Rule(_tile, _same),
+    "unstack": Rule(_unstack, _same),
     "transpose": Rule(_transpose, _same),
     **{
         name: Rule(_source, _rewrite_source)
@@ -274,6 +284,12 @@ RULES = {
     },
     **{
         name: Rule(_source, _same)
-        for name in ("random_fold_in", "random_seed", "random_split", "random_wrap")
+        for name in (
+            "random_clone",
+            "random_fold_in",
+            "random_seed",
+            "random_split",
+            "random_wrap",
+        )
     },
 }
