@@ -146,8 +146,8 @@ def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
     dtype = np.dtype(eqn.outvars[0].aval.dtype)
     if dtype.kind in "iu" and not _holds(dtype, number):
         return None
-    real = np.isrealobj(number) and bool(np.isfinite(number))
-    return float(number) if real else None
+    real = np.imag(number) == 0 and bool(np.isfinite(number))
+    return float(np.real(number)) if real else None
 
 
 def _holds(dtype: np.dtype, number: Any) -> bool:
