@@ -102,6 +102,42 @@ def channels_first(m: nn.Module, x: Any) -> Any:
     return jnp.moveaxis(x, 1, -1)
 
 
+def blurred(m: nn.Module, x: Any) -> Any:
+    """The same kernel for every channel."""
+    kernel = jnp.tile(jnp.ones((3, 3, 1, 1)) / 9, (1, 1, 1, 6))
+    return lax.conv_general_dilated(
+        conv(x, 6, "a"),
+        kernel.astype(x.dtype),
+        (2, 2),
+        "SAME",
+        feature_group_count=6,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def kernel_per_image(m: nn.Module, x: Any) -> Any:
+    """JAX makes one grouped convolution of the batch."""
+    kernels = param(m, "w", 2, 3, 3, 3, 6)
+    return jax.vmap(
+        lambda image, kernel: lax.conv_general_dilated(
+            image[None],
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )[0]
+    )(x, kernels)
+
+
+def downhill(m: nn.Module, x: Any) -> Any:
+    """A gradient within the network: the transpose of a grouped convolution."""
+    layer = nn.Conv(10, (3, 3), feature_group_count=2, name="b")
+    x = conv(x, 12, "a")
+    start = layer(x)
+    y, back = nn.vjp(lambda f, x: jnp.sum(jnp.tanh(f(x))), layer, x)
+    return x - 0.1 * back(y)[1] + start.mean()
+
+
 def separable(m: nn.Module, x: Any) -> Any:
     x = conv(x, 6, "a")
     x = conv(x, 12, "b", feature_group_count=6)
@@ -162,6 +198,37 @@ def heads_by_reshape(m: nn.Module, x: Any) -> Any:
     q, k, v = (dense(x, 10, n).reshape(*x.shape[:2], 2, 5) for n in "qkv")
     x = nn.dot_product_attention(q, k, v)
     return x.reshape(*x.shape[:2], 10)
+
+
+def windows(m: nn.Module, x: Any) -> Any:
+    """Attention within shifted windows, with a table of relative positions."""
+    x = conv(x, 6, "a")
+    b, h, w, c = x.shape
+    y = jnp.roll(x, (-1, -1), (1, 2)).reshape(b, h // 2, 2, w // 2, 2, c)
+    y = y.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+    q, k, v = (nn.DenseGeneral((2, 5), name=n)(y) for n in "qkv")
+    table = param(m, "table", 7, 2)[np.arange(4)[:, None] - np.arange(4) + 3]
+    weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) + table.transpose(2, 0, 1))
+    y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    y = nn.DenseGeneral(c, axis=(-2, -1), name="out")(y)
+    y = y.reshape(b, h // 2, w // 2, 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
+    return x + jnp.roll(y.reshape(b, h, w, c), (1, 1), (1, 2))
+
+
+def rotary(m: nn.Module, x: Any) -> Any:
+    x = tokens(x)
+    q, k, v = (nn.DenseGeneral((2, 6), name=n)(x) for n in "qkv")
+    angle = jnp.arange(4.0)[:, None, None] * jnp.array([1.0, 0.1, 0.01])
+
+    def turned(x: Any) -> Any:
+        left, right = jnp.split(x, 2, -1)
+        parts = left * jnp.cos(angle) - right * jnp.sin(angle)
+        return jnp.concatenate(
+            [parts, right * jnp.cos(angle) + left * jnp.sin(angle)], -1
+        )
+
+    x = nn.dot_product_attention(turned(q), turned(k), v)
+    return nn.DenseGeneral(6, axis=(-2, -1), name="out")(x)
 
 
 def to_space(m: nn.Module, x: Any) -> Any:
@@ -320,6 +387,9 @@ ZOO = {
     ),
     "grouped transposed": Net(grouped_transposed, {"a": 6, "w": 5}),
     "batch groups": Net(batch_grouped, {"a": 5, "w": 6}),
+    "blur": Net(blurred, {"a": 6}),
+    "a kernel an image": Net(kernel_per_image, {"w": 6}),
+    "gradient of a grouped convolution": Net(downhill, {"a": 6, "b": 5}),
     # The depthwise layer's two channels an input go with it.
     "depthwise": Net(separable, {"a": 6, "c": 5}),
     "channels first": Net(channels_first, {"w": 6, "v": 5}),
@@ -347,6 +417,13 @@ ZOO = {
     "grouped queries": Net(shared_heads, {"a": 6, "q": 2, "q#2": 5, "v": 7, "out": 6}),
     # Of each head the same channels go.
     "attention, heads by reshape": Net(heads_by_reshape, {"a": 6, "q": 5, "v": 5}),
+    # The output goes with what it is added to.
+    "windowed attention": Net(windows, {"a": 6, "q": 2, "q#2": 5, "v": 5}),
+    # Of queries and keys, pairs that are turned together.
+    "rotary positions": Net(rotary, {"a": 6, "q": 2, "q#2": 3, "v": 6, "out": 6}),
+    "maxout": Net(
+        lambda m, x: conv(x, 12, "a").reshape(2, 8, 8, 6, 2).max(-1), {"a": 6}
+    ),
     "depth to space": Net(to_space, {"a": 6}),
     "space to depth": Net(to_depth, {"a": 5, "b": 6}),
     # Of b's 6 pairs the shuffle lays the first three beside the last three.

@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import Axis, Value, fixed, joined
+from jaxprune.labels import Axis, Labels, Value, fixed, joined
 from jaxprune.walk import Context, Cut, Rule, freeze_all, take
 
 
 def _broadcast(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """New axes get labels of their own: they can be made at any length."""
     (value, *_), shape = ins, eqn.params["shape"]
-    labels = [context.labels.fresh(n) for n in shape]
-    context.labels.repeats |= {int(axis[0]) for axis in labels if axis is not None}
+    labels = [_repeated(context, n) for n in shape]
     fill: list[float | None] = [value.const] * len(shape)
     for axis, to in enumerate(eqn.params["broadcast_dimensions"]):
         if eqn.invars[0].aval.shape[axis] == shape[to]:
@@ -34,17 +33,19 @@ def _rewrite_broadcast(cut: Cut) -> list[Any]:
 
 def _transpose(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     del context
-    (value,), order = ins, eqn.params["permutation"]
+    return [_permuted(ins[0], eqn.params["permutation"])]
+
+
+def _permuted(value: Value, order: Sequence[int]) -> Value:
     labels = tuple(value.labels[a] for a in order)
-    return [value._replace(labels=labels, fill=tuple(value.fill[a] for a in order))]
+    return value._replace(labels=labels, fill=tuple(value.fill[a] for a in order))
 
 
 def _squeeze(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     del context
     (value,) = ins
     rest = [a for a in range(len(value.labels)) if a not in eqn.params["dimensions"]]
-    labels = tuple(value.labels[a] for a in rest)
-    return [value._replace(labels=labels, fill=tuple(value.fill[a] for a in rest))]
+    return [_permuted(value, rest)]
 
 
 def _reverse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -101,19 +102,32 @@ def _unstack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
 
 
 def _tile(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    """Copies of an index go together."""
-    (value,), reps = ins, eqn.params["reps"]
-    new = len(eqn.outvars[0].aval.shape)
-    labels = (None,) * (new - len(value.labels)) + value.labels
-    fill = (None,) * (new - len(value.fill)) + value.fill
-    for axis, times in zip(labels, reps):
+    """Copies of an index go together; copies of the only one are as broadcast."""
+    (value,), reps, out = ins, eqn.params["reps"], eqn.outvars[0].aval.shape
+    new = (None,) * (len(out) - len(value.labels))
+    labels, fill = [*new, *value.labels], [*new, *value.fill]
+    for a, (axis, times) in enumerate(zip(labels, reps)):
         if axis is not None and times == 0:
             context.labels.freeze(axis, jx.Site(eqn))
-    tiled = tuple(
-        axis if axis is None or times == 1 else np.tile(axis, times)
-        for axis, times in zip(labels, reps)
-    )
-    return [Value(tiled, fill, value.const)]
+        if axis is not None and times != 1:
+            labels[a] = np.tile(axis, times)
+        elif axis is None and times == out[a]:
+            labels[a], fill[a] = _repeated(context, times), value.const
+    return [Value(tuple(labels), tuple(fill), value.const)]
+
+
+def _repeated(context: Context, length: int) -> Axis:
+    """New labels for an axis along which an array is only repeated."""
+    axis = context.labels.fresh(length)
+    if axis is not None:
+        context.labels.repeats.add(int(axis[0]))
+    return axis
+
+
+def _rewrite_tile(cut: Cut) -> list[Any]:
+    dense, reps = cut.eqn.outvars[0].aval.shape, cut.eqn.params["reps"]
+    pairs = zip(reps, dense, cut.shape_out())
+    return cut.bind(reps=tuple(left if r == n else r for r, n, left in pairs))
 
 
 def _pad(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -160,16 +174,23 @@ def _rewrite_pad(cut: Cut) -> list[Any]:
 def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """Factor into blocks: passed on, merged (labels tiled), or split (coupled)."""
     value, old = ins[0], eqn.invars[0].aval.shape
-    new = eqn.outvars[0].aval.shape
+    new, order = eqn.outvars[0].aval.shape, eqn.params["dimensions"]
     if value.const is not None:
         axes = tuple(context.labels.fresh(n) for n in new)
         return [Value(axes, (None,) * len(new), value.const)]
-    if eqn.params["dimensions"] is not None or 0 in old:
+    if 0 in old:
         return freeze_all(context, eqn, ins)
+    if order is not None:
+        value, old = _permuted(value, order), [old[a] for a in order]
     labels: list[Axis] = [None] * len(new)
     fill: list[float | None] = [None] * len(new)
     for olds, news in _blocks(old, new):
-        _reshape_block(context, eqn, value, olds, news, labels, fill)
+        loose = {i: a for i, a in enumerate(olds) if value.labels[a] is not None}
+        if loose:
+            lines = {i: value.labels[a] for i, a in loose.items()}
+            sizes = [old[a] for a in olds], [new[a] for a in news]
+            read, made, line = _reshape_block(context.labels, eqn, lines, *sizes)
+            labels[news[made]], fill[news[made]] = line, value.fill[olds[read]]
     return [Value(tuple(labels), tuple(fill), None, value.leaf)]
 
 
@@ -195,39 +216,28 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
 
 
 def _reshape_block(
-    context: Context,
+    labels: Labels,
     eqn: jx.Eqn,
-    value: Value,
-    olds: list[int],
-    news: list[int],
-    labels: list[Axis],
-    fill: list[float | None],
-) -> None:
-    old = [eqn.invars[0].aval.shape[a] for a in olds]
-    new = [eqn.outvars[0].aval.shape[a] for a in news]
-    pairs = [(a, value.labels[a]) for a in olds]
-    loose = [(a, line) for a, line in pairs if line is not None]
-    if not loose:
-        return
-    # One axis of those that merge can be cut: the last that is more than repetition.
-    loose.sort(key=lambda pair: int(pair[1][0]) not in context.labels.repeats)
-    for _, fixed_line in loose[:-1]:
-        context.labels.freeze(fixed_line, jx.Site(eqn))
-    last, line = loose[-1]
-    place = [-1 if a == last else 1 for a in olds]
-    merged = np.broadcast_to(np.reshape(line, place), old).ravel()
-    if len(news) == 1:
-        labels[news[0]], fill[news[0]] = merged, value.fill[last]
-        return
-    grid = merged.reshape(new)
+    lines: dict[int, np.ndarray],
+    old: list[int],
+    new: list[int],
+) -> tuple[int, int, np.ndarray]:
+    """Of each side one axis can be cut: which one of `lines`, of `new`, its labels."""
+    # Of those that merge the longest that is more than repetition, else the last.
+    read = max(lines, key=lambda i: (int(lines[i][0]) not in labels.repeats, old[i], i))
+    for i, line in lines.items():
+        if i != read:
+            labels.freeze(line, jx.Site(eqn))
+    place = [-1 if i == read else 1 for i in range(len(old))]
+    grid = np.broadcast_to(np.reshape(lines[read], place), old).reshape(new)
     varying = _varying(grid)
     longest = max(range(len(new)), key=lambda a: (new[a], a))
-    axis = longest if varying is None else varying
-    lines = np.moveaxis(grid, axis, -1).reshape(-1, new[axis])
-    if not (lines == lines[:1]).all():
-        for other in lines[1:]:
-            context.labels.unify(lines[0], other, jx.Site(eqn))
-    labels[news[axis]], fill[news[axis]] = lines[0], value.fill[last]
+    made = longest if varying is None else varying
+    rows = np.moveaxis(grid, made, -1).reshape(-1, new[made])
+    if not (rows == rows[:1]).all():
+        for other in rows[1:]:
+            labels.unify(rows[0], other, jx.Site(eqn))
+    return read, made, rows[0]
 
 
 def _varying(grid: np.ndarray) -> int | None:
@@ -275,7 +285,7 @@ RULES = {
     "rev": Rule(_reverse, _same),
     "stack": Rule(_stack, _same),
     "squeeze": Rule(_squeeze, _same),
-    "tile": Rule(_tile, _same),
+    "tile": Rule(_tile, _rewrite_tile),
     "unstack": Rule(_unstack, _same),
     "transpose": Rule(_transpose, _same),
     **{
