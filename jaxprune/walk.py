@@ -200,7 +200,7 @@ def const_value(labels: Labels, x: Any) -> Value:
     shape = np.shape(x)
     if not jx.is_array(x) and shape:
         return fixed(len(shape))
-    axes = tuple(labels.fresh(n) for n in shape)
+    axes = tuple(labels.fresh_constant(n) for n in shape)
     return Value(axes, (None,) * len(shape), None if shape else jx.scalar(x))
 
 

@@ -320,6 +320,27 @@ def scattered(m: nn.Module, x: Any) -> Any:
     return y.at[:, jnp.array([1, 3])].multiply(2.0).at[0, i, i].max(0.5 * y[0, 1, 1])
 
 
+def spectral(m: nn.Module, x: Any) -> Any:
+    """Fourier modes, mixed by complex weights."""
+    modes = jnp.fft.rfft2(conv(x, 6, "a"), axes=(1, 2))
+    weights = param(m, "w", 3, 3, 6, 5) * (1 + 0.5j)
+    low = jnp.einsum("bxyi,xyio->bxyo", modes[:, :3, :3], weights)
+    mixed = jnp.zeros((*modes.shape[:3], 5), modes.dtype).at[:, :3, :3].set(low)
+    return jnp.fft.irfft2(mixed, s=(8, 8), axes=(1, 2))
+
+
+def unfolded(m: nn.Module, x: Any) -> Any:
+    """Nine taps of every channel, gathered by a constant convolution."""
+    taps = lax.conv_general_dilated_patches(
+        conv(x, 6, "a"),
+        (3, 3),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return nn.relu(dense(taps, 5, "b"))
+
+
 def gathered(m: nn.Module, x: Any) -> Any:
     y = conv(x, 6, "a")
     first = jnp.take(y, jnp.argsort(x[0, :, 0, 0]), axis=1)
@@ -447,6 +468,14 @@ ZOO = {
     "dynamic slices": Net(dynamic, {"a": 6}),
     "scatter": Net(scattered, {"a": 6}),
     "gather": Net(gathered, {"a": 6}),
+    "spectral": Net(spectral, {"a": 6, "w": 5}),
+    "patches": Net(unfolded, {"a": 6, "b": 5}),
+    "reflection": Net(
+        lambda m, x: jnp.pad(
+            conv(x, 6, "a"), ((0, 0), (1, 1), (2, 1), (0, 0)), mode="reflect"
+        ),
+        {"a": 6},
+    ),
     # Without a's channels the standardised kernel would be another one.
     "weight standardisation": Net(standardised, {"w": 5}),
     "quantised weights": Net(quantised, {"p": 6, "q": 5}),

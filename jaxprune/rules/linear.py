@@ -136,13 +136,13 @@ def _grouped(
     """What goes from the read and made channels of a convolution in groups.
 
     Either whole groups, read and made, or the same channels of every group, read and
-    made each by themselves: whichever leaves more to choose from. Depthwise, a group is
-    one channel. Returns what is cut of one group's read channels, the labels of all
-    that are made, and whether whole groups go.
+    made each by themselves: whichever leaves more to choose from. Depthwise, where a
+    group reads one channel, whole groups. Returns what is cut of one group's read
+    channels, the labels of all that are made, and whether whole groups go.
     """
-    sizes = [len(a) // groups for a in (read, made) if a is not None]
     if read is not None and made is not None:
-        if groups >= sum(n for n in sizes if n > 1):
+        each = [len(axis) // groups for axis in (read, made)]
+        if each[0] == 1 or groups >= sum(n for n in each if n > 1):
             ins, outs = read.reshape(groups, -1), made.reshape(groups, -1)
             for column in (*ins.T[1:], *outs.T):
                 labels.unify(ins[:, 0], column, cause)

@@ -84,7 +84,7 @@ def _along(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     if name == "fft":
         mixed = range(ndim - len(p["fft_lengths"]), ndim)
     else:
-        along = p["dimension" if name == "sort" else "axis"] % ndim
+        along = p[_AXIS.get(name, "axis")] % ndim
         mixed = range(along, along + 1)
     labels: list[Axis] = []
     for axis in range(ndim):
@@ -101,6 +101,9 @@ def _along(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     ]
     # Which of equal numbers come first is not known.
     return [*outs, outs[0]._replace(fill=(None,) * ndim)][: len(eqn.outvars)]
+
+
+_AXIS = {"sort": "dimension", "approx_top_k": "reduction_dimension"}
 
 
 def _stays(name: str, number: float | None) -> float | None:
@@ -136,7 +139,7 @@ RULES = {
         name: Rule(_along, _rewrite)
         for name in (
             *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
-            *("fft", "sort", "top_k"),
+            *("approx_top_k", "fft", "sort", "top_k"),
         )
     },
     "select_and_scatter_add": Rule(_select_and_scatter, _rewrite),

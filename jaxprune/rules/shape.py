@@ -12,13 +12,13 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Axis, Labels, Value, fixed, joined
-from jaxprune.walk import Context, Cut, Rule, freeze_all, take
+from jaxprune.walk import Context, Cut, Rule, take
 
 
 def _broadcast(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """New axes get labels of their own: they can be made at any length."""
     (value, *_), shape = ins, eqn.params["shape"]
-    labels = [_repeated(context, n) for n in shape]
+    labels = [context.labels.fresh_repeat(n) for n in shape]
     fill: list[float | None] = [value.const] * len(shape)
     for axis, to in enumerate(eqn.params["broadcast_dimensions"]):
         if eqn.invars[0].aval.shape[axis] == shape[to]:
@@ -107,21 +107,13 @@ def _tile(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     new = (None,) * (len(out) - len(value.labels))
     labels, fill = [*new, *value.labels], [*new, *value.fill]
     for a, (axis, times) in enumerate(zip(labels, reps)):
-        if axis is not None and times == 0:
+        if times == 0:
             context.labels.freeze(axis, jx.Site(eqn))
         if axis is not None and times != 1:
             labels[a] = np.tile(axis, times)
         elif axis is None and times == out[a]:
-            labels[a], fill[a] = _repeated(context, times), value.const
+            labels[a], fill[a] = context.labels.fresh_repeat(times), value.const
     return [Value(tuple(labels), tuple(fill), value.const)]
-
-
-def _repeated(context: Context, length: int) -> Axis:
-    """New labels for an axis along which an array is only repeated."""
-    axis = context.labels.fresh(length)
-    if axis is not None:
-        context.labels.repeats.add(int(axis[0]))
-    return axis
 
 
 def _rewrite_tile(cut: Cut) -> list[Any]:
@@ -175,11 +167,10 @@ def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
     """Factor into blocks: passed on, merged (labels tiled), or split (coupled)."""
     value, old = ins[0], eqn.invars[0].aval.shape
     new, order = eqn.outvars[0].aval.shape, eqn.params["dimensions"]
-    if value.const is not None:
+    const = _number(eqn, value)
+    if const is not None:
         axes = tuple(context.labels.fresh(n) for n in new)
-        return [Value(axes, (None,) * len(new), value.const)]
-    if 0 in old:
-        return freeze_all(context, eqn, ins)
+        return [Value(axes, (None,) * len(new), const)]
     if order is not None:
         value, old = _permuted(value, order), [old[a] for a in order]
     labels: list[Axis] = [None] * len(new)
@@ -192,6 +183,11 @@ def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
             read, made, line = _reshape_block(context.labels, eqn, lines, *sizes)
             labels[news[made]], fill[news[made]] = line, value.fill[olds[read]]
     return [Value(tuple(labels), tuple(fill), None, value.leaf)]
+
+
+def _number(eqn: jx.Eqn, value: Value) -> float | None:
+    """The number that a whole array is; an empty one is any."""
+    return 0.0 if 0 in eqn.invars[0].aval.shape else value.const
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
@@ -223,8 +219,13 @@ def _reshape_block(
     new: list[int],
 ) -> tuple[int, int, np.ndarray]:
     """Of each side one axis can be cut: which one of `lines`, of `new`, its labels."""
-    # Of those that merge the longest that is more than repetition, else the last.
-    read = max(lines, key=lambda i: (int(lines[i][0]) not in labels.repeats, old[i], i))
+
+    # Of those that merge: more than repetition, that more than a constant; the longest.
+    def worth(i: int) -> tuple[bool, bool, int, int]:
+        first = int(lines[i][0])
+        return first not in labels.constants, first not in labels.repeats, old[i], i
+
+    read = max(lines, key=worth)
     for i, line in lines.items():
         if i != read:
             labels.freeze(line, jx.Site(eqn))
@@ -250,7 +251,7 @@ def _varying(grid: np.ndarray) -> int | None:
 
 
 def _rewrite_reshape(cut: Cut) -> list[Any]:
-    const, shape = cut.node.ins[0].const, cut.shape_out()
+    const, shape = _number(cut.eqn, cut.node.ins[0]), cut.shape_out()
     if const is not None:
         return [jnp.full(shape, const, cut.eqn.outvars[0].aval.dtype)]
     return cut.bind(new_sizes=shape)
@@ -267,7 +268,7 @@ def _source(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
         if not jx.is_array(var.aval):
             outs.append(fixed(len(shape)))
             continue
-        labels = tuple(context.labels.fresh(n) for n in shape)
+        labels = tuple(context.labels.fresh_constant(n) for n in shape)
         outs.append(Value(labels, (None,) * len(shape)))
     return outs
 
