@@ -44,6 +44,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "le": np.less_equal,
     "log": np.log,
     "log1p": np.log1p,
+    "log2": np.log2,
     "logistic": lambda x: 1 / (1 + np.exp(-x)),
     "lt": np.less,
     "max": np.maximum,
@@ -51,6 +52,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "mul": np.multiply,
     "ne": np.not_equal,
     "neg": np.negative,
+    "one_minus_square": lambda x: 1 - x * x,
     "or": lambda x, y: x if x == y else math.nan,
     "pow": np.power,
     "real": np.real,
@@ -72,14 +74,16 @@ _NUMPY: dict[str, Callable[..., Any]] = {
 }
 _SAME = ("convert_element_type", "copy", "name", "reduce_precision", "stop_gradient")
 _EACH = (
-    *("copy_p", "device_put", "mesh_cast", "optimization_barrier", "psum"),
-    *("psum_invariant", "pvary", "reshard", "sharding_constraint"),
+    *("copy_p", "device_put", "layout_constraint", "mesh_cast"),
+    *("optimization_barrier", "pmax", "pmin", "pvary", "reshard"),
+    "sharding_constraint",
 )
+_SUMS = ("psum", "psum_invariant")
 _OPAQUE = (
     *("acos", "acosh", "and", "asin", "atanh", "bessel_i0e", "bessel_i1e", "clz"),
-    *("complex", "digamma", "erf_inv", "igamma", "igamma_grad_a", "igammac"),
+    *("complex", "digamma", "eq_to", "erf_inv", "igamma", "igamma_grad_a", "igammac"),
     *("integer_pow", "le_to", "lgamma", "lt_to", "mulhi", "nextafter", "not"),
-    *("polygamma", "population_count", "random_gamma_grad"),
+    *("polygamma", "polynomial", "population_count", "random_gamma_grad"),
     *("regularized_incomplete_beta", "shift_left", "shift_right_arithmetic"),
     *("shift_right_logical", "zeta"),
 )
@@ -168,14 +172,25 @@ def _analyse_each(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[V
     return list(ins)
 
 
+def _analyse_sums(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Sums over devices."""
+    del context, eqn
+    return [_zeros(value) for value in ins]
+
+
+def _zeros(value: Value) -> Value:
+    """A value of which it is only known where it is 0."""
+    zero = tuple(0.0 if f == 0 else None for f in value.fill)
+    return value._replace(fill=zero, const=0.0 if value.const == 0 else None)
+
+
 def _analyse_bitcast(
     context: Context, eqn: jx.Eqn, ins: Sequence[Value]
 ) -> list[Value]:
     """The same bytes as another type: elementwise where the widths agree."""
     if eqn.invars[0].aval.shape != eqn.outvars[0].aval.shape:
         return freeze_all(context, eqn, ins)
-    zero = tuple(0.0 if f == 0 else None for f in ins[0].fill)
-    return [ins[0]._replace(fill=zero, const=None)]
+    return [_zeros(ins[0])]
 
 
 def _rewrite(cut: Cut) -> list[Any]:
@@ -186,3 +201,5 @@ RULES = {name: Rule(_analyse, _rewrite) for name in (*_NUMPY, *_SAME, *_OPAQUE)}
 RULES["bitcast_convert_type"] = Rule(_analyse_bitcast, _rewrite)
 for _name in _EACH:
     RULES[_name] = Rule(_analyse_each, _rewrite)
+for _name in _SUMS:
+    RULES[_name] = Rule(_analyse_sums, _rewrite)

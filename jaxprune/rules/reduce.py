@@ -15,23 +15,32 @@ from jaxprune import jaxpr as jx
 from jaxprune.labels import Axis, Value
 from jaxprune.walk import Context, Cut, Rule
 
-_NEUTRAL = {"reduce_sum": 0.0, "reduce_prod": 1.0, "reduce_and": 1.0, "reduce_or": 0.0}
+_NEUTRAL = {
+    "reduce_sum": 0.0,
+    "reduce_prod": 1.0,
+    "reduce_and": 1.0,
+    "reduce_or": 0.0,
+    "reduce_xor": 0.0,
+}
 _IDEMPOTENT = ("reduce_max", "reduce_min", "reduce_and", "reduce_or")
 
 
 def _reduce(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     (value,), name, axes = ins, eqn.primitive.name, eqn.params["axes"]
+    neutral = _NEUTRAL.get(name)
+    if name == "reduce_and" and eqn.invars[0].aval.dtype != bool:
+        neutral = -1.0  # all bits
     for axis in axes:
         labels = value.labels[axis]
-        if name not in _NEUTRAL:
+        if neutral is None:
             context.labels.freeze(labels, jx.Site(eqn))
-        elif value.removed(axis) != _NEUTRAL[name]:
+        elif value.removed(axis) != neutral:
             context.labels.inexact(labels, jx.Site(eqn))
     rest = [a for a in range(len(value.labels)) if a not in axes]
 
     def fill(axis: int) -> float | None:
         number = value.removed(axis)
-        stays = number == _NEUTRAL.get(name) or name in _IDEMPOTENT
+        stays = number == neutral or name in _IDEMPOTENT
         return number if stays else None
 
     labels = tuple(value.labels[a] for a in rest)
@@ -128,7 +137,7 @@ RULES = {
         name: Rule(_reduce, _rewrite)
         for name in (
             *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"),
-            *("reduce_and", "reduce_or", "argmax", "argmin"),
+            *("reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin"),
         )
     },
     **{
