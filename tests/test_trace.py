@@ -215,6 +215,15 @@ def test_what_a_mask_would_not_leave_out_is_frozen(name: str) -> None:
     assert not jp.trace(apply, variables, x).groups
 
 
+def test_an_empty_reshape_is_no_error() -> None:
+    apply, variables, x = two_layers(
+        lambda x: x + x[:, :0].reshape(0, 4).sum() + x[:0].reshape(6, 0).sum()
+    )
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 0)
+    assert jp.verify(apply, graph, keep, variables, x) < 1e-5
+
+
 def test_one_number_for_all_channels_stays_where_they_are_removed() -> None:
     variables = {"a": jnp.ones((3, 6)), "one": jnp.ones(1), "b": jnp.ones((6, 2))}
 
@@ -225,15 +234,6 @@ def test_one_number_for_all_channels_stays_where_they_are_removed() -> None:
     x = jnp.ones((4, 3))
     assert jp.trace(apply, variables, x, summed=False).groups
     assert not jp.trace(apply, variables, x, summed=True).groups
-
-
-def test_an_empty_reshape_is_no_error() -> None:
-    apply, variables, x = two_layers(
-        lambda x: x + x[:, :0].reshape(0, 4).sum() + x[:0].reshape(6, 0).sum()
-    )
-    graph = jp.trace(apply, variables, x)
-    keep = networks.random_keep(graph, 0)
-    assert jp.verify(apply, graph, keep, variables, x) < 1e-5
 
 
 def test_variance_about_the_mean_is_not_exact() -> None:
