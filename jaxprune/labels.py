@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -70,7 +72,8 @@ class Solved(NamedTuple):
 class Labels:
     """What one analysis gathers: labels handed out, unions, freezes, costs.
 
-    repeats: the first labels of axes along which an array was only repeated.
+    repeats, constants: the first labels of axes along which an array was only repeated,
+    and of those of arrays that no variable is part of.
     """
 
     exact: bool = True
@@ -84,6 +87,7 @@ class Labels:
     first_use: dict[int, int] = dataclasses.field(default_factory=dict)
     terms: list[RawTerm] = dataclasses.field(default_factory=list)
     repeats: set[int] = dataclasses.field(default_factory=set)
+    constants: set[int] = dataclasses.field(default_factory=set)
 
     def fresh(self, length: int) -> Axis:
         """New labels for an axis; an axis of one index is never cut."""
@@ -91,6 +95,14 @@ class Labels:
             return None
         self.count += length
         return np.arange(self.count - length, self.count)
+
+    def fresh_repeat(self, length: int) -> Axis:
+        """New labels for an axis along which an array is only repeated."""
+        return _noted(self.repeats, self.fresh(length))
+
+    def fresh_constant(self, length: int) -> Axis:
+        """New labels for an axis of an array that no variable is part of."""
+        return _noted(self.constants, self.fresh(length))
 
     def unify(self, a: Axis, b: Axis, cause: object) -> Axis:
         """Tie two axes of one length, index by index; the labels of the tied axis."""
@@ -105,6 +117,10 @@ class Labels:
                 self.freeze(a[~loose], cause)
                 self.freeze(b[~loose], cause)
         return a
+
+    def unify_all(self, axes: Sequence[Axis], cause: object) -> Axis:
+        """Tie axes of one length, index by index."""
+        return functools.reduce(lambda a, b: self.unify(a, b, cause), axes)
 
     def freeze(self, axis: Axis, cause: object) -> None:
         """Nothing of this axis can be cut."""
@@ -150,6 +166,12 @@ class Labels:
                     causes.setdefault(int(c), str(cause))
                 marked[hit] = True
         return Solved(component, frozen, inexact, causes)
+
+
+def _noted(firsts: set[int], axis: Axis) -> Axis:
+    if axis is not None:
+        firsts.add(int(axis[0]))
+    return axis
 
 
 def joined(axes: list[tuple[Axis, int]]) -> Axis:

@@ -204,7 +204,7 @@ def const_value(labels: Labels, x: Any) -> Value:
     shape = np.shape(x)
     if not jx.is_array(x) and shape:
         return fixed(len(shape))
-    axes = tuple(labels.fresh(n) for n in shape)
+    axes = tuple(labels.fresh_constant(n) for n in shape)
     return Value(axes, (None,) * len(shape), None if shape else jx.scalar(x))
 
 
@@ -219,8 +219,12 @@ def freeze_all(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Valu
 
 
 def has_jaxpr(eqn: jx.Eqn) -> bool:
-    """Whether an equation calls a program; its variables are used inside, not by it."""
-    return any("jaxpr" in name or name == "branches" for name in eqn.params)
+    """Whether an equation calls a program; its variables are used inside, not by it.
+
+    A scatter's `update_jaxpr` only says how two numbers are combined.
+    """
+    calls = ("jaxpr" in name and name != "update_jaxpr" for name in eqn.params)
+    return any(calls) or "branches" in eqn.params
 
 
 def _note_use(labels: Labels, values: Sequence[Value]) -> None:

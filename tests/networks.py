@@ -198,6 +198,17 @@ class Drawn(nn.Module):
             return nn.Conv(3 + b % 5, (3, 3), kernel_dilation=(2, 2))(y)
         if kind == "depthwise":
             return nn.Conv(width * (1 + b % 2), (3, 3), feature_group_count=width)(y)
+        if kind == "grouped":
+            groups = next(g for g in (4, 3, 2, 1) if width % g == 0)
+            width = groups * (1 + b % 4)
+            return nn.relu(nn.Conv(width, (3, 3), feature_group_count=groups)(y))
+        if kind == "shuffle":
+            groups = next(g for g in (3, 2, 1) if width % g == 0)
+            parts = y.reshape(*y.shape[:-1], groups, -1)
+            return parts.swapaxes(-1, -2).reshape(y.shape)
+        if kind == "order":
+            first = jnp.take_along_axis(y, jnp.argsort(z[..., :1], axis=1), axis=1)
+            return jnp.sort(y, axis=2).at[:, 1:3].add(first[:, :2])
         if kind == "transposed":
             return nn.ConvTranspose(3 + b % 5, (2, 2), (2, 2))(y[:, ::2, ::2])
         if kind == "norm":
@@ -226,6 +237,7 @@ class Drawn(nn.Module):
 
 KINDS = (
     *("conv", "dilated", "depthwise", "transposed", "norm", "layer_norm", "dropout"),
+    *("grouped", "shuffle", "order"),
     *("activation", "add", "mul", "concat", "unpool", "slice", "block"),
 )
 

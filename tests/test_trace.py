@@ -99,6 +99,11 @@ FREEZING = {
     "reduce_max": lambda x: x - x.max(axis=-1, keepdims=True),
     "argmax": lambda x: x * x.argmax(axis=-1)[:, None],
     "top_k": lambda x: x + jax.lax.top_k(x, 6)[0],
+    "scatter": lambda x: jnp.asarray(x).at[:, x.sum(1).argmax()].add(1.0),
+    "gather": lambda x: x + x[:, (jnp.arange(6) + x.sum(1).argmax()) % 6],
+    "dynamic_update_slice": lambda x: jax.lax.dynamic_update_slice(
+        x, jnp.ones((4, 2)), (0, x.sum(1).argmax())
+    ),
     "fft": lambda x: jnp.fft.fft(x).real,
 }
 
@@ -138,6 +143,11 @@ EXACT = {
     "there and back": lambda x: jnp.reshape(jnp.reshape(x, (4, 2, 3)), (4, 6)),
     "gather rows": lambda x: x[jnp.array([3, 1, 0, 2])],
     "dynamic slice": lambda x: jax.lax.dynamic_slice(x, (x.shape[0] - 3, 0), (2, 6)),
+    "fft": lambda x: jnp.fft.fft(x, axis=0).real,
+    "sum of fft": lambda x: x * jnp.fft.fft(x, axis=0).real.sum(-1, keepdims=True),
+    "sum of rounded": lambda x: x * jnp.round(jnp.sinh(x)).sum(-1, keepdims=True),
+    "unstack": lambda x: x + sum(jnp.unstack(jnp.stack([x, jnp.sin(x)], 1), axis=1)),
+    "bessel": lambda x: x * jax.scipy.special.i0e(x),
     "where": lambda x: jnp.where(x > 0, x, 0.5),
     "remat": jax.checkpoint(lambda x: jnp.sin(x)),
     "jit": jax.jit(lambda x: x**3),
@@ -186,6 +196,12 @@ INEXACT = {
     "gather, filled": lambda x: (
         x * x.at[np.array([0, 9])].get(mode="fill", fill_value=1.0).sum()
     ),
+    "bits": lambda x: (
+        x
+        * jnp.bitwise_and.reduce(
+            (0 * x).astype(int) + 1, axis=-1, keepdims=True
+        ).astype(x.dtype)
+    ),
     "exp": lambda x: x * jnp.exp(x).sum(-1, keepdims=True),
     "permuting reshape": lambda x: jax.lax.reshape(x, (4, 6), dimensions=(1, 0)),
 }
@@ -224,6 +240,18 @@ def test_an_empty_reshape_is_no_error() -> None:
     graph = jp.trace(apply, variables, x)
     keep = networks.random_keep(graph, 0)
     assert jp.verify(apply, graph, keep, variables, x) < 1e-5
+
+
+def test_one_number_for_all_channels_stays_where_they_are_removed() -> None:
+    variables = {"a": jnp.ones((3, 6)), "one": jnp.ones(1), "b": jnp.ones((6, 2))}
+
+    def apply(v: Any, x: Any, summed: bool) -> Any:
+        y = x @ v["a"] + jnp.tile(v["one"], 6)
+        return (y.sum(-1, keepdims=True) if summed else 1) * (y @ v["b"])
+
+    x = jnp.ones((4, 3))
+    assert jp.trace(apply, variables, x, summed=False).groups
+    assert not jp.trace(apply, variables, x, summed=True).groups
 
 
 def test_variance_about_the_mean_is_not_exact() -> None:

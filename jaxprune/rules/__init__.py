@@ -6,7 +6,15 @@ from typing import Any
 from jaxprune.base import GraphError
 from jaxprune.jaxpr import Site
 from jaxprune.labels import Value
-from jaxprune.rules import calls, control, elementwise, linear, reduce, shape
+from jaxprune.rules import (
+    calls,
+    control,
+    elementwise,
+    indexing,
+    linear,
+    reduce,
+    shape,
+)
 from jaxprune.walk import Context, Cut, Rule, freeze_all
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
 RULES: dict[str, Rule] = {
     **elementwise.RULES,
     **shape.RULES,
+    **indexing.RULES,
     **linear.RULES,
     **reduce.RULES,
     **calls.RULES,

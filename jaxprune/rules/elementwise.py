@@ -21,21 +21,30 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "add": np.add,
     "add_any": np.add,
+    "asinh": np.arcsinh,
+    "atan": np.arctan,
+    "atan2": np.arctan2,
+    "cbrt": np.cbrt,
     "ceil": np.ceil,
+    "conj": np.conj,
     "cos": np.cos,
+    "cosh": np.cosh,
     "div": np.divide,
     "eq": np.equal,
     "erf": math.erf,
+    "erfc": math.erfc,
     "exp": np.exp,
     "exp2": np.exp2,
     "expm1": np.expm1,
     "floor": np.floor,
     "ge": np.greater_equal,
     "gt": np.greater,
+    "imag": np.imag,
     "is_finite": np.isfinite,
     "le": np.less_equal,
     "log": np.log,
     "log1p": np.log1p,
+    "log2": np.log2,
     "logistic": lambda x: 1 / (1 + np.exp(-x)),
     "lt": np.less,
     "max": np.maximum,
@@ -43,28 +52,40 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "mul": np.multiply,
     "ne": np.not_equal,
     "neg": np.negative,
+    "one_minus_square": lambda x: 1 - x * x,
+    "or": lambda x, y: x if x == y else math.nan,
     "pow": np.power,
+    "real": np.real,
+    "rem": np.fmod,
+    # Which way halves go depends on a parameter; whole numbers stay.
+    "round": lambda x: x if x == np.floor(x) else math.nan,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "select_n": lambda which, *cases: cases[int(which)],
     "sign": np.sign,
     "sin": np.sin,
+    "sinh": np.sinh,
     "sqrt": np.sqrt,
     "square": np.square,
     "sub": np.subtract,
     "tan": np.tan,
     "tanh": np.tanh,
+    "xor": lambda x, y: 0.0 if x == y else math.nan,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
 }
 _SAME = ("convert_element_type", "copy", "name", "reduce_precision", "stop_gradient")
 _EACH = (
-    *("copy_p", "device_put", "mesh_cast", "optimization_barrier", "psum"),
-    *("psum_invariant", "pvary", "reshard", "sharding_constraint"),
+    *("copy_p", "device_put", "layout_constraint", "mesh_cast"),
+    *("optimization_barrier", "pmax", "pmin", "pvary", "reshard"),
+    "sharding_constraint",
 )
+_SUMS = ("psum", "psum_invariant")
 _OPAQUE = (
-    *("acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "cbrt"),
-    *("cosh", "digamma", "erf_inv", "erfc", "integer_pow", "lgamma", "nextafter"),
-    *("not", "or", "population_count", "rem", "round", "shift_left", "sinh", "xor"),
-    *("shift_right_arithmetic", "shift_right_logical", "clz", "real", "imag"),
+    *("acos", "acosh", "and", "asin", "atanh", "bessel_i0e", "bessel_i1e", "clz"),
+    *("complex", "digamma", "eq_to", "erf_inv", "igamma", "igamma_grad_a", "igammac"),
+    *("integer_pow", "le_to", "lgamma", "lt_to", "mulhi", "nextafter", "not"),
+    *("polygamma", "polynomial", "population_count", "random_gamma_grad"),
+    *("regularized_incomplete_beta", "shift_left", "shift_right_arithmetic"),
+    *("shift_right_logical", "zeta"),
 )
 
 
@@ -94,10 +115,7 @@ def _tied(
         for atom, value in zip(eqn.invars, ins)
         if atom.aval.shape and atom.aval.shape[axis] == length
     ]
-    tied = axes[0]
-    for other in axes[1:]:
-        tied = context.labels.unify(tied, other, jx.Site(eqn))
-    return tied
+    return context.labels.unify_all(axes, jx.Site(eqn))
 
 
 def _at(eqn: jx.Eqn, i: int, value: Value, axis: int, length: int) -> float | None:
@@ -132,8 +150,8 @@ def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
     dtype = np.dtype(eqn.outvars[0].aval.dtype)
     if dtype.kind in "iu" and not _holds(dtype, number):
         return None
-    real = np.isrealobj(number) and bool(np.isfinite(number))
-    return float(number) if real else None
+    real = np.imag(number) == 0 and bool(np.isfinite(number))
+    return float(np.real(number)) if real else None
 
 
 def _holds(dtype: np.dtype, number: Any) -> bool:
@@ -154,14 +172,25 @@ def _analyse_each(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[V
     return list(ins)
 
 
+def _analyse_sums(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Sums over devices."""
+    del context, eqn
+    return [_zeros(value) for value in ins]
+
+
+def _zeros(value: Value) -> Value:
+    """A value of which it is only known where it is 0."""
+    zero = tuple(0.0 if f == 0 else None for f in value.fill)
+    return value._replace(fill=zero, const=0.0 if value.const == 0 else None)
+
+
 def _analyse_bitcast(
     context: Context, eqn: jx.Eqn, ins: Sequence[Value]
 ) -> list[Value]:
     """The same bytes as another type: elementwise where the widths agree."""
     if eqn.invars[0].aval.shape != eqn.outvars[0].aval.shape:
         return freeze_all(context, eqn, ins)
-    zero = tuple(0.0 if f == 0 else None for f in ins[0].fill)
-    return [ins[0]._replace(fill=zero, const=None)]
+    return [_zeros(ins[0])]
 
 
 def _rewrite(cut: Cut) -> list[Any]:
@@ -172,3 +201,5 @@ RULES = {name: Rule(_analyse, _rewrite) for name in (*_NUMPY, *_SAME, *_OPAQUE)}
 RULES["bitcast_convert_type"] = Rule(_analyse_bitcast, _rewrite)
 for _name in _EACH:
     RULES[_name] = Rule(_analyse_each, _rewrite)
+for _name in _SUMS:
+    RULES[_name] = Rule(_analyse_sums, _rewrite)

@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.base import INPUT, WINDOW
-from jaxprune.labels import FROM_INPUT, Axis, RawTerm, Value
-from jaxprune.walk import Context, Cut, Rule, freeze_all
+from jaxprune.labels import FROM_INPUT, Axis, Labels, RawTerm, Value
+from jaxprune.walk import Context, Cut, Rule
 
 
 def _contract(
@@ -95,51 +95,74 @@ def _dot_general(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Va
 
 def _conv(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     p, (image, kernel) = eqn.params, ins
-    dims, groups = p["dimension_numbers"], p["feature_group_count"]
+    dims, labels = p["dimension_numbers"], context.labels
     (batch, feature, *space), (to, of, *window) = dims.lhs_spec, dims.rhs_spec
-    if p["batch_group_count"] > 1:
-        return freeze_all(context, eqn, ins)
     for value, axes in ((image, space), (kernel, window)):
         for axis in axes:
-            context.labels.freeze(value.labels[axis], WINDOW)
+            labels.freeze(value.labels[axis], WINDOW)
 
+    made, filled = kernel.labels[to], _zero(kernel, to)
+    for axis, groups in (
+        (feature, p["feature_group_count"]),
+        (batch, p["batch_group_count"]),
+    ):
+        if groups > 1:
+            line, made, whole = _grouped(
+                labels, image.labels[axis], made, groups, jx.Site(eqn)
+            )
+            if whole and _zero(image, axis) == 0:
+                filled = 0.0
+            image = image._replace(labels=_put(image.labels, axis, line))
+    summed = _contract(context, eqn, (image, feature), (kernel, of))
+    ndim, (b, f, *_) = len(kernel.labels), dims.out_spec
+    out = Value(
+        _put(_put((None,) * ndim, b, image.labels[batch]), f, made),
+        _put(_put((None,) * ndim, b, _zero(image, batch)), f, filled),
+    )
     kernel_shape = eqn.invars[1].aval.shape
-    if groups == 1:
-        summed = _contract(context, eqn, (image, feature), (kernel, of))
-        made = kernel.labels[to]
-    else:
-        made = _grouped(context, eqn, image.labels[feature], kernel, groups)
-        summed = None
-    ndim = len(kernel_shape)
-    labels: list[Axis] = [None] * ndim
-    fill: list[float | None] = [None] * ndim
-    b, f, *_ = dims.out_spec
-    labels[b], fill[b] = image.labels[batch], _zero(image, batch)
-    labels[f], fill[f] = made, _zero(kernel, to)
-    if groups > 1 and _zero(image, feature) == 0:
-        fill[f] = 0.0
-    out = Value(tuple(labels), tuple(fill))
     taps = [(kernel_shape[a], None) for a in window]
     terms = [*taps, (kernel_shape[of], summed)]
     _add_terms(context, eqn, out, terms, _positions(eqn))
     return [out]
 
 
+def _put(line: tuple, place: int, item: Any) -> tuple:
+    return (*line[:place], item, *line[place + 1 :])
+
+
 def _grouped(
-    context: Context, eqn: jx.Eqn, image: Axis, kernel: Value, groups: int
-) -> Axis:
-    """Whole groups go, inputs and outputs; depthwise, a group is one channel."""
-    dims = eqn.params["dimension_numbers"]
-    to, of = dims.rhs_spec[:2]
-    labels, out = context.labels, kernel.labels[to]
-    per_group = eqn.invars[1].aval.shape[of]
-    labels.freeze(kernel.labels[of], jx.Site(eqn))
-    if image is None or out is None:
-        return labels.unify(image, out, jx.Site(eqn))
-    ins, outs = image.reshape(groups, per_group), out.reshape(groups, -1)
-    for column in (*ins.T[1:], *outs.T):
-        labels.unify(ins[:, 0], column, jx.Site(eqn))
-    return out
+    labels: Labels, read: Axis, made: Axis, groups: int, cause: object
+) -> tuple[Axis, Axis, bool]:
+    """What goes from the read and made channels of a convolution in groups.
+
+    Either whole groups, read and made, or the same channels of every group, read and
+    made each by themselves: whichever leaves more to choose from. Depthwise, where a
+    group reads one channel, whole groups. Returns what is cut of one group's read
+    channels, the labels of all that are made, and whether whole groups go.
+    """
+    if read is not None and made is not None:
+        each = [len(axis) // groups for axis in (read, made)]
+        if each[0] == 1 or groups >= sum(n for n in each if n > 1):
+            ins, outs = read.reshape(groups, -1), made.reshape(groups, -1)
+            for column in (*ins.T[1:], *outs.T):
+                labels.unify(ins[:, 0], column, cause)
+            return None, np.repeat(outs[:, 0], outs.shape[1]), True
+    # Tiled, so that a reshape that takes the groups apart sees what they share.
+    line, every = (_of_each_group(labels, a, groups, cause) for a in (read, made))
+    return line, None if every is None else np.tile(every, groups), False
+
+
+def _of_each_group(labels: Labels, axis: Axis, groups: int, cause: object) -> Axis:
+    """Tie the same index of every group; one group's labels."""
+    if axis is None:
+        return None
+    lines = axis.reshape(groups, -1)
+    for other in lines[1:]:
+        labels.unify(lines[0], other, cause)
+    if len(lines[0]) > 1:
+        return lines[0]
+    labels.freeze(lines[0], cause)
+    return None
 
 
 def _positions(eqn: jx.Eqn) -> float:
@@ -158,12 +181,12 @@ def _positions(eqn: jx.Eqn) -> float:
 
 
 def _rewrite_conv(cut: Cut) -> list[Any]:
-    groups = cut.eqn.params["feature_group_count"]
-    if groups > 1:
-        feature = cut.eqn.params["dimension_numbers"].lhs_spec[1]
-        dense = cut.eqn.invars[0].aval.shape[feature]
-        groups = groups * np.shape(cut.args[0])[feature] // dense
-    return cut.bind(feature_group_count=groups)
+    """As many groups as there are left: with channels of each cut, all of them."""
+    dims, (image, kernel) = cut.eqn.params["dimension_numbers"], cut.args
+    batch, feature, *_ = dims.lhs_spec
+    batches = np.shape(image)[batch] // cut.shape_out()[dims.out_spec[0]]
+    groups = np.shape(image)[feature] // np.shape(kernel)[dims.rhs_spec[1]]
+    return cut.bind(feature_group_count=groups, batch_group_count=batches)
 
 
 def _rewrite_dot(cut: Cut) -> list[Any]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reductions and windows.
+"""Reductions, windows, cumulative sums, sorting, Fourier transforms.
 
 Over a cut axis a reduction is exact only where the masked network holds the operation's
-neutral element, so that leaving indices out changes nothing.
+neutral element, so that leaving indices out changes nothing. What mixes an axis in any
+other way fixes that axis; the others pass.
 """
 
 from __future__ import annotations
@@ -14,23 +15,32 @@ from jaxprune import jaxpr as jx
 from jaxprune.labels import Axis, Value
 from jaxprune.walk import Context, Cut, Rule
 
-_NEUTRAL = {"reduce_sum": 0.0, "reduce_prod": 1.0, "reduce_and": 1.0, "reduce_or": 0.0}
+_NEUTRAL = {
+    "reduce_sum": 0.0,
+    "reduce_prod": 1.0,
+    "reduce_and": 1.0,
+    "reduce_or": 0.0,
+    "reduce_xor": 0.0,
+}
 _IDEMPOTENT = ("reduce_max", "reduce_min", "reduce_and", "reduce_or")
 
 
 def _reduce(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     (value,), name, axes = ins, eqn.primitive.name, eqn.params["axes"]
+    neutral = _NEUTRAL.get(name)
+    if name == "reduce_and" and eqn.invars[0].aval.dtype != bool:
+        neutral = -1.0  # all bits
     for axis in axes:
         labels = value.labels[axis]
-        if name not in _NEUTRAL:
+        if neutral is None:
             context.labels.freeze(labels, jx.Site(eqn))
-        elif value.removed(axis) != _NEUTRAL[name]:
+        elif value.removed(axis) != neutral:
             context.labels.inexact(labels, jx.Site(eqn))
     rest = [a for a in range(len(value.labels)) if a not in axes]
 
     def fill(axis: int) -> float | None:
         number = value.removed(axis)
-        stays = number == _NEUTRAL.get(name) or name in _IDEMPOTENT
+        stays = number == neutral or name in _IDEMPOTENT
         return number if stays else None
 
     labels = tuple(value.labels[a] for a in rest)
@@ -46,9 +56,7 @@ def _window(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     fill: list[float | None] = []
     for axis, size in enumerate(p["window_dimensions"]):
         same = size == 1 and out[axis] == eqn.invars[0].aval.shape[axis]
-        tied = value.labels[axis]
-        for other in ins[1:]:
-            tied = context.labels.unify(tied, other.labels[axis], jx.Site(eqn))
+        tied = context.labels.unify_all([v.labels[axis] for v in ins], jx.Site(eqn))
         if not same:
             context.labels.freeze(tied, jx.Site(eqn))
         labels.append(tied if same else None)
@@ -78,14 +86,46 @@ def _select_and_scatter(
     return [Value(tuple(labels), (None,) * len(labels))]
 
 
-def _cumulative(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    (value,), axis = ins, eqn.params["axis"]
-    context.labels.freeze(value.labels[axis], jx.Site(eqn))
-    labels = list(value.labels)
-    labels[axis] = None
-    zero = tuple(0.0 if value.removed(a) == 0 else None for a in range(len(labels)))
-    fill = zero if eqn.primitive.name == "cumsum" else (None,) * len(labels)
-    return [Value(tuple(labels), fill)]
+def _along(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    """Some axes are fixed; on the others, what is one number all along may stay."""
+    p, name, cause = eqn.params, eqn.primitive.name, jx.Site(eqn)
+    ndim = len(eqn.invars[0].aval.shape)
+    if name == "fft":
+        mixed = range(ndim - len(p["fft_lengths"]), ndim)
+    else:
+        along = p[_AXIS.get(name, "axis")] % ndim
+        mixed = range(along, along + 1)
+    labels: list[Axis] = []
+    for axis in range(ndim):
+        axes = [value.labels[axis] for value in ins]
+        if axis in mixed:
+            for line in axes:
+                context.labels.freeze(line, cause)
+            labels.append(None)
+        else:
+            labels.append(context.labels.unify_all(axes, cause))
+    outs = [
+        Value(tuple(labels), tuple(_stays(name, v.removed(a)) for a in range(ndim)))
+        for v in ins
+    ]
+    # Which of equal numbers come first is not known.
+    return [*outs, outs[0]._replace(fill=(None,) * ndim)][: len(eqn.outvars)]
+
+
+_AXIS = {"sort": "dimension", "approx_top_k": "reduction_dimension"}
+
+
+def _stays(name: str, number: float | None) -> float | None:
+    """What becomes of a number that is all along an axis."""
+    return number if number in _FIXED_POINTS.get(name, (number,)) else None
+
+
+_FIXED_POINTS: dict[str, tuple[float, ...]] = {
+    "cumsum": (0.0,),
+    "cumprod": (0.0, 1.0),
+    "cumlogsumexp": (),
+    "fft": (0.0,),
+}
 
 
 def _rewrite(cut: Cut) -> list[Any]:
@@ -97,7 +137,7 @@ RULES = {
         name: Rule(_reduce, _rewrite)
         for name in (
             *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"),
-            *("reduce_and", "reduce_or", "argmax", "argmin"),
+            *("reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin"),
         )
     },
     **{
@@ -105,8 +145,11 @@ RULES = {
         for name in ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
     },
     **{
-        name: Rule(_cumulative, _rewrite)
-        for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+        name: Rule(_along, _rewrite)
+        for name in (
+            *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
+            *("approx_top_k", "fft", "sort", "top_k"),
+        )
     },
     "select_and_scatter_add": Rule(_select_and_scatter, _rewrite),
 }

@@ -7,20 +7,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import Axis, Value, fixed, joined
-from jaxprune.walk import Context, Cut, Rule, freeze_all, pick, take
+from jaxprune.labels import Axis, Labels, Value, fixed, joined
+from jaxprune.walk import Context, Cut, Rule, take
 
 
 def _broadcast(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """New axes get labels of their own: they can be made at any length."""
     (value, *_), shape = ins, eqn.params["shape"]
-    labels = [context.labels.fresh(n) for n in shape]
-    context.labels.repeats |= {int(axis[0]) for axis in labels if axis is not None}
+    labels = [context.labels.fresh_repeat(n) for n in shape]
     fill: list[float | None] = [value.const] * len(shape)
     for axis, to in enumerate(eqn.params["broadcast_dimensions"]):
         if eqn.invars[0].aval.shape[axis] == shape[to]:
@@ -35,17 +33,19 @@ def _rewrite_broadcast(cut: Cut) -> list[Any]:
 
 def _transpose(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     del context
-    (value,), order = ins, eqn.params["permutation"]
+    return [_permuted(ins[0], eqn.params["permutation"])]
+
+
+def _permuted(value: Value, order: Sequence[int]) -> Value:
     labels = tuple(value.labels[a] for a in order)
-    return [value._replace(labels=labels, fill=tuple(value.fill[a] for a in order))]
+    return value._replace(labels=labels, fill=tuple(value.fill[a] for a in order))
 
 
 def _squeeze(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     del context
     (value,) = ins
     rest = [a for a in range(len(value.labels)) if a not in eqn.params["dimensions"]]
-    labels = tuple(value.labels[a] for a in rest)
-    return [value._replace(labels=labels, fill=tuple(value.fill[a] for a in rest))]
+    return [_permuted(value, rest)]
 
 
 def _reverse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -74,10 +74,7 @@ def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Va
             lengths = [atom.aval.shape[axis] for atom in eqn.invars]
             labels.append(joined(list(zip(axes, lengths))))
             continue
-        tied = axes[0]
-        for other in axes[1:]:
-            tied = context.labels.unify(tied, other, jx.Site(eqn))
-        labels.append(tied)
+        labels.append(context.labels.unify_all(axes, jx.Site(eqn)))
     return [Value(tuple(labels), tuple(fill))]
 
 
@@ -86,96 +83,43 @@ def _stack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     labels: list[Axis] = []
     fill: list[float | None] = []
     for old in range(ndim - 1):
-        tied = ins[0].labels[old]
-        for other in ins[1:]:
-            tied = context.labels.unify(tied, other.labels[old], jx.Site(eqn))
+        axes = [value.labels[old] for value in ins]
+        labels.append(context.labels.unify_all(axes, jx.Site(eqn)))
         known = {value.removed(old) for value in ins}
-        labels.append(tied)
         fill.append(known.pop() if len(known) == 1 else None)
     labels.insert(axis % ndim, None)
     fill.insert(axis % ndim, None)
     return [Value(tuple(labels), tuple(fill))]
 
 
-def _slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    (value,), windows = ins, _windows(eqn)
-    labels = [
-        _part(context, eqn, axis, None if axis is None else axis[w])
-        for axis, w in zip(value.labels, windows)
-    ]
-    return [value._replace(labels=tuple(labels), leaf=None)]
-
-
-def _part(context: Context, eqn: jx.Eqn, axis: Axis, part: Axis) -> Axis:
-    """Part of an axis; one index alone is an axis that cannot vanish, so it stays."""
-    if axis is None or part is None or len(part) > 1 or len(axis) == 1:
-        return part
-    context.labels.freeze(part, jx.Site(eqn))
-    return None
-
-
-def _windows(eqn: jx.Eqn) -> list[slice]:
-    p = eqn.params
-    strides = p["strides"] or (1,) * len(p["start_indices"])
-    return [slice(*w) for w in zip(p["start_indices"], p["limit_indices"], strides)]
-
-
-def _rewrite_slice(cut: Cut) -> list[Any]:
-    (x,) = cut.args
-    windows = _windows(cut.eqn)
-    starts, limits, strides = [], [], []
-    for w, kept in zip(windows, cut.kept_in(0)):
-        plain = kept is None
-        starts.append(w.start if plain else 0)
-        limits.append(w.stop if kept is None else len(kept))
-        strides.append((w.step or 1) if plain else 1)
-    x = jax.lax.slice(x, starts, limits, strides)
-    for axis, (w, kept) in enumerate(zip(windows, cut.kept_in(0))):
-        if kept is not None:
-            x = pick(x, axis, _positions(kept, w))
-    return [x]
-
-
-def _positions(kept: np.ndarray, window: slice) -> np.ndarray:
-    """Where the kept indices that a window selects lie among the kept ones."""
-    chosen = np.arange(window.start, window.stop, window.step or 1)
-    return np.flatnonzero(np.isin(kept, chosen))
-
-
-def _split(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    (value,), along = ins, eqn.params["axis"]
-    ends = np.cumsum(eqn.params["sizes"])[:-1]
-    length = eqn.invars[0].aval.shape[along]
-    axis = value.labels[along]
-    parts = np.split(np.zeros(length, int) if axis is None else axis, ends)
-    pieces = []
-    for part in parts:
-        labels = list(value.labels)
-        labels[along] = None if axis is None else _part(context, eqn, axis, part)
-        pieces.append(value._replace(labels=tuple(labels), leaf=None))
-    return pieces
-
-
-def _rewrite_split(cut: Cut) -> list[Any]:
-    along = cut.eqn.params["axis"]
-    sizes = [cut.shape_out(i)[along] for i in range(len(cut.eqn.outvars))]
-    return cut.bind(sizes=tuple(sizes))
+def _unstack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+    (value,), axis = ins, eqn.params["axis"] % len(ins[0].labels)
+    context.labels.freeze(value.labels[axis], jx.Site(eqn))
+    labels, fill = (
+        (*line[:axis], *line[axis + 1 :]) for line in (value.labels, value.fill)
+    )
+    return [Value(labels, fill, value.const)] * len(eqn.outvars)
 
 
 def _tile(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    """Copies of an index go together."""
-    (value,), reps = ins, eqn.params["reps"]
-    new = len(eqn.outvars[0].aval.shape)
-    labels = (None,) * (new - len(value.labels)) + value.labels
-    fill = (None,) * (new - len(value.fill)) + value.fill
-    for axis, times in zip(labels, reps):
-        if axis is not None and times == 0:
+    """Copies of an index go together; copies of the only one are as broadcast."""
+    (value,), reps, out = ins, eqn.params["reps"], eqn.outvars[0].aval.shape
+    new = (None,) * (len(out) - len(value.labels))
+    labels, fill = [*new, *value.labels], [*new, *value.fill]
+    for a, (axis, times) in enumerate(zip(labels, reps)):
+        if times == 0:
             context.labels.freeze(axis, jx.Site(eqn))
-    tiled = tuple(
-        axis if axis is None or times == 1 else np.tile(axis, times)
-        for axis, times in zip(labels, reps)
-    )
-    return [Value(tiled, fill, value.const)]
+        if axis is not None and times != 1:
+            labels[a] = np.tile(axis, times)
+        elif axis is None and times == out[a]:
+            labels[a], fill[a] = context.labels.fresh_repeat(times), value.const
+    return [Value(tuple(labels), tuple(fill), value.const)]
+
+
+def _rewrite_tile(cut: Cut) -> list[Any]:
+    dense, reps = cut.eqn.outvars[0].aval.shape, cut.eqn.params["reps"]
+    pairs = zip(reps, dense, cut.shape_out())
+    return cut.bind(reps=tuple(left if r == n else r for r, n, left in pairs))
 
 
 def _pad(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -222,17 +166,28 @@ def _rewrite_pad(cut: Cut) -> list[Any]:
 def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """Factor into blocks: passed on, merged (labels tiled), or split (coupled)."""
     value, old = ins[0], eqn.invars[0].aval.shape
-    new = eqn.outvars[0].aval.shape
-    if value.const is not None:
+    new, order = eqn.outvars[0].aval.shape, eqn.params["dimensions"]
+    const = _number(eqn, value)
+    if const is not None:
         axes = tuple(context.labels.fresh(n) for n in new)
-        return [Value(axes, (None,) * len(new), value.const)]
-    if eqn.params["dimensions"] is not None or 0 in old:
-        return freeze_all(context, eqn, ins)
+        return [Value(axes, (None,) * len(new), const)]
+    if order is not None:
+        value, old = _permuted(value, order), [old[a] for a in order]
     labels: list[Axis] = [None] * len(new)
     fill: list[float | None] = [None] * len(new)
     for olds, news in _blocks(old, new):
-        _reshape_block(context, eqn, value, olds, news, labels, fill)
+        loose = {i: a for i, a in enumerate(olds) if value.labels[a] is not None}
+        if loose:
+            lines = {i: value.labels[a] for i, a in loose.items()}
+            sizes = [old[a] for a in olds], [new[a] for a in news]
+            read, made, line = _reshape_block(context.labels, eqn, lines, *sizes)
+            labels[news[made]], fill[news[made]] = line, value.fill[olds[read]]
     return [Value(tuple(labels), tuple(fill), None, value.leaf)]
+
+
+def _number(eqn: jx.Eqn, value: Value) -> float | None:
+    """The number that a whole array is; an empty one is any."""
+    return 0.0 if 0 in eqn.invars[0].aval.shape else value.const
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
@@ -257,39 +212,33 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
 
 
 def _reshape_block(
-    context: Context,
+    labels: Labels,
     eqn: jx.Eqn,
-    value: Value,
-    olds: list[int],
-    news: list[int],
-    labels: list[Axis],
-    fill: list[float | None],
-) -> None:
-    old = [eqn.invars[0].aval.shape[a] for a in olds]
-    new = [eqn.outvars[0].aval.shape[a] for a in news]
-    pairs = [(a, value.labels[a]) for a in olds]
-    loose = [(a, line) for a, line in pairs if line is not None]
-    if not loose:
-        return
-    # One axis of those that merge can be cut: the last that is more than repetition.
-    loose.sort(key=lambda pair: int(pair[1][0]) not in context.labels.repeats)
-    for _, fixed_line in loose[:-1]:
-        context.labels.freeze(fixed_line, jx.Site(eqn))
-    last, line = loose[-1]
-    place = [-1 if a == last else 1 for a in olds]
-    merged = np.broadcast_to(np.reshape(line, place), old).ravel()
-    if len(news) == 1:
-        labels[news[0]], fill[news[0]] = merged, value.fill[last]
-        return
-    grid = merged.reshape(new)
+    lines: dict[int, np.ndarray],
+    old: list[int],
+    new: list[int],
+) -> tuple[int, int, np.ndarray]:
+    """Of each side one axis can be cut: which one of `lines`, of `new`, its labels."""
+
+    # Of those that merge: more than repetition, that more than a constant; the longest.
+    def worth(i: int) -> tuple[bool, bool, int, int]:
+        first = int(lines[i][0])
+        return first not in labels.constants, first not in labels.repeats, old[i], i
+
+    read = max(lines, key=worth)
+    for i, line in lines.items():
+        if i != read:
+            labels.freeze(line, jx.Site(eqn))
+    place = [-1 if i == read else 1 for i in range(len(old))]
+    grid = np.broadcast_to(np.reshape(lines[read], place), old).reshape(new)
     varying = _varying(grid)
     longest = max(range(len(new)), key=lambda a: (new[a], a))
-    axis = longest if varying is None else varying
-    lines = np.moveaxis(grid, axis, -1).reshape(-1, new[axis])
-    if not (lines == lines[:1]).all():
-        for other in lines[1:]:
-            context.labels.unify(lines[0], other, jx.Site(eqn))
-    labels[news[axis]], fill[news[axis]] = lines[0], value.fill[last]
+    made = longest if varying is None else varying
+    rows = np.moveaxis(grid, made, -1).reshape(-1, new[made])
+    if not (rows == rows[:1]).all():
+        for other in rows[1:]:
+            labels.unify(rows[0], other, jx.Site(eqn))
+    return read, made, rows[0]
 
 
 def _varying(grid: np.ndarray) -> int | None:
@@ -302,7 +251,7 @@ def _varying(grid: np.ndarray) -> int | None:
 
 
 def _rewrite_reshape(cut: Cut) -> list[Any]:
-    const, shape = cut.node.ins[0].const, cut.shape_out()
+    const, shape = _number(cut.eqn, cut.node.ins[0]), cut.shape_out()
     if const is not None:
         return [jnp.full(shape, const, cut.eqn.outvars[0].aval.dtype)]
     return cut.bind(new_sizes=shape)
@@ -319,7 +268,7 @@ def _source(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
         if not jx.is_array(var.aval):
             outs.append(fixed(len(shape)))
             continue
-        labels = tuple(context.labels.fresh(n) for n in shape)
+        labels = tuple(context.labels.fresh_constant(n) for n in shape)
         outs.append(Value(labels, (None,) * len(shape)))
     return outs
 
@@ -329,66 +278,16 @@ def _rewrite_source(cut: Cut) -> list[Any]:
     return [take(x, cut.kept_out(i)) for i, x in enumerate(cut.bind())]
 
 
-def _dynamic_slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    """Axes taken whole pass; axes that are indexed at run time are fixed."""
-    value, sizes = ins[0], eqn.params["slice_sizes"]
-    labels: list[Axis] = []
-    for axis, size in enumerate(sizes):
-        whole = size == eqn.invars[0].aval.shape[axis]
-        if not whole:
-            context.labels.freeze(value.labels[axis], jx.Site(eqn))
-        labels.append(value.labels[axis] if whole else None)
-    return [value._replace(labels=tuple(labels), leaf=None)]
-
-
-def _rewrite_dynamic_slice(cut: Cut) -> list[Any]:
-    return cut.bind(slice_sizes=cut.shape_out())
-
-
-def _gather(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    """Axes taken whole pass; axes that are indexed are fixed."""
-    value, dims = ins[0], eqn.params["dimension_numbers"]
-    if getattr(dims, "operand_batching_dims", ()):
-        return freeze_all(context, eqn, ins)
-    for line in ins[1].labels:
-        context.labels.freeze(line, jx.Site(eqn))
-    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
-    out = fixed(len(eqn.outvars[0].aval.shape))
-    labels, fill = list(out.labels), list(out.fill)
-    taken = [a for a in range(len(shape)) if a not in dims.collapsed_slice_dims]
-    for to, axis in zip(dims.offset_dims, taken):
-        if axis not in dims.start_index_map and sizes[axis] == shape[axis]:
-            labels[to], fill[to] = value.labels[axis], value.removed(axis)
-        else:
-            context.labels.freeze(value.labels[axis], jx.Site(eqn))
-    for axis in dims.collapsed_slice_dims:
-        context.labels.freeze(value.labels[axis], jx.Site(eqn))
-    if str(eqn.params["mode"]).upper().find("FILL") >= 0:
-        fill = [None] * len(fill)
-    return [Value(tuple(labels), tuple(fill))]
-
-
-def _rewrite_gather(cut: Cut) -> list[Any]:
-    sizes = [
-        n if kept is None else len(kept)
-        for n, kept in zip(cut.eqn.params["slice_sizes"], cut.kept_in(0))
-    ]
-    return cut.bind(slice_sizes=tuple(sizes))
-
-
 RULES = {
     "broadcast_in_dim": Rule(_broadcast, _rewrite_broadcast),
     "concatenate": Rule(_concatenate, _same),
-    "dynamic_slice": Rule(_dynamic_slice, _rewrite_dynamic_slice),
-    "gather": Rule(_gather, _rewrite_gather),
     "pad": Rule(_pad, _rewrite_pad),
     "reshape": Rule(_reshape, _rewrite_reshape),
     "rev": Rule(_reverse, _same),
-    "slice": Rule(_slice, _rewrite_slice),
-    "split": Rule(_split, _rewrite_split),
     "stack": Rule(_stack, _same),
     "squeeze": Rule(_squeeze, _same),
-    "tile": Rule(_tile, _same),
+    "tile": Rule(_tile, _rewrite_tile),
+    "unstack": Rule(_unstack, _same),
     "transpose": Rule(_transpose, _same),
     **{
         name: Rule(_source, _rewrite_source)
@@ -396,6 +295,12 @@ RULES = {
     },
     **{
         name: Rule(_source, _same)
-        for name in ("random_fold_in", "random_seed", "random_split", "random_wrap")
+        for name in (
+            "random_clone",
+            "random_fold_in",
+            "random_seed",
+            "random_split",
+            "random_wrap",
+        )
     },
 }
