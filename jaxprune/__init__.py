@@ -5,104 +5,50 @@ graph = jp.trace(model.apply, variables, images)
 keep = jp.select(graph, jp.score(jp.magnitude(), graph, variables), jp.flops(0.4))
 variables = jp.shrink(graph, keep, variables)
 apply = jp.slim(model.apply, graph, keep)
+
+The names lie in `jaxprune.api`, which is imported when the first of them is used: the
+command answers without waiting for JAX.
 """
 
-from jaxprune import base, data
-from jaxprune.base import Cost, Frozen, Graph, Group, Leaf, Slot
-from jaxprune.budget import Budget, bytes, channels, flops, params
-from jaxprune.checkpoint import Pruned, load, save
-from jaxprune.cost import cost
-from jaxprune.criteria import (
-    Criterion,
-    Evidence,
-    chain,
-    ema,
-    normalize,
-    per_cost,
-    score,
-)
-from jaxprune.measures import bn_scale, magnitude, random, taylor
-from jaxprune.modules import to_nnx
-from jaxprune.path import prune_path
-from jaxprune.prune import prune
-from jaxprune.rules import register_rule
-from jaxprune.select import select
-from jaxprune.slim import slim, verify
-from jaxprune.sparsity import (
-    dead,
-    flops_weights,
-    gate,
-    gates_to_keep,
-    group_lasso,
-    init_gates,
-    proximal,
-    proximal_gates,
-)
-from jaxprune.steps import Path, Step
-from jaxprune.trace import trace
-from jaxprune.trees import compose, expand, mask, shrink, shrink_graph
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Budget",
-    "Cost",
-    "Criterion",
-    "Evidence",
-    "Frozen",
-    "Graph",
-    "Group",
-    "Leaf",
-    "Path",
-    "Pruned",
-    "Slot",
-    "Step",
-    "base",
-    "bn_scale",
-    "bytes",
-    "chain",
-    "channels",
-    "compose",
-    "cost",
-    "data",
-    "dead",
-    "ema",
-    "expand",
-    "flops",
-    "flops_weights",
-    "gate",
-    "gates_to_keep",
-    "group_lasso",
-    "init_gates",
-    "load",
-    "magnitude",
-    "mask",
-    "normalize",
-    "params",
-    "per_cost",
-    "proximal",
-    "proximal_gates",
-    "prune",
-    "prune_path",
-    "random",
-    "register_rule",
-    "save",
-    "score",
-    "select",
-    "shrink",
-    "shrink_graph",
-    "slim",
-    "taylor",
-    "to_nnx",
-    "trace",
-    "verify",
-]
+# Functions that are named as the file that they lie in.
+_FUNCTIONS = ("cost", "prune", "select", "slim", "trace")
+
+if TYPE_CHECKING:
+    from jaxprune.api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """A submodule, or else one of the public names."""
+        path = f"jaxprune.{name}"
+        if name not in _FUNCTIONS and importlib.util.find_spec(path):
+            return importlib.import_module(path)
+        try:
+            return getattr(importlib.import_module("jaxprune.api"), name)
+        except AttributeError:
+            raise AttributeError(f"jaxprune has no attribute {name!r}") from None
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__getattr__("__all__")})
 
 
-def __getattr__(name: str):
-    """`jp.models`, `jp.train` and `jp.report` are imported when they are first used."""
-    if name in ("models", "train", "report"):
-        import importlib
+class _Package(ModuleType):
+    """This package. `jaxprune.trace` is the function, whoever imports the file.
 
-        return importlib.import_module(f"jaxprune.{name}")
-    raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")
+    Python binds a package's attribute to the submodule when that is first imported.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FUNCTIONS and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

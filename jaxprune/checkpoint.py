@@ -25,7 +25,7 @@ from jaxprune.pruned import Pruned
 from jaxprune.slim import slim
 from jaxprune.store import Store, open_store
 
-__all__ = ["Pruned", "Store", "load", "open_store", "read_card", "save"]
+__all__ = ["Pruned", "Store", "is_saved", "load", "open_store", "read_card", "save"]
 
 _CARD, _GRAPH = "jaxprune.json", "graph.json"
 _PACKAGES = ("jaxprune", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -114,10 +114,15 @@ def read_card(path: str | Path) -> Pruned:
     return Pruned(None, None, graph, keep, record["info"])  # type: ignore[arg-type]
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is one that `save` wrote, by its looks."""
+    return (folder / _CARD).is_file()
+
+
 def _check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder} exists; choose another or pass overwrite=True")
-    if folder.exists() and not (folder / _CARD).is_file():
+    if folder.exists() and not is_saved(folder):
         raise CheckpointError(
             f"{folder} is no saved network, so it is not overwritten; choose another"
         )
@@ -126,8 +131,8 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 def _shipped(path: str | Path, network: Any) -> Apply:
     if not network:
         raise CheckpointError(
-            f"{path} is of no network that jaxprune ships: pass the dense function "
-            "that was pruned, jaxprune.load(path, apply=model.apply)"
+            f"{path} is of no network that jaxprune ships: load it in Python, with the "
+            "dense function that was pruned, jaxprune.load(path, apply=model.apply)"
         )
     if not isinstance(network, dict) or set(network) != {"name", "args"}:
         raise CheckpointError(f"{path}: network = {network} is not {{name, args}}")

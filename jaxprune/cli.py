@@ -44,7 +44,11 @@ EVAL = (
 )
 PREDICT = (
     "write overlays of images with the classes the network sees",
-    "INPUT is an image, a folder of images, or a quoted pattern such as 'day1/*.png'.",
+    (
+        "INPUT is an image, a folder of images, or a quoted pattern such as "
+        "'day1/*.png'. For a network of your own, in Python: jaxprune.predict.write("
+        "jaxprune.load(DIR, apply=model.apply), files, out)."
+    ),
 )
 REPORT = (
     "draw DIR/report/index.html anew from the run's files",

@@ -170,9 +170,15 @@ def _dense_structs(
         leaf, x = graph.leaves[number], struct(x)
         small = _small_shape(leaf, kept[number])
         if tuple(x.shape) != small:
+            hint = "pass jaxprune.shrink(graph, keep, variables)"
+            if tuple(x.shape) != leaf.shape:
+                hint = (
+                    "were they cut by another keep? After a second cut, slim with "
+                    "jaxprune.compose(first keep, second keep)"
+                )
             raise GraphError(
                 f"{path_str(path)} has shape {tuple(x.shape)}, shrunk it is {small} "
-                f"(dense {leaf.shape}); pass jaxprune.shrink(graph, keep, variables)"
+                f"(dense {leaf.shape}); {hint}"
             )
         structs.append(jax.ShapeDtypeStruct(leaf.shape, x.dtype))
     for i, leaf in enumerate(graph.leaves):

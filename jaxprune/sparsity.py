@@ -154,10 +154,13 @@ def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
     return trees.channel_scale(graph, unread, variables, roles=("out",))
 
 
-def proximal_gates(strength: Strength) -> optax.GradientTransformation:
-    """Soft-thresholding, sign(z) max(0, |z| - strength), last in a chain for gates.
+def proximal_gates(
+    strength: Strength, weights: Weights | None = None
+) -> optax.GradientTransformation:
+    """Soft-thresholding, sign(z) max(0, |z| - strength w), last in a chain for gates.
 
     z = gates + updates. `strength` and the last one of a group are as in `proximal`.
+    `weights` {group: float or float[C]}: 1 by default, see also `flops_weights`.
     """
     _check_strength(strength)
 
@@ -168,12 +171,13 @@ def proximal_gates(strength: Strength) -> optax.GradientTransformation:
             )
         s = strength(state.steps) if callable(strength) else strength
 
-        def shrunk(gate: jax.Array, update: jax.Array) -> jax.Array:
+        def shrunk(gate: jax.Array, update: jax.Array, weight: Any) -> jax.Array:
             z = gate + update
-            return z * _factor(jnp.abs(z), s) - gate
+            return z * _factor(jnp.abs(z), s * weight) - gate
 
+        each = dict.fromkeys(params, 1.0) if weights is None else dict(weights)
         steps = optax.safe_increment(state.steps)
-        return jax.tree.map(shrunk, params, updates), ProximalState(steps)
+        return jax.tree.map(shrunk, params, updates, each), ProximalState(steps)
 
     def init(params: PyTree) -> ProximalState:
         del params

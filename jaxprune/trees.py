@@ -393,12 +393,19 @@ def _context(index: _Index, path: Path, leaf: Leaf) -> Path:
 
 
 def _check_shape(leaf: Leaf, path: Path, seen: tuple, wanted: tuple) -> None:
-    if tuple(seen) != tuple(wanted):
-        raise GraphError(
-            f"{path_str(path)} has shape {tuple(seen)}, the graph expects "
-            f"{tuple(wanted)} (dense shape {leaf.shape}); is the tree cut already, or "
-            "is the graph another network's?"
+    if tuple(seen) == tuple(wanted):
+        return
+    if len(seen) == len(wanted) and all(s <= w for s, w in zip(seen, wanted)):
+        hint = (
+            "is the tree cut already? Then it goes with the smaller graph, "
+            "jaxprune.shrink_graph(graph, keep), keep being what it was cut by"
         )
+    else:
+        hint = "is the graph, or the keep, another network's?"
+    raise GraphError(
+        f"{path_str(path)} has shape {tuple(seen)}, expected is {tuple(wanted)} (dense "
+        f"shape {leaf.shape}); {hint}"
+    )
 
 
 def _check_complete(graph: Graph, index: _Index, found: dict[Path, set[int]]) -> None:

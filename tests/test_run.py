@@ -13,9 +13,9 @@ import pytest
 import tinyrun
 
 import jaxprune as jp
-from jaxprune import data, report
+from jaxprune import data, report, sparsity, trees
 from jaxprune.base import ConfigError, DataError
-from jaxprune.train import choose, cut, run, stages
+from jaxprune.train import choose, cut, loop, run, sparsify, stages
 from jaxprune.train import step as steps
 from jaxprune.train.config import (
     Config,
@@ -116,13 +116,21 @@ def test_final_loads_by_itself_and_is_what_was_evaluated(whole):
     assert again["confusion"] == found["confusion"] and again["miou"] == found["miou"]
 
 
-def test_a_finished_run_only_shows_its_result(whole, monkeypatch):
+def test_a_finished_run_only_shows_its_result(whole, monkeypatch, capsys):
     folder, evaluation = whole
     before = (folder / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(steps, "make_step", None)
     monkeypatch.setattr(choose, "choose", None)
     assert run(CONFIG, folder) == evaluation
     assert (folder / "metrics.jsonl").read_bytes() == before
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "done already" in line] == [
+        "train: done already, step 2 of 2",
+        "prune: done already, cut 1 of 1",
+        "retrain: done already, step 2 of 2",
+        "scratch: done already, step 4 of 4",
+        "evaluate: done already",
+    ]
 
 
 def test_stages_whose_files_are_gone_run_again(whole):
@@ -181,6 +189,8 @@ def prepared(folder: Path, **fields):
         {"criterion": "random", "scope": "local"},
         {"method": "path", "block": 0.1},
         {"method": "lasso", "lasso_epochs": 1.0, "strength": 30.0},
+        {"method": "gates", "lasso_epochs": 1.0, "strength": 30.0},
+        {"method": "gates", "lasso_epochs": 1.0, "strength": 0.0},
         {"criterion": "magnitude", "rounds": 2, "recovery_epochs": 1 / 3},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
@@ -203,6 +213,50 @@ def test_every_method_meets_the_budget_and_resumes(tmp_path, fields):
     again = cut.prune_stage(job, graph, dense, Progress(tmp_path))
     chex.assert_trees_all_equal(again.keep, found.keep)
     chex.assert_trees_all_equal(again.variables, found.variables)
+
+
+FAINT = jnp.array([1, 1, 1e-3, 1, 1e-3, 1e-3])
+
+
+def test_what_the_lasso_ended_is_zero_in_the_average_too(tmp_path):
+    job, graph, dense = prepared(
+        tmp_path, method="lasso", lasso_epochs=1.0, strength=3.0
+    )
+    faint = trees.channel_scale(graph, {"first": FAINT}, dense.average)
+    dense = dense._replace(average=faint)
+    variables, _ = sparsify.sparsify(job, graph, dense, Progress(tmp_path))
+    np.testing.assert_array_equal(jp.dead(graph, variables)["first"], FAINT == 1)
+    found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    np.testing.assert_array_equal(found.keep["first"], FAINT == 1)
+
+
+def test_gates_are_trained_read_and_folded_into_the_weights(tmp_path, monkeypatch):
+    job, graph, dense = prepared(
+        tmp_path, method="gates", lasso_epochs=1.0, strength=1.0
+    )
+    monkeypatch.setattr(sparsity, "init_gates", lambda graph: {"first": FAINT})
+    states = []
+
+    def train(*args):
+        states.append(loop.train(*args))
+        return states[-1]
+
+    monkeypatch.setattr(sparsify, "train", train)
+    found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    np.testing.assert_array_equal(found.keep["first"], FAINT == 1)
+    gates = states[0].average["params"]["gates"]["first"]
+    assert (gates[2] > 0) and not np.isin(gates[:2], [0, 1]).any()
+
+    variables, _ = sparsify.sparsify(job, graph, dense, Progress(tmp_path))
+    kept = {"first": np.where(FAINT == 1, gates, 0)}
+    params = {"network": states[0].average["params"]["network"], "gates": kept}
+    gated = sparsify._gated(job.apply, graph)
+    images = jax.random.uniform(jax.random.key(0), (2, *tinyrun.SIZE, 3))
+    expected = gated({**states[0].average, "params": params}, images)
+    small = jp.shrink(graph, found.keep, variables)
+    np.testing.assert_allclose(
+        jp.slim(job.apply, graph, found.keep)(small, images), expected, rtol=1e-5
+    )
 
 
 def test_the_last_rounds_budget_is_of_the_dense_network(tmp_path):

@@ -199,6 +199,25 @@ def test_what_a_mask_would_not_leave_out_is_frozen(name: str) -> None:
     assert not jp.trace(apply, variables, x).groups
 
 
+def test_strict_makes_a_frozen_module_an_error() -> None:
+    v = {name: {"kernel": jnp.ones((4, 4))} for name in ("one", "two", "three")}
+
+    def apply(v: Any, x: Any) -> Any:
+        x = jnp.sort(x @ v["one"]["kernel"]) @ v["two"]["kernel"]
+        return jnp.tanh(x) @ v["three"]["kernel"]
+
+    x = jnp.ones((2, 4))
+    assert list(jp.trace(apply, v, x).groups) == ["two"]
+    with pytest.raises(jp.base.GraphError, match="one is frozen: 4 indices.*sort"):
+        jp.trace(apply, v, x, strict=["one"])
+    with pytest.raises(jp.base.GraphError, match="three.*the network's output"):
+        jp.trace(apply, v, x, strict=["t*"])
+    with pytest.raises(jp.base.GraphError, match="is 'three' meant"):
+        jp.trace(apply, v, x, strict=["tree"])
+    fine = jp.trace(lambda v, x: apply(v, x) ** 2, v, x, strict=[])
+    assert list(fine.groups) == ["two"]
+
+
 def test_an_empty_reshape_is_no_error() -> None:
     apply, variables, x = two_layers(
         lambda x: x + x[:, :0].reshape(0, 4).sum() + x[:0].reshape(6, 0).sum()
@@ -358,6 +377,11 @@ def test_errors_name_what_does_not_fit() -> None:
         jp.mask(graph, keep, {"a": variables["a"]})
     with pytest.raises(GraphError, match=r"a has shape \(3, 5\)"):
         jp.shrink(graph, keep, {**variables, "a": variables["a"][:, :5]})
+    cut = jp.shrink(graph, keep, variables)
+    with pytest.raises(GraphError, match="cut already.*jaxprune.shrink_graph"):
+        jp.shrink(graph, keep, cut)
+    with pytest.raises(GraphError, match="another network's"):
+        jp.expand(graph, keep, variables)
     with pytest.raises(GraphError, match="traced"):
         jax.jit(lambda k: jp.shrink(graph, k, variables))(keep)
     slim = jp.slim(apply, graph, keep)
@@ -365,6 +389,8 @@ def test_errors_name_what_does_not_fit() -> None:
         GraphError, match=r"a has shape \(3, 6\), shrunk it is \(3, 3\)"
     ):
         slim(variables, x)
+    with pytest.raises(GraphError, match="another keep.*jaxprune.compose"):
+        slim({**cut, "a": variables["a"][:, :2]}, x)
     with pytest.raises(GraphError, match="variables lack b"):
         slim({"a": variables["a"][:, :3]}, x)
 

@@ -61,7 +61,8 @@ def find_root(root: str | os.PathLike | None) -> Path:
         return Path(found)
     what = f"CamVid: {found}: no such folder" if found else "CamVid: no folder given"
     raise DataError(
-        f"{what}; {HOW_TO_OBTAIN} Pass that folder as root or in $JAXPRUNE_CAMVID."
+        f"{what}; name yours with --set data.root=DIR (in Python: root=DIR) or in"
+        f" $JAXPRUNE_CAMVID. To get it, {HOW_TO_OBTAIN}"
     )
 
 

@@ -104,7 +104,17 @@ def _peek(path: Path) -> tuple[tuple[int, int], str]:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        what = "damaged, or no image at all"
+    elif "truncated" in str(error).lower():
+        what = "damaged, it ends too early"
+    elif isinstance(error, OSError) and error.strerror:
+        what = f"cannot be read ({error.strerror})"
+    else:
+        what = f"damaged ({error})"
     return DataError(
-        f"{path}: damaged, truncated or no image at all ({error}); fetch it anew, or"
-        " remove it together with its partner"
+        f"{path}: {what}; fetch it anew or leave it out, in a data set together with"
+        " its partner"
     )

@@ -53,7 +53,8 @@ def _find(source, root, split, size, cache, count) -> Source:
     elif source == "folder":
         if root is None:
             raise DataError(
-                "source 'folder': pass root, the folder of images and masks"
+                "source 'folder': name the folder of images and masks with --set"
+                " data.root=DIR (in Python: root=DIR)"
             )
         found = folder.source(Path(root), split, size)
     elif source.startswith("tfds:"):

@@ -43,7 +43,10 @@ def source(
         directory, classes = _prepare_camvid(root, split, cache), camvid.CLASSES
     else:
         if root is None:
-            raise DataError(f"tfds:{name}: pass root, the folder of prepared data sets")
+            raise DataError(
+                f"tfds:{name}: name the folder of prepared data sets with --set"
+                " data.root=DIR (in Python: root=DIR)"
+            )
         directory, classes = _find_prepared(Path(root), name), None
     builder = tfds.builder_from_directory(directory)
     if builder.info.file_format.value != "array_record":

@@ -70,10 +70,11 @@ def read(workdir: str | Path) -> Record:
             f"{folder} is not a folder; give the --workdir of a 'jaxprune run'"
         )
     missing = tuple(name for name in STAGE_OF if not (folder / name).exists())
-    if len(missing) == len(STAGE_OF):
+    own = [name for name in STAGE_OF if name != "graph.json"]  # saved networks have one
+    if set(own) <= set(missing):
         raise base.DataError(
-            f"{folder} holds none of {', '.join(STAGE_OF)}: it is no work folder; "
-            "give the --workdir of a 'jaxprune run'"
+            f"{folder} holds none of {', '.join(own)}: it is no work folder; give the "
+            "--workdir of a 'jaxprune run'"
         )
     return Record(
         folder,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -32,7 +33,7 @@ def choose(
     prune = job.config.prune
     if prune.method == "path":
         return _walk(job, graph, variables, budget, progress)
-    if prune.method == "lasso":
+    if prune.sparse:
         alive = sparsity.dead(graph, variables)
         if _measured(graph, alive, budget) <= budgets.limit(graph, budget):
             return alive, None
@@ -63,7 +64,7 @@ def _measured(graph: Graph, keep: Keep, budget: Budget) -> float:
 
 def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
     prune = job.config.prune
-    name = "magnitude" if prune.method == "lasso" else prune.criterion
+    name = "magnitude" if prune.sparse else prune.criterion
     taylor = name == "taylor"
     return score(
         _criterion(prune, name),
@@ -78,7 +79,7 @@ def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
 def _criterion(prune: Prune, name: str) -> Criterion:
     known: dict[str, Any] = {
         "taylor": measures.taylor,
-        "magnitude": measures.magnitude,
+        "magnitude": _magnitude(prune),
         "bn_scale": measures.bn_scale,
         "random": measures.random,
     }
@@ -88,6 +89,13 @@ def _criterion(prune: Prune, name: str) -> Criterion:
     if prune.per_cost:
         parts.append(criteria.per_cost(prune.budget))
     return criteria.chain(*parts)
+
+
+def _magnitude(prune: Prune) -> Any:
+    """Behind gates, of the weights that read a channel: they hold its gate."""
+    if prune.method == "gates":
+        return functools.partial(measures.magnitude, roles=("in",))
+    return measures.magnitude
 
 
 def _logits(job: Job, variables: PyTree, batch: Any) -> Any:

@@ -40,6 +40,7 @@ def evaluate_stage(
     """Measure all, write evaluation.json and samples.npz, print the closing card."""
     file = job.workdir / _FILE
     if file.exists():
+        progress.note("evaluate: done already")
         evaluation = json.loads(file.read_text("utf-8"))
     else:
         classes = job.splits.train.classes

@@ -80,8 +80,11 @@ class Prune:
     """Which channels go. budget, ratio: at most `ratio` of the dense cost stays.
 
     method: 'criterion' scores and selects; 'lasso' first trains on for `lasso_epochs`
-    with proximal steps of `strength` times the learning rate; 'path' cuts back by cost
-    complexity, `block` of the cost at a time, and takes the step that `choose` says.
+    with proximal steps of `strength` times the learning rate, and cuts what is 0 then,
+    or the least where that is over the budget; 'gates' does the same to one trained
+    number per channel, and folds those that stay into the weights; 'path' cuts back by
+    cost complexity, `block` of the cost at a time, and takes the step that `choose`
+    says.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. rounds: the cut in so many equal factors, `recovery_epochs` of retraining
@@ -90,7 +93,7 @@ class Prune:
     cut.
     """
 
-    method: Literal["criterion", "lasso", "path"] = "criterion"
+    method: Literal["criterion", "lasso", "gates", "path"] = "criterion"
     criterion: Literal["magnitude", "taylor", "bn_scale", "random"] = "taylor"
     normalize: Literal["none", "mean", "max", "sum", "l2"] = "mean"
     per_cost: bool = False
@@ -108,6 +111,11 @@ class Prune:
     choose: Literal["budget", "1se", "min"] = "budget"
     carry_optimizer: bool = False
     statistics: int = 40
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the network is trained on under a penalty before it is cut."""
+        return self.method in ("lasso", "gates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +267,8 @@ def _check_fit(where: str, fit: Fit) -> None:
 
 
 def _check_prune(prune: Prune) -> None:
+    # The moments of a weight are not those of its product with a gate.
+    carried = prune.carry_optimizer and prune.method == "gates"
     rules = [
         ("ratio", 0 < prune.ratio <= 1, "the fraction that stays, in (0, 1]"),
         ("multiple_of", prune.multiple_of > 0, "positive"),
@@ -270,6 +280,7 @@ def _check_prune(prune: Prune) -> None:
         ("strength", prune.strength >= 0, "0 or more"),
         ("block", 0 <= prune.block < 1, "in [0, 1)"),
         ("statistics", prune.statistics >= 0, "0 or more"),
+        ("carry_optimizer", not carried, "false where the method is 'gates'"),
     ]
     _apply("prune", prune, rules)
     budget.Budget(prune.budget, prune.ratio)

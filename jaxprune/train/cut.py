@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune import checkpoint, sparsity
+from jaxprune import checkpoint
 from jaxprune.base import EDGES, CheckpointError, Graph, Keep, PyTree, path_str
 from jaxprune.budget import Budget, measure, sizes
 from jaxprune.cost import cost
@@ -22,6 +22,7 @@ from jaxprune.train.folder import write_json
 from jaxprune.train.loop import Job, confusion_of, train
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
+from jaxprune.train.sparsify import sparsify
 from jaxprune.trees import check_keep, compose, shrink, shrink_graph
 
 _FILE = "prune.json"
@@ -48,12 +49,15 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
     store = checkpoint.open_store(
         job.workdir / "checkpoints" / "prune", keep_last=prune.rounds
     )
-    state = _sparsify(job, graph, dense, progress) if _lasso(job) else dense
-    cut = Cut(graph.full(), state.average, _carried(job, state))
+    variables, opt_state = dense.average, dense.opt_state
+    if prune.sparse:
+        variables, opt_state = sparsify(job, graph, dense, progress)
+    cut = Cut(graph.full(), variables, _carried(job, opt_state))
     for number in range(1, prune.rounds + 1):
         last = number == prune.rounds
         known = number in store.steps() and (not last or (job.workdir / _FILE).exists())
         if known:
+            progress.note(f"prune: done already, cut {number} of {prune.rounds}")
             cut = _restore(store, number, graph, cut)
         else:
             cut = _round(job, graph, cut, number, progress)
@@ -66,26 +70,8 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
     return cut
 
 
-def _lasso(job: Job) -> bool:
-    return job.config.prune.method == "lasso"
-
-
-def _carried(job: Job, state: steps.State) -> PyTree:
-    return state.opt_state if job.config.prune.carry_optimizer else None
-
-
-def _sparsify(
-    job: Job, graph: Graph, dense: steps.State, progress: Progress
-) -> steps.State:
-    """Train on with the proximal group lasso (METHOD.md, equation 1)."""
-    prune, fit = job.config.prune, job.config.train
-    fit = dataclasses.replace(fit, epochs=prune.lasso_epochs, lr=fit.lr / 4, warmup=0.0)
-    job = dataclasses.replace(job, stage="lasso", fit=fit, teacher=None)
-    _, rate = steps.optimizer(fit, job.total)
-    weights = sparsity.flops_weights(graph)
-    proximal = sparsity.proximal(graph, lambda n: prune.strength * rate(n), weights)
-    job = dataclasses.replace(job, proximal=proximal, carried=_carried(job, dense))
-    return train(job, dense.average, progress)
+def _carried(job: Job, opt_state: PyTree) -> PyTree:
+    return opt_state if job.config.prune.carry_optimizer else None
 
 
 def _round(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
@@ -165,7 +151,7 @@ def _recover(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) 
         carried=cut.carried,
     )
     state = train(job, cut.variables, progress)
-    return Cut(cut.keep, state.average, _carried(job, state))
+    return Cut(cut.keep, state.average, _carried(job, state.opt_state))
 
 
 def _restore(store: checkpoint.Store, number: int, graph: Graph, before: Cut) -> Cut:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxprune import checkpoint
 from jaxprune.base import ConfigError
 from jaxprune.train import config as configs
 from jaxprune.train import settings
@@ -53,9 +54,14 @@ def read_config(workdir: Path) -> Config:
     try:
         return configs.from_json((workdir / CONFIG).read_text("utf-8"))
     except OSError as error:
+        hint = "give the --workdir of a 'jaxprune run'"
+        if checkpoint.is_saved(workdir):
+            hint += (
+                ". It is a saved network, which names no data: measure it in Python, "
+                "jaxprune.load(path, apply=model.apply)"
+            )
         raise ConfigError(
-            f"{workdir} is no work folder ({CONFIG}: {error.strerror}); give the "
-            "--workdir of a 'jaxprune run'"
+            f"{workdir} is no work folder ({CONFIG}: {error.strerror}); {hint}"
         ) from error
 
 

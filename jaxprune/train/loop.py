@@ -78,8 +78,9 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     losses: list[float] = []
     if store.latest() is not None:
         state, losses = _restore(store, state)
-        if int(state.step) < job.total:
-            progress.note(f"{job.stage}: resumed at step {state.step} of {job.total}")
+        done = int(state.step) >= job.total
+        what = "done already," if done else "resumed at"
+        progress.note(f"{job.stage}: {what} step {state.step} of {job.total}")
     start = int(state.step)
     progress.rewind(job.stage, start)
     if start < job.total:

@@ -94,7 +94,7 @@ def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
 def pruned_epochs(config: Config) -> float:
     """Epochs that the pruned network has seen in all."""
     prune = config.prune
-    sparse = prune.lasso_epochs if prune.method == "lasso" else 0.0
+    sparse = prune.lasso_epochs if prune.sparse else 0.0
     recovery = prune.recovery_epochs * (prune.rounds - 1)
     return config.train.epochs + sparse + recovery + config.retrain.epochs
 

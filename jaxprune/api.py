@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names that `import jaxprune` offers, gathered; see `jaxprune/__init__.py`."""
+
+from typing import TYPE_CHECKING
+
+from jaxprune import base, data
+from jaxprune.base import Cost, Frozen, Graph, Group, Leaf, Slot
+from jaxprune.budget import Budget, bytes, channels, flops, params
+from jaxprune.checkpoint import Pruned, load, save
+from jaxprune.cost import cost
+from jaxprune.criteria import (
+    Criterion,
+    Evidence,
+    chain,
+    ema,
+    normalize,
+    per_cost,
+    score,
+)
+from jaxprune.measures import bn_scale, magnitude, random, taylor
+from jaxprune.modules import to_nnx
+from jaxprune.path import prune_path
+from jaxprune.prune import prune
+from jaxprune.rules import register_rule
+from jaxprune.select import select
+from jaxprune.slim import slim, verify
+from jaxprune.sparsity import (
+    dead,
+    flops_weights,
+    gate,
+    gates_to_keep,
+    group_lasso,
+    init_gates,
+    proximal,
+    proximal_gates,
+)
+from jaxprune.steps import Path, Step
+from jaxprune.trace import trace
+from jaxprune.trees import compose, expand, mask, shrink, shrink_graph
+
+if TYPE_CHECKING:  # at run time, `jaxprune` imports them when they are first used
+    from jaxprune import models, report, train
+
+__all__ = [
+    "Budget",
+    "Cost",
+    "Criterion",
+    "Evidence",
+    "Frozen",
+    "Graph",
+    "Group",
+    "Leaf",
+    "Path",
+    "Pruned",
+    "Slot",
+    "Step",
+    "base",
+    "bn_scale",
+    "bytes",
+    "chain",
+    "channels",
+    "compose",
+    "cost",
+    "data",
+    "dead",
+    "ema",
+    "expand",
+    "flops",
+    "flops_weights",
+    "gate",
+    "gates_to_keep",
+    "group_lasso",
+    "init_gates",
+    "load",
+    "magnitude",
+    "mask",
+    "models",
+    "normalize",
+    "params",
+    "per_cost",
+    "proximal",
+    "proximal_gates",
+    "prune",
+    "prune_path",
+    "random",
+    "report",
+    "register_rule",
+    "save",
+    "score",
+    "select",
+    "shrink",
+    "shrink_graph",
+    "slim",
+    "taylor",
+    "to_nnx",
+    "trace",
+    "train",
+    "verify",
+]

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random networks that mix everything vision networks are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+
+# Few widths, so that networks share compiled operations.
+WIDTHS = (4, 8)
+
+
+class Weight(nn.Module):
+    """A free parameter [channels of y, width]."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, y: Any) -> Any:
+        init = nn.initializers.lecun_normal()
+        return self.param("weight", init, (y.shape[-1], self.width))
+
+
+class Mixed(networks.Drawn):
+    """As `Drawn`, with grouped convolutions, attention, shuffles, loops ..."""
+
+    def _op(self, kind: str, y: Any, z: Any, b: int, train: bool) -> Any:
+        extra = getattr(self, f"do_{kind}", None)
+        if extra is not None:
+            return extra(y, z, b)
+        if y.shape[-1] not in WIDTHS:
+            y = nn.Conv(WIDTHS[b % 2], (1, 1))(y)
+        return super()._op(kind, y, z, b, train)
+
+    def do_grouped(self, y: Any, z: Any, b: int) -> Any:
+        y = nn.relu(nn.Conv(8, (1, 1))(y))
+        return nn.Conv(WIDTHS[b % 2], (3, 3), feature_group_count=2)(y)
+
+    def do_group_norm(self, y: Any, z: Any, b: int) -> Any:
+        return nn.GroupNorm(num_groups=2)(nn.Conv(8, (1, 1))(y))
+
+    def do_instance_norm(self, y: Any, z: Any, b: int) -> Any:
+        return nn.GroupNorm(num_groups=None, group_size=1)(y)
+
+    def do_attention(self, y: Any, z: Any, b: int) -> Any:
+        tokens = y[:, ::4, ::4].reshape(y.shape[0], 4, y.shape[-1])
+        attend = nn.MultiHeadDotProductAttention(2, qkv_features=8, out_features=4)
+        out = attend(tokens, tokens).reshape(y.shape[0], 2, 2, 4)
+        return jnp.repeat(jnp.repeat(out, 4, 1), 4, 2)
+
+    def do_einsum(self, y: Any, z: Any, b: int) -> Any:
+        return jnp.einsum("bhwc,cd->bhwd", y, Weight(WIDTHS[b % 2])(y))
+
+    def do_matmul(self, y: Any, z: Any, b: int) -> Any:
+        return nn.tanh(y @ Weight(WIDTHS[b % 2])(y))
+
+    def do_glu(self, y: Any, z: Any, b: int) -> Any:
+        value, gate = jnp.split(nn.Conv(8, (1, 1))(y), 2, axis=-1)
+        return value * nn.sigmoid(gate)
+
+    def do_channel_shuffle(self, y: Any, z: Any, b: int) -> Any:
+        y = nn.Conv(8, (1, 1))(y)
+        split = y.reshape(*y.shape[:-1], 2, 4)
+        return jnp.swapaxes(split, -1, -2).reshape(y.shape)
+
+    def do_pixel_shuffle(self, y: Any, z: Any, b: int) -> Any:
+        y = nn.Conv(8, (3, 3))(y[:, ::2, ::2])
+        n, h, w, _ = y.shape
+        y = y.reshape(n, h, w, 2, 2, 2).transpose(0, 1, 3, 2, 4, 5)
+        return nn.Conv(4, (1, 1))(y.reshape(n, 2 * h, 2 * w, 2))
+
+    def do_space_to_depth(self, y: Any, z: Any, b: int) -> Any:
+        n, h, w, c = y.shape
+        y = y.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
+        y = nn.Conv(4, (1, 1))(y.reshape(n, h // 2, w // 2, 4 * c))
+        return jax.image.resize(y, (n, h, w, 4), "bilinear")
+
+    def do_split(self, y: Any, z: Any, b: int) -> Any:
+        left, right = jnp.split(y, [1 + b % (y.shape[-1] - 1)], axis=-1)
+        return jnp.concatenate([nn.relu(left), right], axis=-1)
+
+    def do_excite(self, y: Any, z: Any, b: int) -> Any:
+        squeezed = nn.relu(nn.Dense(4)(y.mean(axis=(1, 2))))
+        return y * nn.sigmoid(nn.Dense(y.shape[-1])(squeezed))[:, None, None]
+
+    def do_scan(self, y: Any, z: Any, b: int) -> Any:
+        w = Weight(y.shape[-1])(y)
+
+        def body(carry: Any, bias: Any) -> Any:
+            carry = jnp.tanh(carry @ w) + carry
+            return carry, (carry * bias).mean(axis=(1, 2))
+
+        out, means = jax.lax.scan(body, y, jnp.arange(3.0), reverse=bool(b % 2))
+        return out + means.sum(0)[:, None, None]
+
+    def do_cond(self, y: Any, z: Any, b: int) -> Any:
+        one, two = Weight(4)(y), Weight(4)(y)
+        return jax.lax.cond(y.mean() > 0, lambda y: y @ one, lambda y: -y @ two, y)
+
+    def do_remat(self, y: Any, z: Any, b: int) -> Any:
+        return jax.checkpoint(lambda y, w: nn.relu(y @ w))(y, Weight(4)(y))
+
+    def do_shared(self, y: Any, z: Any, b: int) -> Any:
+        layer = nn.Dense(y.shape[-1])
+        return layer(nn.relu(layer(y)))
+
+    def do_gather(self, y: Any, z: Any, b: int) -> Any:
+        order = jnp.argsort(y.mean(axis=(0, 2, 3)))
+        return jnp.take(y, order, axis=1)
+
+    def do_sort(self, y: Any, z: Any, b: int) -> Any:
+        return jnp.sort(y, axis=2) if b % 2 else jnp.cumsum(y, axis=1) / 8
+
+    def do_scatter(self, y: Any, z: Any, b: int) -> Any:
+        return y.at[:, b % 8].add(y[:, 0]) if b % 2 else y.at[:, 1:3].set(0)
+
+    def do_constant(self, y: Any, z: Any, b: int) -> Any:
+        return y * jnp.asarray(np.linspace(0.5, 1.5, y.shape[-1]), y.dtype)
+
+    def do_centred(self, y: Any, z: Any, b: int) -> Any:
+        return y - y.mean(axis=-1, keepdims=True)
+
+    def do_softmax(self, y: Any, z: Any, b: int) -> Any:
+        return nn.softmax(y) if b % 2 else y / (1 + y.max(axis=-1, keepdims=True) ** 2)
+
+    def do_first(self, y: Any, z: Any, b: int) -> Any:
+        """NCHW, as ported networks have it."""
+        x = jnp.moveaxis(y, -1, 1)
+        x = x - x.mean(axis=(2, 3), keepdims=True)
+        return jnp.moveaxis(x, 1, -1)
+
+    def do_straight_through(self, y: Any, z: Any, b: int) -> Any:
+        return y + jax.lax.stop_gradient(jnp.round(y) - y)
+
+
+KINDS = (
+    *networks.KINDS,
+    *(name.removeprefix("do_") for name in vars(Mixed) if name.startswith("do_")),
+)
+
+
+def mixed(ops: tuple[tuple[str, int, int], ...], seed: int = 0) -> tuple[Any, Any, Any]:
+    """(apply, variables, images) of a random network."""
+    return networks.linen(lambda: Mixed(ops), seed)
