@@ -50,6 +50,8 @@ def build(entry: Mapping[str, Any], clones: Path) -> tuple[Any, Any, Any, Any]:
         sys.path.insert(0, str(root / folder))
     sys.meta_path.insert(0, _StandIns())
     _old_names()
+    if jax.config.jax_enable_x64:  # what the networks cast to is to be double as well
+        jnp.float32 = jnp.bfloat16 = jnp.float64
     scope = dict(vars(importlib.import_module(entry["module"])))
     scope |= dict(jax=jax, jnp=jnp, np=np, nn=linen, nnx=nnx, partial=functools.partial)
     scope |= dict(array=_array, image=_image, key=jax.random.key(0))
@@ -110,16 +112,17 @@ def doubled(tree: Any) -> Any:
 
 
 def _double(x: Any) -> Any:
-    single = x.dtype == jnp.float32
+    single = x.dtype == np.float32
     return jax.ShapeDtypeStruct(x.shape, jnp.float64) if single else x
 
 
-def fill(tree: Any, seed: int = 0) -> Any:
+def fill(tree: Any, unit: bool = False, spread: float = 1.0) -> Any:
     """Random values of moderate size for shapes: half of them cut, signals still pass.
 
-    Kernels are normal with variance 3 / fan-in, variances and scales lie around 1.
+    Kernels are normal with variance 3 / fan-in (`unit`: 1, where the network itself
+    divides by the fan-in), times spread squared; variances and scales lie around 1.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def values(path: Any, x: Any) -> Any:
         name = jax.tree_util.keystr(path).lower()
@@ -129,7 +132,7 @@ def fill(tree: Any, seed: int = 0) -> Any:
         if "var" in name.replace("variables", ""):
             draw = rng.uniform(0.5, 1.5, x.shape)
         elif len(x.shape) >= 2:
-            draw *= np.sqrt(3 / max(1, np.prod(x.shape[:-1])))
+            draw *= spread * (1 if unit else np.sqrt(3 / np.prod(x.shape[:-1])))
         elif any(word in name for word in ("scale", "gamma", "weight")):
             draw = 1 + 0.1 * draw
         else:
@@ -140,12 +143,17 @@ def fill(tree: Any, seed: int = 0) -> Any:
 
 
 def draw_inputs(inputs: Any, seed: int) -> Any:
-    """Noise of a colour, so that pooled outputs move too; integers below 10."""
+    """Noise of a colour, so that pooled outputs move too; times in [0, 1].
+
+    Integers are below 10.
+    """
     rng = np.random.default_rng(seed)
 
     def values(x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return jnp.asarray(rng.integers(0, 10, x.shape), x.dtype)
+        if len(x.shape) < 2:
+            return jnp.asarray(rng.uniform(0, 1, x.shape), x.dtype)
         hue = rng.standard_normal(x.shape[-1:])
         return jnp.asarray(hue + rng.standard_normal(x.shape), x.dtype)
 

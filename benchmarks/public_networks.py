@@ -44,12 +44,14 @@ def measure(entry: Mapping[str, Any], clones: Path) -> dict[str, Any]:
         apply, variables, inputs, more = build(entry, clones)
         if jax.config.jax_enable_x64:
             variables, inputs = doubled((variables, inputs))
+        jp.trace(lambda v, x: v["w"] * x, {"w": np.ones(2)}, np.ones(2))  # imports
         start = time.process_time()
         jax.make_jaxpr(functools.partial(apply, **more))(variables, *inputs)
         row |= {"jaxpr_s": time.process_time() - start, "stage": "trace"}
         graph, row["trace_s"] = _timed_trace(apply, variables, inputs, more)
         row |= {"groups": len(graph.groups), **channels(graph), "stage": "law"}
-        row |= law(apply, graph, fill(variables), inputs, more)
+        values = fill(variables, entry.get("unit", False), entry.get("spread", 1.0))
+        row |= law(apply, graph, values, inputs, more)
         row["stage"] = "done"
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
@@ -119,7 +121,11 @@ def law(apply: Any, graph: Any, variables: Any, inputs: Any, more: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(a), jnp.inexact) or not np.size(a):
             continue
         a, b, c = (np.asarray(x, np.float64) for x in (a, b, c))
+        if not np.isfinite([a, b]).all():
+            raise FloatingPointError("the masked network's output is not finite")
         move, scale = np.abs(a - b).max(), np.abs(a).max()
+        if not np.isfinite(c).all():
+            raise FloatingPointError("the cut network's output is not finite")
         error = max(error, float(np.abs(a - c).max() / (move or scale or 1.0)))
         moved, size = max(moved, float(move)), max(size, float(scale))
     flops = jp.cost(graph, keep).flops / max(1, jp.cost(graph).flops)

@@ -30,7 +30,9 @@ newer versions of JAX and Flax have dropped.
 - *error*: of the law `slim(shrink(v)) == mask(v)` after that cut, in float32 with
   random variables: the largest difference between the two, relative to how far the
   masked network's output moves from one input to another. An output that hardly depends
-  on its input could hide a mistake; measured so, it shows.
+  on its input could hide a mistake; measured so, it shows. Above 1e-4, the same in
+  float64 follows in brackets: what was rounding, of an output that moves little or a
+  network that itself rounds to bfloat16, is gone there.
 - *trace*: CPU seconds of `trace` beyond those of JAX's own `make_jaxpr` (*jaxpr*).
 
 {convolution:,} convolution channels, {share} of them prunable; largest error {error};
@@ -90,7 +92,7 @@ def _networks(rows: Iterable[Row]) -> str:
             f"{r['convolution']:,}",
             _percent(r["prunable"], r["convolution"]),
             _percent(r["flops"], 1) if r["groups"] else "–",
-            _error(r["law_error"]),
+            _errors(r),
             f"{r['jaxpr_s']:.2f}",
             f"{r['trace_s']:.2f}",
         ]
@@ -131,6 +133,12 @@ def _percent(part: float, whole: float) -> str:
     if not whole:
         return "–"
     return "100 %" if part == whole else f"{min(99.9, 100 * part / whole):.3g} %"
+
+
+def _errors(row: Row) -> str:
+    double = row.get("double_error")
+    text = _error(row["law_error"])
+    return text if double is None else f"{text} ({_error(double)})"
 
 
 def _error(value: float | None) -> str:
