@@ -50,6 +50,8 @@ def measure(entry: Mapping[str, Any], clones: Path) -> dict[str, Any]:
         row |= {"jaxpr_s": time.process_time() - start, "stage": "trace"}
         graph, row["trace_s"] = _timed_trace(apply, variables, inputs, more)
         row |= {"groups": len(graph.groups), **channels(graph), "stage": "law"}
+        loose = jp.trace(apply, variables, *inputs, exact=False, **more)
+        row["prunable_loosely"] = channels(loose)["prunable"]
         values = fill(variables, entry.get("unit", False), entry.get("spread", 1.0))
         row |= law(apply, graph, values, inputs, more)
         row["stage"] = "done"
