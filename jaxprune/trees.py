@@ -330,6 +330,7 @@ def _map(
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     out: list[Any] = []
     found: dict[Path, set[int]] = {}
+    partial: set[Path] = set()
     for keys, x in flat:
         path = key_path(keys)
         number = _leaf_number(index, path)
@@ -338,8 +339,9 @@ def _map(
             continue
         leaf, cuts = graph.leaves[number], index.cuts[number]
         context = _context(index, path, leaf)
-        if not any(hasattr(k, "name") for k in keys):
-            found.setdefault(context, set()).add(number)
+        found.setdefault(context, set()).add(number)
+        if any(hasattr(k, "name") for k in keys):
+            partial.add(context)
         shape = tuple(np.shape(x))
         leaf, cuts = _stacked(*_statistic(leaf, cuts, path, len(shape)), shape)
         wanted = expected(leaf, cuts)
@@ -348,7 +350,8 @@ def _map(
             continue
         _check_shape(leaf, path, shape, wanted)
         out.append(f(leaf, cuts, x))
-    _check_complete(graph, index, found)
+    whole = {c: numbers for c, numbers in found.items() if c not in partial}
+    _check_complete(graph, index, whole)
     return jax.tree_util.tree_unflatten(treedef, out)
 
 
@@ -411,8 +414,8 @@ def _check_shape(leaf: Leaf, path: Path, seen: tuple, wanted: tuple) -> None:
 def _check_complete(graph: Graph, index: _Index, found: dict[Path, set[int]]) -> None:
     """A tree of variables has every leaf that a group touches, in each collection.
 
-    Optimiser states (their key paths hold named fields) may lack some: optax masks
-    them.
+    Optimiser states and nnx states (key paths that hold named fields) may lack some:
+    optax masks them, and gradients are of nnx.Param alone.
     """
     for context, numbers in found.items():
         collections = {graph.leaves[n].path[0] for n in numbers}

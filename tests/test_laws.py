@@ -12,6 +12,7 @@ import networks
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -353,3 +354,20 @@ def test_slim_takes_what_apply_takes() -> None:
                 np.testing.assert_allclose(
                     np.float32(want), np.float32(got), rtol=0, atol=0.05
                 )
+
+
+@pytest.mark.parametrize("padding", ["VALID", "SAME", ((0, 2), (0, 0))])
+def test_max_pooling_keeps_a_zero(padding: Any) -> None:
+    """Unless a window lies in the padding alone, where it is minus infinity."""
+
+    def apply(v: Any, x: Any) -> Any:
+        y = nn.max_pool(x @ v["a"], (2, 2), (2, 2), padding)
+        return (y - y.sum(axis=-1, keepdims=True)) @ v["b"]
+
+    shapes = {"a": (3, 8), "b": (8, 2)}
+    shapes = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
+    variables, x = networks.randomised(shapes, 0), networks.images(0)
+    graph = jp.trace(apply, variables, x)
+    assert bool(graph.groups) == isinstance(padding, str)
+    keep = networks.random_keep(graph, 0)
+    assert jp.verify(apply, graph, keep, variables, x) < 1e-5

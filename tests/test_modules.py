@@ -139,3 +139,26 @@ def test_a_probe_of_shapes_alone_is_drawn():
     graph, keep, state = traced(module, x)
     small = jp.to_nnx(module, graph, keep, jp.shrink(graph, keep, state), x)
     assert small(jnp.ones((1, 8, 8, 3))).shape == (1, 3)
+
+
+class Table(nnx.Module):
+    """An array that is no `nnx.Variable`, between those that are."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.rows = jnp.arange(4)[::-1]
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.conv(x)[:, self.rows].mean(axis=(1, 2)))
+
+
+def test_plain_arrays_of_a_module():
+    module, x = Table(nnx.Rngs(0)), jnp.ones((1, 4, 4, 3))
+    definition, state = nnx.split(module)
+    apply = lambda s, x: nnx.merge(definition, s)(x)  # noqa: E731
+    graph = jp.trace(apply, state, x)
+    keep = {name: np.arange(g.size) % 2 == 0 for name, g in graph.groups.items()}
+    assert jp.verify(apply, graph, keep, state, x) < 1e-5
+    small = jp.shrink(graph, keep, nnx.filter_state(state, nnx.Param))
+    assert small["conv"]["kernel"].shape == (3, 3, 3, 4)

@@ -60,10 +60,19 @@ def _window(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
         if not same:
             context.labels.freeze(tied, jx.Site(eqn))
         labels.append(tied if same else None)
-        # Padding puts the neutral element beside, so a sum of zeros stays zero.
-        known = value.removed(axis) == 0 and "sum" in eqn.primitive.name
-        fill.append(0.0 if known else None)
+        fill.append(_pooled(eqn, value.removed(axis)))
     return [Value(tuple(labels), tuple(fill))] * len(eqn.outvars)
+
+
+def _pooled(eqn: jx.Eqn, number: float | None) -> float | None:
+    """What a window makes of one number; padding puts the neutral element beside it."""
+    p = eqn.params
+    if "sum" in eqn.primitive.name:
+        return 0.0 if number == 0 else None
+    # A window that only sees padding would be infinite.
+    dilated = any(d > 1 for d in (*p["base_dilation"], *p["window_dilation"]))
+    sees = all(max(pad) < n for pad, n in zip(p["padding"], p["window_dimensions"]))
+    return number if sees and not dilated else None
 
 
 def _select_and_scatter(
