@@ -27,13 +27,14 @@ else:
 
     def __getattr__(name: str) -> Any:
         """A submodule, or else one of the public names."""
-        path = f"jaxprune.{name}"
-        if name not in _FUNCTIONS and importlib.util.find_spec(path):
+        path, hidden = f"jaxprune.{name}", name.startswith("_")
+        if not hidden and name not in _FUNCTIONS and importlib.util.find_spec(path):
             return importlib.import_module(path)
-        try:
-            return getattr(importlib.import_module("jaxprune.api"), name)
-        except AttributeError:
-            raise AttributeError(f"jaxprune has no attribute {name!r}") from None
+        api = importlib.import_module("jaxprune.api")
+        if hasattr(api, name):
+            return getattr(api, name)
+        message = f"module 'jaxprune' has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=sys.modules[__name__])
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__getattr__("__all__")})

@@ -189,12 +189,12 @@ import jaxprune.trace
 import jaxprune as jp
 print(*[type(f).__name__ for f in (jp.trace, jp.slim, jp.select, jp.cost, jp.prune)])
 print(jaxprune.trace is jp.trace, jp.prune is prune, jp.trees.__name__)
-print(set(jp.__all__) <= set(dir(jp)), hasattr(jp, "trcae"))
+print(set(jp.__all__) <= set(dir(jp)), hasattr(jp, "trcae"), hasattr(jp, "__main__"))
 """
     kinds, same, listed = python(program)
     assert kinds.split() == ["function"] * 5
     assert same == "True True jaxprune.trees"
-    assert listed == "True False"
+    assert listed == "True False False"
     named_as_a_file = {
         name for name in jaxprune.__all__ if (PACKAGE / f"{name}.py").exists()
     }
