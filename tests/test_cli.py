@@ -93,6 +93,18 @@ def test_report_prints_the_page_s_path(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(folder / "report" / "index.html")
 
 
+def test_report_needs_no_jax(tmp_path):
+    folder = workfolder.write(tmp_path / "run")
+    code = (
+        "import sys; from jaxprune import cli\n"
+        f"cli.main(['report', {str(folder)!r}]); print('jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
+
+
 def test_report_of_no_work_folder(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a folder" in error_line(capsys)
