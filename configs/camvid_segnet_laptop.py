@@ -19,13 +19,13 @@ def get_config() -> train.Config:
             "camvid",
             size=(120, 160),
             stored=(240, 320),
-            augment=data.Augment(scale=(0.8, 1.6), stretch=0.1, colour=0.3, gamma=0.2),
+            augment=data.Augment(scale=(0.9, 1.25), colour=0.2, gamma=0.15),
         ),
-        train=train.Fit(epochs=84, batch=8, lr=2e-3, ema=0.99),
+        train=train.Fit(epochs=74, batch=8, lr=2e-3, ema=0.99),
         prune=train.Prune(
             "path", ratio=0.25, multiple_of=4, min_channels=4, block=0.06
         ),
-        retrain=train.Fit(epochs=100, batch=8, lr=2e-3, ema=0.99),
+        retrain=train.Fit(epochs=80, batch=8, lr=2e-3, ema=0.99),
         distill=train.Distill(weight=0.5),
         scratch=True,
         evaluate=train.Evaluate(every=10),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laws on a thousand random networks that mix every kind of operation.
 
-`JAXPRUNE_NETWORKS` says how many; docs/campaign.md tells of a longer run.
+`JAXPRUNE_NETWORKS` says how many.
 """
 
 from __future__ import annotations
