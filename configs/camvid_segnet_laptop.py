@@ -3,8 +3,9 @@
 
     JAXPRUNE_CAMVID=.../CamVid jaxprune run configs/camvid_segnet_laptop.py
 
-Hardware: 2 CPU cores. Minutes and numbers to expect: (to be measured; a dense epoch
-takes 14 to 23 s, by the machine).
+Hardware: 2 CPU cores; a dense epoch takes 14 to 26 s, by the machine. Numbers to expect,
+mIoU on validation / test: dense .496 / .382; the others are in docs/results.md as far as
+they have been measured.
 """
 
 from jaxprune import data, train
