@@ -3,9 +3,8 @@
 
     JAXPRUNE_CAMVID=.../CamVid jaxprune run configs/camvid_segnet_laptop.py
 
-Hardware: 2 CPU cores; a dense epoch takes 14 to 26 s, by the machine. Numbers to expect,
-mIoU on validation / test: dense .496 / .382; the others are in docs/results.md as far as
-they have been measured.
+Hardware: 2 CPU cores; a dense epoch takes 14 to 26 s, by the machine. mIoU to expect on
+validation / test: dense .496 / .382; docs/results.md has what else is measured.
 """
 
 from jaxprune import data, train
