@@ -50,7 +50,8 @@ def prune_path(
     Before each block, the criterion estimates on the masked network what the loss gains
     when a channel goes, dR; then units of `multiple_of` channels, those with least dR
     first, are cut from the group with the least dR/dC, where dC is the fraction of the
-    dense cost that this saves now, until the block is full. A block's alpha is its
+    dense cost that this saves now (as far as `until` asks for it), until the block is
+    full. A block's alpha is its
     dR/dC, or that of the block before where that is larger: the block would have been
     cut along with it. So alphas rise, as CART's do, and of steps with equal alpha the
     last is the one that minimises risk + alpha * cost.
@@ -92,8 +93,9 @@ def prune_path(
             if until is not None and _met(graph, keep, until):
                 return
             rises = estimate(variables, batches=batches, key=key, keep=keep)
-            target = min(block * dense, _excess(graph, keep, until, kind))
-            keep, rise, saved = _cut(graph, keep, rises, allowed, kind, target)
+            excess = _excess(graph, keep, until, kind)
+            target = min(block * dense, excess)
+            keep, rise, saved = _cut(graph, keep, rises, allowed, kind, target, excess)
             if not saved:
                 return
             alpha = max(alpha, rise * dense / saved)
@@ -113,8 +115,12 @@ def _cut(
     allowed: dict[str, np.ndarray],
     kind: budgets.Kind,
     target: float,
+    excess: float,
 ) -> tuple[dict[str, np.ndarray], float, float]:
-    """Cut the weakest units until `target` is saved: (keep, dR of all, cost saved)."""
+    """Cut the weakest units until `target` is saved: (keep, dR of all, cost saved).
+
+    What a unit saves beyond the `excess` over the budget is worth nothing.
+    """
     order, total = [], []
     for name, stays in keep.items():
         remaining = np.flatnonzero(stays)
@@ -129,9 +135,8 @@ def _cut(
         trial = kept - np.diag(kept - lower)
         saving = now - budgets.measure(graph, kind, trial)
         rise = [t[s - x] - t[s - k] for t, s, x, k in zip(total, start, lower, kept)]
-        ratio = np.divide(
-            rise, saving, out=np.full(len(kept), np.inf), where=saving > 0
-        )
+        worth = np.minimum(saving, excess - saved)
+        ratio = np.divide(rise, worth, out=np.full(len(kept), np.inf), where=worth > 0)
         if not np.isfinite(ratio).any():
             break
         kept = trial[ratio.argmin()]

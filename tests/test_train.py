@@ -245,6 +245,26 @@ def test_label_smoothing_is_the_mean_over_classes():
     np.testing.assert_allclose(found, 0.7 * plain + 0.3 * uniform, rtol=1e-5)
 
 
+def test_soft_jaccard_by_numpy():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 4, 5, 4))
+    labels = rng.choice([0, 1, 2, 4], (2, 4, 5)).astype(np.uint8)  # 3 is nowhere
+    counted = labels != 4
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    ious = []
+    for k in range(3):
+        y, q = (labels == k)[counted], p[..., k][counted]
+        ious.append((q * y).sum() / (q + y - q * y).sum())
+    target = steps.Target(4, np.ones(4))
+    found = steps.soft_jaccard(jnp.asarray(logits), jnp.asarray(labels), target)
+    np.testing.assert_allclose(found, 1 - np.mean(ious), rtol=1e-5)
+
+    sure = jnp.asarray(1e3 * (labels[..., None] == np.arange(4)))
+    assert steps.soft_jaccard(sure, jnp.asarray(labels), target) == 0
+    nothing = jnp.full_like(jnp.asarray(labels), 4)
+    assert np.isfinite(steps.soft_jaccard(sure, nothing, target))
+
+
 def test_rates_warm_up_and_fall():
     _, rate = steps.optimizer(Fit(epochs=10, warmup=1, lr=0.5), 100)
     np.testing.assert_allclose(

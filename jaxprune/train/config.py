@@ -56,7 +56,8 @@ class Fit:
 
     schedule: 'cosine' falls to 0. weight_decay: of kernels alone; decoupled with adam,
     part of the gradient with sgd. momentum: of sgd. class_weights: the power of the
-    median-frequency weights; 0: none. ema: the decay of the moving average of the
+    median-frequency weights; 0: none. jaccard: the weight of the soft Jaccard loss, one
+    minus the mean IoU of a batch's probabilities, added to the cross entropy. ema: the decay of the moving average of the
     weights that is evaluated and kept; 0: the last weights. clip: the largest norm of
     a gradient; 0: none.
     """
@@ -71,6 +72,7 @@ class Fit:
     momentum: float = 0.9
     class_weights: float = 0.5
     label_smoothing: float = 0.0
+    jaccard: float = 0.0
     ema: float = 0.0
     clip: float = 0.0
 
@@ -260,6 +262,7 @@ def _check_fit(where: str, fit: Fit) -> None:
         ("momentum", 0 <= fit.momentum < 1, "in [0, 1)"),
         ("class_weights", fit.class_weights >= 0, "0 or more"),
         ("label_smoothing", 0 <= fit.label_smoothing < 1, "in [0, 1)"),
+        ("jaccard", fit.jaccard >= 0, "0 or more"),
         ("ema", 0 <= fit.ema < 1, "in [0, 1)"),
         ("clip", fit.clip >= 0, "0 or more"),
     ]

@@ -184,6 +184,7 @@ def _functions(job: Job, tx: optax.GradientTransformation) -> tuple[Any, Any]:
         target,
         average=job.fit.ema,
         smoothing=job.fit.label_smoothing,
+        jaccard=job.fit.jaccard,
         distill=job.config.distill,
         teacher=job.teacher[0] if job.teacher else None,
     )

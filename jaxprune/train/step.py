@@ -104,6 +104,23 @@ def cross_entropy(
     return jnp.sum(weight * losses) / jnp.maximum(jnp.sum(weight), 1e-6)
 
 
+def soft_jaccard(logits: Any, labels: Any, target: Target) -> Any:
+    """One minus the mean IoU of the probabilities, over the classes that the batch has.
+
+    Intersection and union are sums over all labelled pixels of the batch, of p y and of
+    p + y - p y (Rahman & Wang, "Optimizing intersection-over-union in deep neural
+    networks", 2016, eq. 5).
+    """
+    counted = (labels != target.ignore)[..., None]
+    truth = jax.nn.one_hot(labels, logits.shape[-1]) * counted
+    given = jax.nn.softmax(logits) * counted
+    pixels = tuple(range(labels.ndim))
+    both, present = jnp.sum(given * truth, pixels), jnp.sum(truth, pixels)
+    union = jnp.sum(given, pixels) + present - both
+    ious = jnp.where(present > 0, both / jnp.maximum(union, 1e-6), 0.0)
+    return 1 - jnp.sum(ious) / jnp.maximum(jnp.sum(present > 0), 1)
+
+
 def distillation(logits: Any, teacher: Any, temperature: float) -> Any:
     """KL divergence of the softened outputs, times T^2 (Hinton et al., 2015)."""
     wanted = jax.nn.softmax(teacher / temperature)
@@ -119,6 +136,7 @@ def make_step(
     *,
     average: float = 0.0,
     smoothing: float = 0.0,
+    jaccard: float = 0.0,
     distill: Distill | None = None,
     teacher: Apply | None = None,
 ) -> Callable[[State, Any, PyTree, Any], tuple[State, Any]]:
@@ -145,6 +163,8 @@ def make_step(
                 rngs={"dropout": jax.random.fold_in(key, state.step)},
             )
             loss = cross_entropy(logits, batch["label"], target, smoothing)
+            if jaccard:
+                loss = loss + jaccard * soft_jaccard(logits, batch["label"], target)
             if teacher is not None and distill.weight:
                 wanted = teacher(teacher_variables, images, train=False)
                 kl = distillation(logits, wanted, distill.temperature)
