@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -68,15 +68,34 @@ class Solved(NamedTuple):
     causes: dict[int, str]
 
 
+class Split(NamedTuple):
+    """A reshape (`site` tells equations apart) that split the channels of an axis.
+
+    line: their labels. sizes: the lengths of the parts. part: the one that can be cut.
+    """
+
+    site: int
+    line: np.ndarray
+    sizes: tuple[int, ...]
+    part: int
+
+
+def longest(sizes: Sequence[int]) -> int:
+    """The longest part of a split axis, the last of several."""
+    return max(range(len(sizes)), key=lambda part: (sizes[part], part))
+
+
 @dataclasses.dataclass
 class Labels:
     """What one analysis gathers: labels handed out, unions, freezes, costs.
 
     repeats, constants: the first labels of axes along which an array was only repeated,
-    and of those of arrays that no variable is part of.
+    and of those of arrays that no variable is part of. split: (site, sizes, grid of
+    labels) -> along which part of a split axis its channels can be cut.
     """
 
     exact: bool = True
+    split: Callable[[int, Sequence[int], np.ndarray], int] = lambda _, n, __: longest(n)
     count: int = 1
     unions: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(
         default_factory=list
@@ -86,6 +105,7 @@ class Labels:
     consumed: list[np.ndarray] = dataclasses.field(default_factory=list)
     first_use: dict[int, int] = dataclasses.field(default_factory=dict)
     terms: list[RawTerm] = dataclasses.field(default_factory=list)
+    splits: list[Split] = dataclasses.field(default_factory=list)
     repeats: set[int] = dataclasses.field(default_factory=set)
     constants: set[int] = dataclasses.field(default_factory=set)
 

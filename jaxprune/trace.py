@@ -24,6 +24,7 @@ from jaxprune.base import (
 from jaxprune.groups import check_strict, graph_of
 from jaxprune.labels import FROM_INPUT, Labels, Value, fixed
 from jaxprune.rules import RULES
+from jaxprune.splits import settle
 from jaxprune.walk import Context, Tape, analyse
 
 
@@ -58,18 +59,20 @@ def trace(
         return apply(tree, *rebuild(flat_inputs), **kwargs)
 
     program, out = jx.trace(dense, structs, abstract)
-    labels = Labels(exact=exact)
-    ins = [
-        leaf_value(labels, i, leaf.shape, x)
-        for i, (leaf, x) in enumerate(zip(leaves, structs))
-    ]
-    ins += [
-        fixed(len(var.aval.shape))._replace(leaf=FROM_INPUT)
-        for var in program.invars[len(ins) :]
-    ]
-    tape = analyse(Context(labels, RULES), program, ins)
     states = state_outputs(out, leaves)
-    _finish(labels, tape, ins, states)
+
+    def analysis(labels: Labels) -> list[Value]:
+        ins = [
+            leaf_value(labels, i, leaf.shape, x)
+            for i, (leaf, x) in enumerate(zip(leaves, structs))
+        ]
+        given = [fixed(len(v.aval.shape)) for v in program.invars[len(ins) :]]
+        given = [value._replace(leaf=FROM_INPUT) for value in given]
+        tape = analyse(Context(labels, RULES), program, [*ins, *given])
+        _finish(labels, tape, ins, states)
+        return ins
+
+    labels, ins = settle(analysis, exact)
     graph = graph_of(labels, leaves, ins)
     check_strict(graph, strict)
     return graph

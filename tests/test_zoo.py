@@ -74,9 +74,14 @@ ZOO = {
     "chunks": Net(zoo.chunked, {"a": 4, "a#2": 4, "b": 5}),
     # What the slice leaves out can go too, by itself.
     "slice": Net(lambda m, x: zoo.conv(x, 8, "a")[..., 2:6], {"a": 4, "a#2": 4}),
+    # Of the zero-padded images nothing can be cut, of the padding all.
+    "padded shortcut": Net(zoo.padded_shortcut, {"a": 5}),
+    # What is the same place in groups of 3, 6 and 9 is the same one of 3.
+    "norms around a concatenation": Net(zoo.normed_and_joined, {"a": 3}),
     "concatenation with itself": Net(zoo.with_itself, {"a": 6}),
     "flatten": Net(zoo.flattened, {"a": 6, "b": 7}),
     "reshape to an image": Net(zoo.unflattened, {"a": 6, "b": 5}),
+    "reshape to a small image": Net(zoo.short_rows, {"a": 3, "b": 5}),
     # Heads; what queries and keys share; what values and the output share.
     "attention": Net(
         zoo.attention,
@@ -87,6 +92,7 @@ ZOO = {
     ),
     # Of each head the same channels go.
     "attention, heads by reshape": Net(zoo.heads_by_reshape, {"a": 6, "q": 5, "v": 5}),
+    "attention, fused": Net(zoo.fused_heads, {"a": 6, "qkv": 5, "qkv#2": 5}),
     # The output goes with what it is added to.
     "windowed attention": Net(zoo.windows, {"a": 6, "q": 2, "q#2": 5, "v": 5}),
     # Of queries and keys, pairs that are turned together.

@@ -156,6 +156,26 @@ def unflattened(m: nn.Module, x: Any) -> Any:
     return nn.ConvTranspose(5, (2, 2), (2, 2), name="b")(x)
 
 
+def short_rows(m: nn.Module, x: Any) -> Any:
+    """Fewer channels than rows and columns."""
+    x = dense(x.mean((1, 2)), 4 * 4 * 3, "a").reshape(-1, 4, 4, 3)
+    return conv(x, 5, "b")
+
+
+def normed_and_joined(m: nn.Module, x: Any) -> Any:
+    """Norms over 4 groups of 3, of 6, and of 9 channels."""
+    x = [
+        nn.GroupNorm(4)(conv(x, width, name)) for width, name in ((12, "a"), (24, "b"))
+    ]
+    return nn.GroupNorm(4)(jnp.concatenate(x, -1))
+
+
+def padded_shortcut(m: nn.Module, x: Any) -> Any:
+    """The images themselves go on, with zeros for the channels that they lack."""
+    more = 8 - x.shape[-1]
+    return nn.relu(conv(x, 8, "a") + jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more))))
+
+
 def tokens(x: Any, name: str = "a") -> Any:
     return conv(x, 6, name, strides=(4, 4)).reshape(len(x), 4, 6)
 
@@ -181,6 +201,14 @@ def heads_by_reshape(m: nn.Module, x: Any) -> Any:
     q, k, v = (dense(x, 10, n).reshape(*x.shape[:2], 2, 5) for n in "qkv")
     x = nn.dot_product_attention(q, k, v)
     return x.reshape(*x.shape[:2], 10)
+
+
+def fused_heads(m: nn.Module, x: Any) -> Any:
+    """Queries, keys and values of a head side by side, head by head."""
+    x = tokens(x)
+    y = dense(x, 2 * 3 * 5, "qkv").reshape(*x.shape[:2], 2, 15)
+    q, k, v = jnp.split(y, 3, -1)
+    return nn.dot_product_attention(q, k, v).reshape(*x.shape[:2], 10)
 
 
 def windows(m: nn.Module, x: Any) -> Any:

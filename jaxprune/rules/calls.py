@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.base import GraphError
-from jaxprune.labels import Labels, Value, kept_indices
+from jaxprune.labels import Labels, Value, kept_indices, longest
 from jaxprune.walk import Context, Cut, Kept, Rule, Tape, analyse, run
 
 
@@ -201,6 +201,7 @@ def plan(
         value, seeds = _seed(labels, var.aval.shape, kept, fill)
         ins.append(value)
         ends += seeds
+    labels.split = _split_by(ends, labels.count)
     tape = analyse(Context(labels, rules), program, ins)
     for var, end, value in zip(program.outvars, kept_out, tape.outs):
         if end is not None:
@@ -209,6 +210,36 @@ def plan(
             for a, b in zip(value.labels, seed.labels):
                 labels.unify(a, b, f"an output of {name}")
     return tape, _resolver(labels, ends, name)
+
+
+def _split_by(
+    ends: Sequence[tuple[np.ndarray, np.ndarray]], count: int
+) -> Callable[[int, Sequence[int], np.ndarray], int]:
+    """Split axes along the part that the keep at the ends was cut along.
+
+    Where the labels tell nothing of it, as where an axis of that shape was split last.
+    """
+    goes = np.zeros(count, bool)
+    for axis, mask in ends:
+        goes[axis] = ~mask
+    before: dict[tuple[int, ...], int] = {}
+
+    def split(site: int, sizes: Sequence[int], grid: np.ndarray) -> int:
+        del site
+        gone = goes[np.where(grid < count, grid, 0)]
+        fits = [a for a in range(len(sizes)) if _repeats(gone, a)] if gone.any() else []
+        shape = tuple(sizes)
+        if fits:
+            before[shape] = max(fits, key=lambda a: (sizes[a], a))
+        return before.get(shape, longest(sizes))
+
+    return split
+
+
+def _repeats(grid: np.ndarray, axis: int) -> bool:
+    """Whether a grid is the same along every axis but one."""
+    rows = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
+    return bool((rows == rows[:1]).all())
 
 
 def _seed(

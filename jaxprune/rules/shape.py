@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import Axis, Labels, Value, fixed, joined
+from jaxprune.labels import Axis, Labels, Split, Value, fixed, joined
 from jaxprune.walk import Context, Cut, Rule, take
 
 
@@ -136,12 +136,14 @@ def _pad(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
         old, length = value.labels[axis], eqn.invars[0].aval.shape[axis]
         if low == high == inner == 0:
             labels.append(old)
-        elif old is None or inner or low < 0 or high < 0:
+        elif inner or low < 0 or high < 0:
             context.labels.freeze(old, jx.Site(eqn))
             labels.append(None)
         else:
             ends = [(_fresh(context, n), n) for n in (low, high)]
             labels.append(joined([ends[0], (old, length), ends[1]]))
+            if old is None:
+                fill[axis] = padding.const
     return [Value(tuple(labels), tuple(fill))]
 
 
@@ -231,9 +233,10 @@ def _reshape_block(
             labels.freeze(line, jx.Site(eqn))
     place = [-1 if i == read else 1 for i in range(len(old))]
     grid = np.broadcast_to(np.reshape(lines[read], place), old).reshape(new)
-    varying = _varying(grid)
-    longest = max(range(len(new)), key=lambda a: (new[a], a))
-    made = longest if varying is None else varying
+    made = _varying(grid)
+    if made is None:
+        made = labels.split(id(eqn), new, grid)
+        labels.splits.append(Split(id(eqn), lines[read], tuple(new), made))
     rows = np.moveaxis(grid, made, -1).reshape(-1, new[made])
     if not (rows == rows[:1]).all():
         for other in rows[1:]:

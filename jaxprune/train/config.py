@@ -57,9 +57,9 @@ class Fit:
     schedule: 'cosine' falls to 0. weight_decay: of kernels alone; decoupled with adam,
     part of the gradient with sgd. momentum: of sgd. class_weights: the power of the
     median-frequency weights; 0: none. jaccard: the weight of the soft Jaccard loss, one
-    minus the mean IoU of a batch's probabilities, added to the cross entropy. ema: the decay of the moving average of the
-    weights that is evaluated and kept; 0: the last weights. clip: the largest norm of
-    a gradient; 0: none.
+    minus the mean IoU of a batch's probabilities, added to the cross entropy. ema: the
+    decay of the moving average of the weights that is evaluated and kept; 0: the last
+    weights. clip: the largest norm of a gradient; 0: none.
     """
 
     epochs: float = 80.0
