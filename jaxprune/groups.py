@@ -92,9 +92,13 @@ def _uses(labels: Labels, solved: Solved) -> dict[int, list[tuple[int, int]]]:
 
 
 def _consumed(labels: Labels) -> np.ndarray:
+    """bool[labels], which ones are summed over; what is joined is so together."""
     mark = np.zeros(labels.count, bool)
     for axis in labels.consumed:
         mark[axis] = True
+    for first, *others in reversed(labels.joint):
+        for axis in others:
+            mark[axis] |= mark[first]
     return mark
 
 

@@ -89,6 +89,8 @@ def longest(sizes: Sequence[int]) -> int:
 class Labels:
     """What one analysis gathers: labels handed out, unions, freezes, costs.
 
+    consumed: axes of variables that are summed over. joint: axes of variables that lie
+    in one array, the first one's labels standing for all.
     repeats, constants: the first labels of axes along which an array was only repeated,
     and of those of arrays that no variable is part of. split: (site, sizes, grid of
     labels) -> along which part of a split axis its channels can be cut.
@@ -103,6 +105,7 @@ class Labels:
     freezes: list[tuple[np.ndarray, object]] = dataclasses.field(default_factory=list)
     softened: list[tuple[np.ndarray, object]] = dataclasses.field(default_factory=list)
     consumed: list[np.ndarray] = dataclasses.field(default_factory=list)
+    joint: list[tuple[Axis, ...]] = dataclasses.field(default_factory=list)
     first_use: dict[int, int] = dataclasses.field(default_factory=dict)
     terms: list[RawTerm] = dataclasses.field(default_factory=list)
     splits: list[Split] = dataclasses.field(default_factory=list)

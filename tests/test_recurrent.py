@@ -117,6 +117,21 @@ def test_hidden_channels_of_recurrent_cells_are_cut(cell: str) -> None:
     assert jp.cost(graph, half(graph)) == jp.cost(jp.trace(*small))
 
 
+def test_kernels_that_are_used_as_one_are_read_alike() -> None:
+    """Four kernels side by side in one product: their rows are inputs, all of them."""
+    net = functools.partial(Recurrent, nn.OptimizedLSTMCell)
+    graph = jp.trace(*networks.linen(net, shape=(2, 5, 3)))
+    roles = {
+        (slot.path[-2], slot.axis): slot.role
+        for group in graph.groups.values()
+        for slot in group.slots
+        if slot.path[-1] == "kernel"
+    }
+    for gate in "ifgo":
+        assert roles["h" + gate, 0] == roles["i" + gate, 0] == "in"
+        assert roles["h" + gate, 1] == roles["i" + gate, 1] == "out"
+
+
 class NnxBlock(nnx.Module):
     """A residual block in nnx."""
 

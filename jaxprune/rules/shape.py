@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import Axis, Labels, Split, Value, fixed, joined
+from jaxprune.labels import FROM_INPUT, Axis, Labels, Split, Value, fixed, joined
 from jaxprune.walk import Context, Cut, Rule, take
 
 
@@ -64,6 +64,7 @@ def _same(cut: Cut) -> list[Any]:
 
 def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     along, shape = eqn.params["dimension"], eqn.outvars[0].aval.shape
+    of_variables = all(v.leaf not in (None, FROM_INPUT) for v in ins)
     labels: list[Axis] = []
     fill: list[float | None] = []
     for axis in range(len(shape)):
@@ -75,7 +76,10 @@ def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Va
             labels.append(joined(list(zip(axes, lengths))))
             continue
         labels.append(context.labels.unify_all(axes, jx.Site(eqn)))
-    return [Value(tuple(labels), tuple(fill))]
+        if of_variables and all(axis is not None for axis in axes):
+            context.labels.joint.append(tuple(axes))
+    leaf = ins[0].leaf if of_variables else None
+    return [Value(tuple(labels), tuple(fill), leaf=leaf)]
 
 
 def _stack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
