@@ -36,6 +36,21 @@ find_python() {
     stop "no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python"
 }
 
+# The newest Python that is supported where the environment has another one, and else the
+# oldest; nothing where it is not here.
+find_other() {
+    local wanted=3.13 candidate
+    [[ "$(version "$venv/bin/python")" != "Python $wanted" ]] || wanted=3.11
+    for candidate in "python$wanted" \
+        "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/"$wanted".*/bin/python; do
+        if new_enough "$candidate" && "$candidate" -c 'import ensurepip, venv' 2>/dev/null
+        then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+}
+
 version() {
     "$1" -c 'import sys; print("Python %d.%d" % sys.version_info[:2])'
 }
