@@ -47,9 +47,24 @@ def is_literal(atom: Any) -> bool:
 
 def bind(eqn: Eqn, *args: Any, **changed: Any) -> list[Any]:
     """Run one equation on other operands, with some of its parameters changed."""
+    if eqn.primitive.name == "pvary":  # its operand may differ between devices by now
+        return [vary(x, frozenset(eqn.params["axes"])) for x in args]
     params = eqn.primitive.get_bind_params({**eqn.params, **changed})
     out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def varying(x: Any) -> frozenset[str]:
+    """Under shard_map, the axes of the mesh along which an array, or aval, differs."""
+    aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)
+    return getattr(kind, "varying", frozenset())
+
+
+def vary(x: Any, axes: frozenset[str]) -> Any:
+    """The array as one that may differ along these axes of the mesh."""
+    more = tuple(sorted(axes - varying(x)))
+    return jax.lax.pcast(x, more, to="varying") if more else x
 
 
 def scan_parts(eqn: Eqn, operands: Sequence[Any]) -> tuple[list, list, list]:

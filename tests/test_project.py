@@ -31,7 +31,7 @@ TEXTS = sorted(
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
     "base jaxpr",
-    "labels walk rules groups trace",
+    "labels walk rules splits groups trace",
     "trees slim graph_io modules",
     "cost budget criteria measures select",
     "sparsity steps path pruned prune",

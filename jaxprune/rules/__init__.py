@@ -12,6 +12,7 @@ from jaxprune.rules import (
     elementwise,
     indexing,
     linear,
+    mapped,
     reduce,
     shape,
 )
@@ -36,6 +37,7 @@ RULES: dict[str, Rule] = {
     **reduce.RULES,
     **calls.RULES,
     **control.RULES,
+    **mapped.RULES,
 }
 
 

@@ -170,7 +170,13 @@ def _plan(
     kept: Sequence[Kept] | None = None,
 ) -> tuple[Tape, Callable[[Value], Kept], Any]:
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-    program, shapes = jx.trace(dense, *structs)
+    # An equation under shard_map takes only operands that differ as its own did.
+    axes = [jx.varying(a) for a in avals]
+
+    def as_before(*args: Any) -> Any:
+        return dense(*map(jx.vary, args, axes))
+
+    program, shapes = jx.trace(as_before, *structs)
     kept_in = [cut.kept(v) for v in ins] if kept is None else list(kept)
     kept_out: list[Kept | None] = [*map(cut.kept, outs)]
     kept_out += [None] * (len(program.outvars) - len(outs))
