@@ -17,6 +17,15 @@ import numpy as np
 Eqn = Any  # jax.extend.core.JaxprEqn, whose avals are typed too widely to be of use
 
 
+_SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_threefry_partitionable",
+)
+
+
 class Program(NamedTuple):
     """A jaxpr with its constants: `eqns` compute `outvars` from `invars`."""
 
@@ -52,6 +61,17 @@ def bind(eqn: Eqn, *args: Any, **changed: Any) -> list[Any]:
     params = eqn.primitive.get_bind_params({**eqn.params, **changed})
     out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def context() -> tuple[Any, ...]:
+    """What a traced program depends on besides its arguments, to be compared.
+
+    Settings of JAX, the mesh, and named axes (of vmap or shard_map) with their sizes.
+    """
+    names = sorted(jex_core.unsafe_get_axis_names_DO_NOT_USE(), key=str)
+    axes = tuple((name, jax.lax.axis_size(name)) for name in names)
+    settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
+    return axes, settings, jax.sharding.get_abstract_mesh()
 
 
 def varying(x: Any) -> frozenset[str]:

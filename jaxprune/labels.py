@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -24,9 +25,8 @@ class Value(NamedTuple):
     """What the analysis knows of one array of the program.
 
     labels: per axis, int[length], or None where every index is fixed. fill: per axis,
-    the number that the masked network holds at removed indices, None if unknown (this
-    is DESIGN's zero flag, carried through functions such as logistic, where 0 becomes
-    1/2).
+    the number that the masked network holds at removed indices (carried through
+    functions such as logistic, where 0 becomes 1/2), None if unknown, but finite.
     const: the number that the whole array is, if it is one. leaf: the variable that the
     array is a mere rearrangement of.
     """
@@ -43,6 +43,12 @@ class Value(NamedTuple):
     def held(self) -> tuple[float | None, ...]:
         """The number at removed indices of every axis."""
         return tuple(self.removed(axis) for axis in range(len(self.labels)))
+
+
+def unknown(*numbers: float | None) -> float | None:
+    """What is computed of these: nan if one is infinite or nan, else not known."""
+    known = [n for n in numbers if n is not None]
+    return None if all(map(math.isfinite, known)) else math.nan
 
 
 def fixed(ndim: int, const: float | None = None) -> Value:
@@ -105,7 +111,7 @@ class Labels:
     freezes: list[tuple[np.ndarray, object]] = dataclasses.field(default_factory=list)
     softened: list[tuple[np.ndarray, object]] = dataclasses.field(default_factory=list)
     consumed: list[np.ndarray] = dataclasses.field(default_factory=list)
-    joint: list[tuple[Axis, ...]] = dataclasses.field(default_factory=list)
+    joint: list[tuple[np.ndarray, ...]] = dataclasses.field(default_factory=list)
     first_use: dict[int, int] = dataclasses.field(default_factory=dict)
     terms: list[RawTerm] = dataclasses.field(default_factory=list)
     splits: list[Split] = dataclasses.field(default_factory=list)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,8 +36,6 @@ from jaxprune.trace import abstract_inputs, is_arraylike, state_outputs, struct
 from jaxprune.walk import Kept, Tape, run, take
 
 _PLANS = 16
-# Settings of JAX that a traced program depends on.
-_PRECISION = ("jax_enable_x64", "jax_default_matmul_precision")
 
 
 def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
@@ -58,7 +56,7 @@ def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
         return apply
     kept = trees.kept_indices(graph, keep)
     leaves = graph.leaves
-    exact = all(g.exact or keep[n].all() for n, g in graph.groups.items())
+    inexact = _inexact(graph, keep)
     plans: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
 
     @functools.wraps(apply)
@@ -81,7 +79,8 @@ def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
         cuts = [kept[number] for number in order]
         program, out = jx.trace(dense, structs, abstract)
         states = [None if s is None else kept[s] for s in state_outputs(out, leaves)]
-        tape, resolve = _plan(program, cuts, states, name, exact)
+        loose = None if inexact is None else [inexact.get(n, {}) for n in order]
+        tape, resolve = _plan(program, cuts, states, name, loose)
         runner = functools.partial(_run, tape, resolve, jax.tree.structure(out))
         reusable = not any(isinstance(c, jax.core.Tracer) for c in program.consts)
         if key is not None and reusable:
@@ -144,14 +143,30 @@ def _key(arguments: Any, arrays: Sequence[Any], treedef: Any) -> Any:
     """What a plan depends on; None where an argument cannot be hashed."""
     flat, tree = jax.tree.flatten(arguments)
     static = tuple(str(struct(x)) if is_arraylike(x) else (type(x), x) for x in flat)
-    numbers = tuple(getattr(jax.config, name) for name in _PRECISION)
-    dtypes = tuple(str(jnp.result_type(x)) for x in arrays)
-    key = (treedef, tree, static, dtypes, numbers)
+    key = (treedef, tree, static, tuple(map(_kind, arrays)), jx.context())
     try:
         hash(key)
     except TypeError:
         return None
     return key
+
+
+def _inexact(graph: Graph, keep: Keep) -> dict[int, dict[int, np.ndarray]] | None:
+    """By leaf and axis, indices of groups that are not exact; None if none is cut."""
+    numbers = {leaf.path: i for i, leaf in enumerate(graph.leaves)}
+    found: dict[int, dict[int, np.ndarray]] = {}
+    for name, group in graph.groups.items():
+        for slot in () if group.exact or keep[name].all() else group.slots:
+            number = numbers[slot.path]
+            length = graph.leaves[number].shape[slot.axis]
+            mine = found.setdefault(number, {})
+            mine.setdefault(slot.axis, np.zeros(length, bool))[slot.indices] = True
+    return found or None
+
+
+def _kind(x: Any) -> tuple[Any, bool]:
+    found = struct(x)
+    return found.dtype, found.weak_type
 
 
 def _dense_structs(
@@ -180,7 +195,7 @@ def _dense_structs(
                 f"{path_str(path)} has shape {tuple(x.shape)}, shrunk it is {small} "
                 f"(dense {leaf.shape}); {hint}"
             )
-        structs.append(jax.ShapeDtypeStruct(leaf.shape, x.dtype))
+        structs.append(jax.ShapeDtypeStruct(leaf.shape, x.dtype, weak_type=x.weak_type))
     for i, leaf in enumerate(graph.leaves):
         if i not in order:
             raise GraphError(f"variables lack {path_str(leaf.path)} {leaf.shape}")
@@ -196,7 +211,7 @@ def _plan(
     cuts: Sequence[Kept],
     states: Sequence[Kept | None],
     name: str,
-    exact: bool,
+    inexact: Sequence[Mapping[int, np.ndarray]] | None,
 ) -> tuple[Tape, Callable[[Value], Kept]]:
     """Analyse with the keep at variables and updated variables; all else whole."""
     rest = program.invars[len(cuts) :]
@@ -207,7 +222,16 @@ def _plan(
         (None,) * len(var.aval.shape) if state is None else state
         for var, state in zip(program.outvars, states)
     ]
-    return plan(program, kept_in, kept_out, fills, RULES, name, exact)
+    inexact_in = None
+    if inexact is not None:
+        inexact_in = {
+            (i, axis): inexact[i].get(axis, np.zeros(n, bool))
+            for i, var in enumerate(program.invars[: len(cuts)])
+            for axis, n in enumerate(var.aval.shape)
+        }
+    return plan(
+        program, kept_in, kept_out, fills, RULES, name, inexact is None, inexact_in
+    )
 
 
 def _run(

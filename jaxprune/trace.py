@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,18 +117,36 @@ def leaf_value(labels: Labels, number: int, shape: tuple, x: Any) -> Value:
 
 
 def state_outputs(out: PyTree, leaves: Sequence[Leaf]) -> list[int | None]:
-    """For each output, the leaf that it updates (batch statistics), if any."""
+    """For each output, the leaf that it updates (batch statistics), if any.
+
+    Its key path ends in the leaf's and it has its shape. Of paths without a module,
+    such as a list's, that may be chance: all leaves must come back, side by side.
+    """
     by_path = {leaf.path: i for i, leaf in enumerate(leaves)}
     states: list[int | None] = []
+    beside: dict[Path, list[tuple[int, int]]] = defaultdict(list)
     for keys, x in jax.tree_util.tree_flatten_with_path(out)[0]:
         path, found = key_path(keys), None
         for start in range(len(path)):
             number = by_path.get(path[start:])
             if number is not None and leaves[number].shape == x.shape and x.shape:
-                found = number
+                if _has_module(path[start:]):
+                    found = number
+                else:
+                    beside[path[:start]].append((len(states), number))
                 break
         states.append(found)
+    arrays = sum(1 for leaf in leaves if leaf.shape)
+    for place in beside.values():
+        if len(place) == arrays:
+            for output, number in place:
+                states[output] = number
     return states
+
+
+def _has_module(path: Path) -> bool:
+    """Whether a path has more than one part, and one that is no index."""
+    return len(path) > 1 and not all(part.isdecimal() for part in path)
 
 
 def _leaves(

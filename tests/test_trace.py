@@ -446,3 +446,120 @@ def test_sharded_leaves_keep_their_sharding() -> None:
     small = jp.shrink(graph, keep, placed)
     for leaf in jax.tree.leaves(small):
         assert leaf.sharding.is_equivalent_to(spec, leaf.ndim)
+
+
+def test_what_is_infinite_at_a_removed_channel_is_no_zero() -> None:
+    """0 * rsqrt(0) is nan in the masked network."""
+    _, variables, x = two_layers(lambda x: x)
+
+    def apply(v: Any, x: Any) -> Any:
+        return x @ (v["a"] * jax.lax.rsqrt(jnp.sum(v["a"] ** 2, 0))) @ v["b"]
+
+    assert not jp.trace(apply, variables, x).groups
+    graph = jp.trace(
+        lambda v, x: (x @ v["a"] * jnp.maximum(-jnp.inf, v["a"]).sum(0)) @ v["b"],
+        variables,
+        x,
+    )
+    assert [g.size for g in graph.groups.values()] == [6]
+
+
+def test_outputs_that_only_look_like_variables_are_the_users() -> None:
+    """A list's second item is no update of the second weight, whatever its shape."""
+    rng = np.random.default_rng(0)
+    weights = [rng.normal(size=(8, 16)), rng.normal(size=(16, 10))]
+
+    def apply(v: Any, x: Any) -> Any:
+        hidden = jnp.tanh(x @ v[0])
+        return hidden, hidden @ v[1]
+
+    assert not jp.trace(apply, weights, rng.normal(size=(8, 8))).groups
+
+    def step(v: Any, x: Any) -> Any:
+        return jnp.tanh(x @ v[0]) @ v[1], [0.9 * w for w in v]
+
+    graph = jp.trace(step, weights, rng.normal(size=(8, 8)))
+    assert [g.size for g in graph.groups.values()] == [16]
+
+
+def test_a_named_axis_of_another_size_is_another_program() -> None:
+    """The mean over a named axis has its size in it."""
+    _, variables, x = two_layers(lambda x: x)
+    x = np.random.default_rng(1).normal(size=(6, 4, 3)).astype(np.float32)
+
+    def apply(v: Any, x: Any) -> Any:
+        h = x @ v["a"]
+        return (h - jax.lax.pmean(h, "batch")) @ v["b"]
+
+    def mapped(f: Any, v: Any, x: Any) -> Any:
+        return jax.vmap(lambda x: f(v, x), axis_name="batch")(x)
+
+    graph = jp.trace(lambda v, x: mapped(apply, v, x), variables, x[:2])
+    keep = {n: np.arange(g.size) < 3 for n, g in graph.groups.items()}
+    slimmed = jp.slim(apply, graph, keep)
+    masked, small = (f(graph, keep, variables) for f in (jp.mask, jp.shrink))
+    for count in (2, 6, 3):
+        want = mapped(apply, masked, x[:count])
+        got = mapped(slimmed, small, x[:count])
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_second_eager_call_compiles_nothing() -> None:
+    apply, variables, x = two_layers(lambda x: jax.nn.relu(jax.nn.silu(x)))
+    graph = jp.trace(apply, variables, x)
+    keep = {n: np.arange(g.size) < 3 for n, g in graph.groups.items()}
+    slimmed, small = jp.slim(apply, graph, keep), jp.shrink(graph, keep, variables)
+    slimmed(small, x)
+    compiled = []
+
+    def note(event: str, seconds: float, **_: Any) -> None:
+        compiled.append(event) if "backend_compile" in event else None
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        slimmed(small, x)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not compiled
+
+
+def test_slim_keeps_weak_types() -> None:
+    _, variables, x = two_layers(lambda x: x)
+    half = {k: jnp.asarray(v, jnp.bfloat16) for k, v in variables.items()}
+
+    def apply(v: Any, x: Any) -> Any:
+        return jax.nn.relu(x @ v["a"]) * v["s"] @ v["b"]
+
+    half, x = {**half, "s": 0.5}, jnp.asarray(x, jnp.bfloat16)
+    graph = jp.trace(apply, half, x)
+    keep = {n: np.arange(g.size) < 3 for n, g in graph.groups.items()}
+    got = jp.slim(apply, graph, keep)(jp.shrink(graph, keep, half), x)
+    assert got.dtype == apply(jp.mask(graph, keep, half), x).dtype == jnp.bfloat16
+
+
+def test_an_inexact_cut_leaves_other_groups_exact() -> None:
+    """A mode that sums exp over an exact group is refused, whatever else is cut."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 6), "b": (6, 2), "c": (3, 6), "d": (6, 2)}
+    variables = {k: rng.normal(size=s) for k, s in shapes.items()}
+    x = rng.normal(size=(4, 3))
+
+    def apply(v: Any, x: Any, train: bool = False) -> Any:
+        left, right = x @ v["a"], x @ v["c"]
+        left = left * jnp.exp(left).sum(-1, keepdims=True)
+        if train:
+            right = right * jnp.exp(right).sum(-1, keepdims=True)
+        return left @ v["b"] + right @ v["d"]
+
+    graph = jp.trace(apply, variables, x, exact=False)
+    assert {n: g.exact for n, g in graph.groups.items()} == {"a": False, "c": True}
+    keep = {n: np.arange(6) < 3 for n in graph.groups}
+    jp.slim(apply, graph, keep)(jp.shrink(graph, keep, variables), x)
+    for cut in ({"a": keep["a"]}, {"c": keep["c"]}, keep):
+        cut = {**graph.full(), **cut}
+        small = jp.shrink(graph, cut, variables)
+        if "c" in cut and not cut["c"].all():
+            with pytest.raises(GraphError, match="reduce_sum"):
+                jp.slim(apply, graph, cut)(small, x, train=True)
+        else:
+            jp.slim(apply, graph, cut)(small, x, train=True)

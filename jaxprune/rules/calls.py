@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,18 @@ def _call(name: str) -> Callable[..., Any]:
 
 
 def _rewrite_jit(cut: Cut) -> list[Any]:
+    """One jitted body a site and plan: called again, it is not compiled again."""
     cut, operands = cut.parts()
 
     def body(*args: Any) -> list[Any]:
         return cut.run(cut.node.aux, *args)
 
-    body.__name__ = cut.eqn.params.get("name") or "body"
-    return jax.jit(body, inline=bool(cut.eqn.params.get("inline")))(*operands)
+    bodies = getattr(cut.kept, "bodies", {})
+    if id(cut.node) not in bodies:
+        body.__name__ = cut.eqn.params.get("name") or "body"
+        inline = bool(cut.eqn.params.get("inline"))
+        bodies[id(cut.node)] = cut.node, jax.jit(body, inline=inline)
+    return bodies[id(cut.node)][1](*operands)
 
 
 def _rewrite_inline(cut: Cut) -> list[Any]:
@@ -194,17 +200,22 @@ def plan(
     rules: Any,
     name: str,
     exact: bool = True,
+    inexact_in: Mapping[tuple[int, int], np.ndarray] | None = None,
 ) -> tuple[Tape, Callable[[Value], Kept]]:
     """Analyse a program of which it is known what is kept at its ends.
 
-    kept_out None leaves an output to the analysis. Returns the tape and the function
-    that says what is kept of any value in it. Raises GraphError where the program ties
-    a removed index to one that stays.
+    kept_out None leaves an output to the analysis. inexact_in: by input and axis, the
+    indices whose removal may differ from masking, where exact is False; None: all.
+    Returns the tape and the function that says what is kept of any value in it. Raises
+    GraphError where the program ties a removed index to one that stays.
     """
     labels = Labels(exact=exact)
-    ins, ends = [], []
-    for var, kept, fill in zip(program.invars, kept_in, fills):
+    ins: list[Value] = []
+    ends: list[_End] = []
+    for i, (var, kept, fill) in enumerate(zip(program.invars, kept_in, fills)):
         value, seeds = _seed(labels, var.aval.shape, kept, fill)
+        if inexact_in is not None:
+            seeds = [s._replace(firm=~inexact_in[i, s.number]) for s in seeds]
         ins.append(value)
         ends += seeds
     labels.split = _split_by(ends, labels.count)
@@ -219,15 +230,15 @@ def plan(
 
 
 def _split_by(
-    ends: Sequence[tuple[np.ndarray, np.ndarray]], count: int
+    ends: Sequence[_End], count: int
 ) -> Callable[[int, Sequence[int], np.ndarray], int]:
     """Split axes along the part that the keep at the ends was cut along.
 
     Where the labels tell nothing of it, as where an axis of that shape was split last.
     """
     goes = np.zeros(count, bool)
-    for axis, mask in ends:
-        goes[axis] = ~mask
+    for end in ends:
+        goes[end.labels] = ~end.kept
     before: dict[tuple[int, ...], int] = {}
 
     def split(site: int, sizes: Sequence[int], grid: np.ndarray) -> int:
@@ -248,31 +259,48 @@ def _repeats(grid: np.ndarray, axis: int) -> bool:
     return bool((rows == rows[:1]).all())
 
 
+class _End(NamedTuple):
+    """A cut axis of an input or output: its labels, and which indices are kept.
+
+    firm: whose removal must be the same as masking.
+    """
+
+    number: int
+    labels: np.ndarray
+    kept: np.ndarray
+    firm: np.ndarray
+
+
 def _seed(
     labels: Labels, shape: Sequence[int], kept: Kept, fill: tuple[float | None, ...]
-) -> tuple[Value, list[tuple[np.ndarray, np.ndarray]]]:
+) -> tuple[Value, list[_End]]:
     """Labels for the cut axes of an end of the program, with what is kept of them."""
     axes, seeds = [], []
-    for length, indices in zip(shape, kept):
+    for number, (length, indices) in enumerate(zip(shape, kept)):
         axis = None if indices is None else labels.fresh(length)
         if axis is not None:
             mask = np.zeros(length, bool)
             mask[indices] = True
-            seeds.append((axis, mask))
+            seeds.append(_End(number, axis, mask, np.zeros(length, bool)))
         axes.append(axis)
     return Value(tuple(axes), tuple(fill)), seeds
 
 
-def _resolver(
-    labels: Labels, ends: list[tuple[np.ndarray, np.ndarray]], name: str
-) -> Callable[[Value], Kept]:
+def _resolver(labels: Labels, ends: Sequence[_End], name: str) -> Resolver:
     solved = labels.solve()
     number = len(solved.frozen)
     stays, goes = solved.frozen.copy(), np.zeros(number, bool)
-    for axis, mask in ends:
-        component = solved.component[axis]
-        stays[component[mask]] = True
-        goes[component[~mask]] = True
+    for end in ends:
+        component = solved.component[end.labels]
+        stays[component[end.kept]] = True
+        goes[component[~end.kept]] = True
+        wrong = component[~end.kept & end.firm]
+        for found in wrong[solved.inexact[wrong]][:1]:
+            raise GraphError(
+                f"in {name}, {solved.causes[int(found)]} does not do without removed "
+                "channels of an exact group what it does with zeros; keep them, or "
+                "trace the function in this mode"
+            )
     both = np.flatnonzero(stays & goes)
     if len(both):
         cause = solved.causes.get(int(both[0]), "other channels that stay")
@@ -280,16 +308,31 @@ def _resolver(
             f"in {name}, removed channels are tied to {cause}; keep them, or trace "
             "the function in this mode"
         )
-    cache: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+    return Resolver(solved.component, goes)
 
-    def one(axis: np.ndarray | None) -> np.ndarray | None:
-        if axis is None:
-            return None
-        if id(axis) not in cache:
-            cache[id(axis)] = (axis, kept_indices(~goes[solved.component[axis]]))
-        return cache[id(axis)][1]
 
-    return lambda value: tuple(map(one, value.labels))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resolver:
+    """resolver(value): per axis the indices that a plan keeps, or None for all.
+
+    goes: bool[components]. bodies: what was jitted for the plan, by the id of its node.
+    """
+
+    component: np.ndarray
+    goes: np.ndarray
+    bodies: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    _known: dict[int, tuple[np.ndarray, np.ndarray | None]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    def __call__(self, value: Value) -> Kept:
+        return tuple(None if axis is None else self._of(axis) for axis in value.labels)
+
+    def _of(self, axis: np.ndarray) -> np.ndarray | None:
+        if id(axis) not in self._known:
+            kept = kept_indices(~self.goes[self.component[axis]])
+            self._known[id(axis)] = axis, kept
+        return self._known[id(axis)][1]
 
 
 RULES = {

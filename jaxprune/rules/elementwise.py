@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import Value
+from jaxprune.labels import Value, unknown
 from jaxprune.walk import Context, Cut, Rule, freeze_all
 
 _NUMPY: dict[str, Callable[..., Any]] = {
@@ -78,7 +78,6 @@ _EACH = (
     *("optimization_barrier", "pmax", "pmin", "pvary", "reshard"),
     "sharding_constraint",
 )
-_SUMS = ("psum", "psum_invariant")
 _OPAQUE = (
     *("acos", "acosh", "and", "asin", "atanh", "bessel_i0e", "bessel_i1e", "clz"),
     *("complex", "digamma", "eq_to", "erf_inv", "igamma", "igamma_grad_a", "igammac"),
@@ -126,16 +125,20 @@ def _at(eqn: jx.Eqn, i: int, value: Value, axis: int, length: int) -> float | No
 
 
 def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
-    """The primitive at known numbers; None where the result is not known."""
+    """The primitive at known numbers; None where the result is not known.
+
+    Numbers that are not known are taken for finite ones.
+    """
     name = eqn.primitive.name
-    if name in ("mul", "and") and 0.0 in numbers:
+    if name in ("mul", "and") and zero_product(*numbers):
         return 0.0
     if name == "div" and numbers[0] == 0 and numbers[1] != 0:
         return 0.0
     if name == "select_n" and None not in numbers[1:] and len(set(numbers[1:])) == 1:
         return numbers[1]
     if None in numbers:
-        return None
+        # The larger of -inf and a finite number is that number.
+        return None if name in ("max", "min", "select_n") else unknown(*numbers)
     if name in _SAME:
         number: Any = numbers[0]
     elif name == "integer_pow":
@@ -150,8 +153,16 @@ def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
     dtype = np.dtype(eqn.outvars[0].aval.dtype)
     if dtype.kind in "iu" and not _holds(dtype, number):
         return None
-    real = np.imag(number) == 0 and bool(np.isfinite(number))
-    return float(np.real(number)) if real else None
+    if np.imag(number) != 0:
+        return None
+    number = float(np.real(number))
+    # The one object, so that what is nan equals itself where loops compare.
+    return math.nan if math.isnan(number) else number
+
+
+def zero_product(*numbers: float | None) -> bool:
+    """Whether a product is 0: one factor is, and none is known to be inf or nan."""
+    return 0.0 in numbers and all(n is None or math.isfinite(n) for n in numbers)
 
 
 def _holds(dtype: np.dtype, number: Any) -> bool:
@@ -172,25 +183,15 @@ def _analyse_each(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[V
     return list(ins)
 
 
-def _analyse_sums(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    """Sums over devices."""
-    del context, eqn
-    return [_zeros(value) for value in ins]
-
-
-def _zeros(value: Value) -> Value:
-    """A value of which it is only known where it is 0."""
-    zero = tuple(0.0 if f == 0 else None for f in value.fill)
-    return value._replace(fill=zero, const=0.0 if value.const == 0 else None)
-
-
 def _analyse_bitcast(
     context: Context, eqn: jx.Eqn, ins: Sequence[Value]
 ) -> list[Value]:
     """The same bytes as another type: elementwise where the widths agree."""
     if eqn.invars[0].aval.shape != eqn.outvars[0].aval.shape:
         return freeze_all(context, eqn, ins)
-    return [_zeros(ins[0])]
+    (value,) = ins  # Of the bytes it is only known what those of 0 are.
+    zero = tuple(0.0 if f == 0 else None for f in value.fill)
+    return [value._replace(fill=zero, const=0.0 if value.const == 0 else None)]
 
 
 def _rewrite(cut: Cut) -> list[Any]:
@@ -201,5 +202,3 @@ RULES = {name: Rule(_analyse, _rewrite) for name in (*_NUMPY, *_SAME, *_OPAQUE)}
 RULES["bitcast_convert_type"] = Rule(_analyse_bitcast, _rewrite)
 for _name in _EACH:
     RULES[_name] = Rule(_analyse_each, _rewrite)
-for _name in _SUMS:
-    RULES[_name] = Rule(_analyse_sums, _rewrite)

@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.base import INPUT, WINDOW
-from jaxprune.labels import FROM_INPUT, Axis, Labels, RawTerm, Value
+from jaxprune.labels import FROM_INPUT, Axis, Labels, RawTerm, Value, unknown
+from jaxprune.rules.elementwise import zero_product
 from jaxprune.walk import Context, Cut, Rule
 
 
@@ -31,14 +32,15 @@ def _contract(
     from_input = FROM_INPUT in (a[0].leaf, b[0].leaf)
     cause = INPUT if from_input else jx.Site(eqn)
     tied = labels.unify(axes[0], axes[1], cause)
-    if 0.0 not in (a[0].removed(a[1]), b[0].removed(b[1])):
+    if not zero_product(a[0].removed(a[1]), b[0].removed(b[1])):
         labels.inexact(tied, jx.Site(eqn))
     return tied
 
 
 def _zero(value: Value, axis: int) -> float | None:
     """Sums of zeros are zero; of anything else, unknown."""
-    return 0.0 if value.removed(axis) == 0 else None
+    number = value.removed(axis)
+    return 0.0 if number == 0 else unknown(number)
 
 
 def _add_terms(
@@ -79,7 +81,8 @@ def _dot_general(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Va
     for i, j in zip(*batch):
         tied = context.labels.unify(left.labels[i], right.labels[j], jx.Site(eqn))
         labels.append(tied)
-        fill.append(0.0 if 0.0 in (left.removed(i), right.removed(j)) else None)
+        pair = left.removed(i), right.removed(j)
+        fill.append(0.0 if zero_product(*pair) else unknown(*pair))
     for value, used in (
         (left, (*summed[0], *batch[0])),
         (right, (*summed[1], *batch[1])),

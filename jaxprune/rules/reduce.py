@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import Axis, Value
+from jaxprune.labels import Axis, Value, unknown
 from jaxprune.walk import Context, Cut, Rule
 
 _NEUTRAL = {
@@ -41,7 +41,7 @@ def _reduce(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     def fill(axis: int) -> float | None:
         number = value.removed(axis)
         stays = number == neutral or name in _IDEMPOTENT
-        return number if stays else None
+        return number if stays else unknown(number)
 
     labels = tuple(value.labels[a] for a in rest)
     leaf = value.leaf if not axes else None

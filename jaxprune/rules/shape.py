@@ -76,8 +76,9 @@ def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Va
             labels.append(joined(list(zip(axes, lengths))))
             continue
         labels.append(context.labels.unify_all(axes, jx.Site(eqn)))
-        if of_variables and all(axis is not None for axis in axes):
-            context.labels.joint.append(tuple(axes))
+        loose = tuple(axis for axis in axes if axis is not None)
+        if of_variables and len(loose) == len(axes):
+            context.labels.joint.append(loose)
     leaf = ins[0].leaf if of_variables else None
     return [Value(tuple(labels), tuple(fill), leaf=leaf)]
 
