@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from jaxprune import data
 from jaxprune.base import ConfigError
 from jaxprune.train import config as configs
 from jaxprune.train import folder
+from jaxprune.train import step as steps
 from jaxprune.train.config import Config, Data, Fit, Network, Prune
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -144,6 +146,15 @@ def test_shipped_configs_are_valid(path):
     text = path.read_text()
     assert f"jaxprune run configs/{path.name}" in text
     assert "Hardware" in text
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_settings_that_shipped_configs_suggest_can_be_trained(path):
+    suggested = re.findall(r"--set (\S+=\S+)", path.read_text())
+    config = configs.load_config(path, suggested)
+    for fit in (config.train, config.retrain):
+        _, rate = steps.optimizer(fit, 10)
+        assert max(rate(n) for n in range(10)) > 0.8 * fit.lr
 
 
 def test_differences_list_only_what_was_changed():

@@ -276,6 +276,16 @@ def test_rates_warm_up_and_fall():
     assert rate(0) == rate(100) == 0.5
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize(("epochs", "steps_"), [(2.0, 100), (0.1, 1), (0.0, 0)])
+def test_a_training_may_be_warm_up_alone(schedule, epochs, steps_):
+    """As that between two cuts may be, or a first look at a long recipe."""
+    fit_ = Fit(epochs=epochs, warmup=epochs, lr=0.5, schedule=schedule)
+    _, rate = steps.optimizer(fit_, steps_)
+    found = [rate(n) for n in range(steps_)]
+    np.testing.assert_allclose(found, np.arange(steps_) * 0.5 / max(steps_, 1), 1e-5)
+
+
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_weight_decay_is_of_kernels_alone(name):
     tx, rate = steps.optimizer(
