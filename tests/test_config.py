@@ -2,8 +2,13 @@
 """Configs: overrides, checks before any work, and the JSON of a work folder."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,7 +178,8 @@ def test_json_is_whole_and_missing_fields_have_defaults():
 def test_a_work_folder_belongs_to_its_config(tmp_path):
     config, workdir = Config(seed=1), tmp_path / "run"
     folder.check_free(config, workdir)
-    folder.claim(config, workdir)
+    with folder.claim(config, workdir):
+        pass
     folder.check_free(config, workdir)
     assert folder.read_config(workdir) == config
     # What changes no result may differ.
@@ -182,10 +188,58 @@ def test_a_work_folder_belongs_to_its_config(tmp_path):
     other = dataclasses.replace(config, seed=2, prune=Prune(ratio=0.5))
     with pytest.raises(ConfigError) as caught:
         folder.check_free(other, workdir)
+    with pytest.raises(ConfigError, match="another config"):
+        with folder.claim(other, workdir):
+            pass
     message = str(caught.value)
     assert "seed (there 1, now 2)" in message
     assert "prune.ratio (there 0.25, now 0.5)" in message
     assert "--workdir" in message and "save_every" not in message
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from jaxprune.train import folder
+from jaxprune.train.config import Config
+
+with folder.claim(Config(), Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_work_folder_is_one_runs_at_a_time(tmp_path):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(workdir)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError) as caught:
+            with folder.claim(Config(), workdir):
+                pass
+        assert f"{workdir}: another run is using it" in str(caught.value)
+        other.kill()  # even so the folder is free again
+    with folder.claim(Config(), workdir):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, code):
+    def flock(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with folder.claim(Config(), tmp_path / "run"):
+        assert folder.read_config(tmp_path / "run") == Config()
+
+
+def test_a_work_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / "file" / "run"
+    with pytest.raises(ConfigError, match=f"{workdir} cannot be made .*--workdir"):
+        with folder.claim(Config(), workdir):
+            pass
 
 
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"sede": 1})])

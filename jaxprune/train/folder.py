@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from jaxprune.train import settings
 from jaxprune.train.config import Config
 
 CONFIG = "config.json"
+_LOCK = ".lock"
 # Fields that may differ when a run is resumed: they change no result.
 FREE = ("data.cache", "data.root", "save_every")
 
@@ -38,15 +41,50 @@ def _empty(workdir: Path) -> bool:
     if not workdir.is_dir():
         return False
     # What another process of this run, or one that was killed, has just begun.
-    begun = (CONFIG, f"{CONFIG}.partial")
+    begun = (CONFIG, f"{CONFIG}.partial", _LOCK)
     return all(path.name in begun for path in workdir.iterdir())
 
 
-def claim(config: Config, workdir: Path) -> None:
-    """Make the folder this config's."""
-    if not (workdir / CONFIG).exists():
+@contextlib.contextmanager
+def claim(config: Config, workdir: Path) -> Iterator[None]:
+    """Make the folder this config's, and meanwhile this run's alone.
+
+    Raises ConfigError where it cannot be made, is another config's, or another run is
+    using it; a file system without locks tells nothing of the last.
+    """
+    try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(workdir / CONFIG, configs.to_json(config))
+    except OSError as error:
+        raise ConfigError(
+            f"{workdir} cannot be made ({error.strerror}); choose another --workdir"
+        ) from error
+    with _locked(workdir):
+        check_free(config, workdir)  # another run may have begun here meanwhile
+        if not (workdir / CONFIG).exists():
+            write_text(workdir / CONFIG, configs.to_json(config))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back however the process ends."""
+    if jax.process_index() != 0:
+        yield
+        return
+    # The file stays: who deletes it may delete the lock of the next.
+    with open(workdir / _LOCK, "a", encoding="utf-8") as file:
+        try:
+            import fcntl  # not on every system
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{workdir}: another run is using it; wait for its end, or choose "
+                "another --workdir"
+            ) from error
+        except (ImportError, OSError):
+            pass  # there are no locks here
+        yield
 
 
 def read_config(workdir: Path) -> Config:
