@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tinyrun
 
 from jaxprune import data
 from jaxprune.base import ConfigError
@@ -222,6 +224,27 @@ def test_a_work_folder_is_one_runs_at_a_time(tmp_path):
         other.kill()  # even so the folder is free again
     with folder.claim(Config(), workdir):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("val", lambda s: {"images": np.where(s.images == 7, np.uint8(8), s.images)}),
+        ("train", lambda s: {"labels": 2 - s.labels.clip(0, 2)}),
+        ("test", lambda s: {"stems": s.stems[::-1]}),
+        ("val", lambda s: {"classes": data.Classes(("c", "b", "a"), s.classes.colors)}),
+    ],
+    ids=["images", "labels", "stems", "classes"],
+)
+def test_other_data_are_refused_on_resuming(tmp_path, name, change):
+    splits = {n: tinyrun.split(n, 4) for n in ("train", "val", "test")}
+    folder.check_data(list(splits.values()), tmp_path)
+    folder.check_data(list(splits.values()), tmp_path)
+    other = dataclasses.replace(splits[name], **change(splits[name]))
+    with pytest.raises(ConfigError) as caught:
+        folder.check_data(list({**splits, name: other}.values()), tmp_path)
+    assert f"the split '{name}' is not what" in str(caught.value)
+    assert "data.root" in str(caught.value) and "data.json" in str(caught.value)
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])

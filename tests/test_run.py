@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tinyrun
+from PIL import Image
 
 import jaxprune as jp
 from jaxprune import data, report, sparsity, trees
@@ -161,6 +162,29 @@ def test_missing_data_leaves_no_folder(tmp_path):
     with pytest.raises(DataError, match="none"):
         run(dataclasses.replace(CONFIG, data=where), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_same_data_may_move_and_others_are_refused(tmp_path, monkeypatch):
+    def draw(root: Path, seed: int) -> Path:
+        rng = np.random.default_rng(seed)
+        for name in ("train", "val", "test"):
+            for kind, shape in (("images", (16, 16, 3)), ("masks", (16, 16))):
+                (root / name / kind).mkdir(parents=True)
+                picture = Image.fromarray(rng.integers(0, 3, shape, np.uint8))
+                picture.save(root / name / kind / "a.png")
+        return root
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(stages, "_stages", lambda *args: {"ran": True})
+
+    def again(root: Path) -> dict:
+        where = Data("folder", root=str(root), size=(16, 16))
+        return run(dataclasses.replace(CONFIG, data=where), tmp_path / "run")
+
+    assert again(draw(tmp_path / "a", 0)) == {"ran": True}
+    assert again((tmp_path / "a").rename(tmp_path / "b")) == {"ran": True}
+    with pytest.raises(ConfigError, match="the split 'train' is not what .*data.root"):
+        again(draw(tmp_path / "c", 1))
 
 
 # The prune stage alone, on a network of one group.

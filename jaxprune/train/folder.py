@@ -7,21 +7,26 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxprune import checkpoint
 from jaxprune.base import ConfigError
+from jaxprune.data import Split
 from jaxprune.train import config as configs
 from jaxprune.train import settings
 from jaxprune.train.config import Config
 
 CONFIG = "config.json"
+_DATA = "data.json"
 _LOCK = ".lock"
-# Fields that may differ when a run is resumed: they change no result.
+# Fields that may differ when a run is resumed: they change no result. Of data.root it
+# is `check_data` that sees to this.
 FREE = ("data.cache", "data.root", "save_every")
 
 
@@ -85,6 +90,41 @@ def _locked(workdir: Path) -> Iterator[None]:
         except (ImportError, OSError):
             pass  # there are no locks here
         yield
+
+
+def check_data(splits: Sequence[Split], workdir: Path) -> None:
+    """Raise ConfigError unless the splits hold what the run began with, wherever it is.
+
+    The first call notes down what that is.
+    """
+    path = workdir / _DATA
+    here = {split.name: _contents(split) for split in splits}
+    if not path.exists():
+        write_json(path, here)
+        return
+    try:
+        there = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it") from error
+    for name, contents in here.items():
+        if there.get(name) != contents:
+            raise ConfigError(
+                f"{workdir}: the split {name!r} is not what this run began with; set "
+                "data.root back, or choose another --workdir. To go on with the data "
+                f"as they are now, delete {path}"
+            )
+
+
+def _contents(split: Split) -> dict[str, Any]:
+    """What tells data apart: count, size, checksums of pixels, names and classes."""
+    names = json.dumps([split.stems, dataclasses.asdict(split.classes)])
+    parts = {
+        "images": np.ascontiguousarray(split.images),
+        "labels": np.ascontiguousarray(split.labels),
+        "names": names.encode(),
+    }
+    sums = {name: zlib.crc32(part) for name, part in parts.items()}
+    return {"count": len(split), "size": list(split.size), "crc32": sums}
 
 
 def read_config(workdir: Path) -> Config:

@@ -36,8 +36,8 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Run a config in a work folder, from wherever it got to; the evaluation.
 
     Raises ConfigError before any work for a bad config, or a folder that another config
-    made or another run is using; DataError for data that is missing or damaged;
-    NonFinite for a diverged run.
+    made, another run is using, or that began with other data; DataError for data that
+    is missing or damaged; NonFinite for a diverged run.
     SIGTERM saves and exits with 143; a kill loses the steps since the last save.
     """
     check(config)
@@ -48,6 +48,7 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     args = network_args(config, len(splits.train.classes))
     net = models.build(config.network.name, args)
     with folder.claim(config, workdir):
+        folder.check_data((splits.train, splits.val, splits.test), workdir)
         return _stages(config, net, args, splits, workdir)
 
 
