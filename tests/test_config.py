@@ -103,6 +103,13 @@ def test_gates_carry_no_optimiser(empty):
         configs.load_config(empty, ["prune.method=gates", "prune.carry_optimizer=true"])
 
 
+def test_another_optimiser_carries_none_on(empty):
+    other = ["retrain.optimizer=sgd", "prune.carry_optimizer=true"]
+    with pytest.raises(ConfigError, match="carry_optimizer = True.*false.*differ"):
+        configs.load_config(empty, other)
+    assert configs.load_config(empty, [*other, "train.optimizer=sgd"])
+
+
 @pytest.mark.parametrize(
     ("body", "parts"),
     [

@@ -254,6 +254,30 @@ def test_what_the_lasso_ended_is_zero_in_the_average_too(tmp_path):
     np.testing.assert_array_equal(found.keep["first"], FAINT == 1)
 
 
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"ratio": 1.0}, [0, 1, 3]),
+        ({"ratio": 1.0, "multiple_of": 4}, [0, 1, 2, 3]),
+        ({"ratio": 1.0, "min_channels": 5}, [0, 1, 2, 3, 4]),
+        ({"ratio": 1.0, "min_channels": 9}, [0, 1, 2, 3, 4, 5]),
+        ({"ratio": 0.5, "multiple_of": 2}, None),  # two of those three
+    ],
+    ids=lambda x: str(x).strip("{}"),
+)
+@pytest.mark.parametrize("method", ["lasso", "gates"])
+def test_zeros_fill_up_the_widths_that_are_wanted(tmp_path, method, fields, kept):
+    job, graph, dense = prepared(tmp_path, method=method, **fields)
+    alive = {"first": np.asarray(FAINT == 1)}
+    variables = trees.mask(graph, alive, dense.average)
+    budget = jp.flops(job.config.prune.ratio)
+    keep, _ = choose.choose(job, graph, variables, budget, Progress(tmp_path))
+    if kept is None:
+        assert keep["first"].sum() == 2 and not (keep["first"] & ~alive["first"]).any()
+    else:
+        np.testing.assert_array_equal(np.flatnonzero(keep["first"]), kept)
+
+
 def test_gates_are_trained_read_and_folded_into_the_weights(tmp_path, monkeypatch):
     job, graph, dense = prepared(
         tmp_path, method="gates", lasso_epochs=1.0, strength=1.0
