@@ -24,7 +24,7 @@ from jaxprune.base import CheckpointError
 from jaxprune.train import loop, stopping
 from jaxprune.train import step as steps
 from jaxprune.train.config import Distill, Fit
-from jaxprune.train.progress import Progress, clock
+from jaxprune.train.progress import Progress, bar, clock
 
 PROGRAM = Path(__file__).with_name("tinyrun.py")
 ROOT = PROGRAM.parents[1]
@@ -374,3 +374,8 @@ def test_the_average_is_of_the_weights():
 
 def test_clock():
     assert [clock(5), clock(65), clock(3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+def test_bar():
+    assert [bar(x) for x in (0, 0.26, 1)] == ["░" * 10, "███░░░░░░░", "█" * 10]
+    assert bar(0.5, 4) == "██░░"
