@@ -118,12 +118,11 @@ def check_data(splits: Sequence[Split], workdir: Path) -> None:
 def _contents(split: Split) -> dict[str, Any]:
     """What tells data apart: count, size, checksums of pixels, names and classes."""
     names = json.dumps([split.stems, dataclasses.asdict(split.classes)])
-    parts = {
-        "images": np.ascontiguousarray(split.images),
-        "labels": np.ascontiguousarray(split.labels),
-        "names": names.encode(),
+    sums = {
+        "images": zlib.crc32(np.ascontiguousarray(split.images)),
+        "labels": zlib.crc32(np.ascontiguousarray(split.labels)),
+        "names": zlib.crc32(names.encode()),
     }
-    sums = {name: zlib.crc32(part) for name, part in parts.items()}
     return {"count": len(split), "size": list(split.size), "crc32": sums}
 
 

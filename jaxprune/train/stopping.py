@@ -65,5 +65,5 @@ def stoppable() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
+        for changed, previous in before.items():
+            signal.signal(changed, previous)
