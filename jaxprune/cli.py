@@ -64,13 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except base.JaxpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"error: {named}{error.strerror or error}", file=sys.stderr)
+        return BAD_INPUT
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
         print(
             f"error: {package} is not installed; the command needs it: "
-            "pip install 'jaxprune[all]'",
+            "pip install '.[all]' in the checkout",
             file=sys.stderr,
         )
         return BAD_INPUT

@@ -114,6 +114,8 @@ def _seal(folder: Path) -> None:
         stream.write(_manifest(files))
         stream.flush()
         os.fsync(stream.fileno())
+    for nested in (path for path in folder.rglob("*") if path.is_dir()):
+        _sync(nested)
     _sync(folder)
 
 

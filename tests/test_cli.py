@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: verbs, exit codes, and one clear line for bad input."""
 
+import errno
 import json
 import re
 import subprocess
@@ -183,7 +184,38 @@ def test_a_missing_extra_is_one_line(missing, monkeypatch, capsys):
 
     monkeypatch.setattr("jaxprune.report.write", write)
     assert cli.main(["report", "DIR"]) == 2
-    assert "pip install 'jaxprune[all]'" in error_line(capsys)
+    assert "pip install '.[all]' in the checkout" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "DIR/x"), "DIR/x: No space left"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError("odd"), "odd"),
+    ],
+    ids=["file", "no file", "text"],
+)
+def test_what_the_system_refuses_is_one_line(error, said, monkeypatch, capsys):
+    def write(workdir):
+        raise error
+
+    monkeypatch.setattr("jaxprune.report.write", write)
+    assert cli.main(["report", "DIR"]) == 2
+    assert error_line(capsys) == f"error: {said}\n"
+
+
+def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "some.py").write_text(
+        "from jaxprune import train\n"
+        "def get_config():\n"
+        "    data = train.Data('synthetic', size=(16, 16), counts=(8, 1, 1))\n"
+        "    return train.Config(data=data)\n"
+    )
+    workdir = str(tmp_path / "some.py" / "run")
+    assert cli.main(["run", str(tmp_path / "some.py"), "--workdir", workdir]) == 2
+    assert f"{workdir} cannot be made" in error_line(capsys)
 
 
 def test_inspect_segnet(capsys):

@@ -2,15 +2,24 @@
 """Configs: overrides, checks before any work, and the JSON of a work folder."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tinyrun
 
 from jaxprune import data
 from jaxprune.base import ConfigError
 from jaxprune.train import config as configs
 from jaxprune.train import folder
+from jaxprune.train import step as steps
 from jaxprune.train.config import Config, Data, Fit, Network, Prune
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -94,6 +103,13 @@ def test_gates_carry_no_optimiser(empty):
         configs.load_config(empty, ["prune.method=gates", "prune.carry_optimizer=true"])
 
 
+def test_another_optimiser_carries_none_on(empty):
+    other = ["retrain.optimizer=sgd", "prune.carry_optimizer=true"]
+    with pytest.raises(ConfigError, match="carry_optimizer = True.*false.*differ"):
+        configs.load_config(empty, other)
+    assert configs.load_config(empty, [*other, "train.optimizer=sgd"])
+
+
 @pytest.mark.parametrize(
     ("body", "parts"),
     [
@@ -146,6 +162,15 @@ def test_shipped_configs_are_valid(path):
     assert "Hardware" in text
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_settings_that_shipped_configs_suggest_can_be_trained(path):
+    suggested = re.findall(r"--set (\S+=\S+)", path.read_text())
+    config = configs.load_config(path, suggested)
+    for fit in (config.train, config.retrain):
+        _, rate = steps.optimizer(fit, 10)
+        assert max(rate(n) for n in range(10)) > 0.8 * fit.lr
+
+
 def test_differences_list_only_what_was_changed():
     config = Config(prune=Prune(ratio=0.5), data=Data(augment=data.Augment(flip=False)))
     found = configs.differences(config)
@@ -162,7 +187,8 @@ def test_json_is_whole_and_missing_fields_have_defaults():
 def test_a_work_folder_belongs_to_its_config(tmp_path):
     config, workdir = Config(seed=1), tmp_path / "run"
     folder.check_free(config, workdir)
-    folder.claim(config, workdir)
+    with folder.claim(config, workdir):
+        pass
     folder.check_free(config, workdir)
     assert folder.read_config(workdir) == config
     # What changes no result may differ.
@@ -171,10 +197,79 @@ def test_a_work_folder_belongs_to_its_config(tmp_path):
     other = dataclasses.replace(config, seed=2, prune=Prune(ratio=0.5))
     with pytest.raises(ConfigError) as caught:
         folder.check_free(other, workdir)
+    with pytest.raises(ConfigError, match="another config"):
+        with folder.claim(other, workdir):
+            pass
     message = str(caught.value)
     assert "seed (there 1, now 2)" in message
     assert "prune.ratio (there 0.25, now 0.5)" in message
     assert "--workdir" in message and "save_every" not in message
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from jaxprune.train import folder
+from jaxprune.train.config import Config
+
+with folder.claim(Config(), Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_work_folder_is_one_runs_at_a_time(tmp_path):
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(workdir)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError) as caught:
+            with folder.claim(Config(), workdir):
+                pass
+        assert f"{workdir}: another run is using it" in str(caught.value)
+        other.kill()  # even so the folder is free again
+    with folder.claim(Config(), workdir):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("val", lambda s: {"images": np.where(s.images == 7, np.uint8(8), s.images)}),
+        ("train", lambda s: {"labels": 2 - s.labels.clip(0, 2)}),
+        ("test", lambda s: {"stems": s.stems[::-1]}),
+        ("val", lambda s: {"classes": data.Classes(("c", "b", "a"), s.classes.colors)}),
+    ],
+    ids=["images", "labels", "stems", "classes"],
+)
+def test_other_data_are_refused_on_resuming(tmp_path, name, change):
+    splits = {n: tinyrun.split(n, 4) for n in ("train", "val", "test")}
+    folder.check_data(list(splits.values()), tmp_path)
+    folder.check_data(list(splits.values()), tmp_path)
+    other = dataclasses.replace(splits[name], **change(splits[name]))
+    with pytest.raises(ConfigError) as caught:
+        folder.check_data(list({**splits, name: other}.values()), tmp_path)
+    assert f"the split '{name}' is not what" in str(caught.value)
+    assert "data.root" in str(caught.value) and "data.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, code):
+    def flock(file, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with folder.claim(Config(), tmp_path / "run"):
+        assert folder.read_config(tmp_path / "run") == Config()
+
+
+def test_a_work_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / "file" / "run"
+    with pytest.raises(ConfigError, match=f"{workdir} cannot be made .*--workdir"):
+        with folder.claim(Config(), workdir):
+            pass
 
 
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"sede": 1})])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tinyrun
+from PIL import Image
 
 import jaxprune as jp
 from jaxprune import data, report, sparsity, trees
@@ -163,6 +164,29 @@ def test_missing_data_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_same_data_may_move_and_others_are_refused(tmp_path, monkeypatch):
+    def draw(root: Path, seed: int) -> Path:
+        rng = np.random.default_rng(seed)
+        for name in ("train", "val", "test"):
+            for kind, shape in (("images", (16, 16, 3)), ("masks", (16, 16))):
+                (root / name / kind).mkdir(parents=True)
+                picture = Image.fromarray(rng.integers(0, 3, shape, np.uint8))
+                picture.save(root / name / kind / "a.png")
+        return root
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(stages, "_stages", lambda *args: {"ran": True})
+
+    def again(root: Path) -> dict:
+        where = Data("folder", root=str(root), size=(16, 16))
+        return run(dataclasses.replace(CONFIG, data=where), tmp_path / "run")
+
+    assert again(draw(tmp_path / "a", 0)) == {"ran": True}
+    assert again((tmp_path / "a").rename(tmp_path / "b")) == {"ran": True}
+    with pytest.raises(ConfigError, match="the split 'train' is not what .*data.root"):
+        again(draw(tmp_path / "c", 1))
+
+
 # The prune stage alone, on a network of one group.
 
 
@@ -228,6 +252,30 @@ def test_what_the_lasso_ended_is_zero_in_the_average_too(tmp_path):
     np.testing.assert_array_equal(jp.dead(graph, variables)["first"], FAINT == 1)
     found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
     np.testing.assert_array_equal(found.keep["first"], FAINT == 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"ratio": 1.0}, [0, 1, 3]),
+        ({"ratio": 1.0, "multiple_of": 4}, [0, 1, 2, 3]),
+        ({"ratio": 1.0, "min_channels": 5}, [0, 1, 2, 3, 4]),
+        ({"ratio": 1.0, "min_channels": 9}, [0, 1, 2, 3, 4, 5]),
+        ({"ratio": 0.5, "multiple_of": 2}, None),  # two of those three
+    ],
+    ids=lambda x: str(x).strip("{}"),
+)
+@pytest.mark.parametrize("method", ["lasso", "gates"])
+def test_zeros_fill_up_the_widths_that_are_wanted(tmp_path, method, fields, kept):
+    job, graph, dense = prepared(tmp_path, method=method, **fields)
+    alive = {"first": np.asarray(FAINT == 1)}
+    variables = trees.mask(graph, alive, dense.average)
+    budget = jp.flops(job.config.prune.ratio)
+    keep, _ = choose.choose(job, graph, variables, budget, Progress(tmp_path))
+    if kept is None:
+        assert keep["first"].sum() == 2 and not (keep["first"] & ~alive["first"]).any()
+    else:
+        np.testing.assert_array_equal(np.flatnonzero(keep["first"]), kept)
 
 
 def test_gates_are_trained_read_and_folded_into_the_weights(tmp_path, monkeypatch):

@@ -248,3 +248,17 @@ def test_kill_leaves_the_latest_complete_step(tmp_path):
             tree,
             {"a": jnp.full((64, 64), meta["step"]), "b": jnp.arange(9) + meta["step"]},
         )
+
+
+def test_every_folder_of_a_step_is_on_the_disk_before_it_gets_its_name(
+    tmp_path, monkeypatch
+):
+    synced = []
+    sync = integrity._sync
+    monkeypatch.setattr(integrity, "_sync", lambda p: (synced.append(p), sync(p)))
+    checkpoint.open_store(tmp_path).save(1, state(0))
+    partial, folder = tmp_path / ".1.partial", tmp_path / "1"
+    inner = {p.relative_to(folder) for p in folder.rglob("*") if p.is_dir()}
+    assert len(inner) > 1
+    assert {p.relative_to(partial) for p in synced[:-2]} == inner
+    assert synced[-2:] == [partial, tmp_path]

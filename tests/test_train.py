@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,12 +17,14 @@ import numpy as np
 import optax
 import pytest
 import tinyrun
+from jax.experimental import multihost_utils
 
+from jaxprune import checkpoint
 from jaxprune.base import CheckpointError
-from jaxprune.train import loop
+from jaxprune.train import loop, stopping
 from jaxprune.train import step as steps
 from jaxprune.train.config import Distill, Fit
-from jaxprune.train.progress import Progress, clock
+from jaxprune.train.progress import Progress, bar, clock
 
 PROGRAM = Path(__file__).with_name("tinyrun.py")
 ROOT = PROGRAM.parents[1]
@@ -55,12 +58,20 @@ def rows(folder: Path, *, timed: bool = False) -> list[dict]:
     ]
 
 
-def start(folder: Path, epochs: float, **env: str) -> subprocess.Popen:
+def start(folder: Path, epochs: float, *more: str, **env: str) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **env}
-    command = [sys.executable, str(PROGRAM), str(folder), str(epochs)]
+    command = [sys.executable, str(PROGRAM), str(folder), str(epochs), *more]
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def wait_for(folder: Path, process: subprocess.Popen) -> None:
+    """Until a running process has made a folder."""
+    limit = time.monotonic() + 90
+    while not folder.exists() and time.monotonic() < limit:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
 
 
 def test_training_learns_and_writes_a_row_a_split_and_epoch(whole):
@@ -111,17 +122,48 @@ def test_sigterm_saves_and_the_resumed_run_ends_bit_identical(
 
 def test_a_kill_at_any_moment_loses_no_more_than_the_last_steps(tmp_path):
     process = start(tmp_path, 8)
-    checkpoints = tmp_path / "checkpoints" / "train"
-    limit = time.monotonic() + 90
-    while not (checkpoints / "6").exists() and time.monotonic() < limit:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
+    wait_for(tmp_path / "checkpoints" / "train" / "6", process)
     process.kill()
     process.communicate()
     killed = rows(tmp_path)
     resumed, undisturbed = fit(tmp_path, 8), fit(tmp_path / "other", 8)
     chex.assert_trees_all_equal(resumed, undisturbed)
     assert rows(tmp_path) == rows(tmp_path / "other") and len(killed) < 16
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_one_of_two_processes_saves_the_same_step_of_both(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # So many epochs that they do not end before JAX has seen the signal.
+    pair = [start(tmp_path, 10_000, port, str(i)) for i in range(2)]
+    try:
+        wait_for(tmp_path / "checkpoints" / "train" / "3", pair[0])
+        pair[1].send_signal(signal.SIGTERM)
+        output = [process.communicate(timeout=60)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in pair] == [143, 143], output
+    newest = checkpoint.open_store(tmp_path / "checkpoints" / "train").latest()
+    assert f"train: saved step {newest}; the same command resumes" in output[0]
+
+
+def test_several_processes_leave_sigterm_to_jax_and_ask_it_by_rising_numbers(
+    monkeypatch,
+):
+    asked = []
+    sync = "reached_preemption_sync_point"
+    monkeypatch.setattr(multihost_utils, sync, lambda n: bool(asked.append(n)))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    before = signal.getsignal(signal.SIGTERM)
+    for _ in range(2):  # two stages
+        with stopping.stoppable() as stop:
+            assert signal.getsignal(signal.SIGTERM) is before
+            assert not any(stop.asked() for _ in range(3))
+    assert len(asked) == 6 and (np.diff(asked) == 1).all()
 
 
 def test_a_line_tells_no_miou_before_there_is_one(tmp_path, capsys):
@@ -276,6 +318,16 @@ def test_rates_warm_up_and_fall():
     assert rate(0) == rate(100) == 0.5
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize(("epochs", "steps_"), [(2.0, 100), (0.1, 1), (0.0, 0)])
+def test_a_training_may_be_warm_up_alone(schedule, epochs, steps_):
+    """As that between two cuts may be, or a first look at a long recipe."""
+    fit_ = Fit(epochs=epochs, warmup=epochs, lr=0.5, schedule=schedule)
+    _, rate = steps.optimizer(fit_, steps_)
+    found = [rate(n) for n in range(steps_)]
+    np.testing.assert_allclose(found, np.arange(steps_) * 0.5 / max(steps_, 1), 1e-5)
+
+
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_weight_decay_is_of_kernels_alone(name):
     tx, rate = steps.optimizer(
@@ -322,3 +374,8 @@ def test_the_average_is_of_the_weights():
 
 def test_clock():
     assert [clock(5), clock(65), clock(3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+def test_bar():
+    assert [bar(x) for x in (0, 0.26, 1)] == ["░" * 10, "███░░░░░░░", "█" * 10]
+    assert bar(0.5, 4) == "██░░"

@@ -2,7 +2,8 @@
 """A training job of seconds: a net of two convolutions, frames of coloured noise.
 
 Run as a program it trains the job in the folder that it is given, for tests that kill
-it or give it other devices: `python tests/tinyrun.py FOLDER EPOCHS`.
+it or give it other devices: `python tests/tinyrun.py FOLDER EPOCHS [PORT I]`, with a
+port and a number as one of two processes.
 """
 
 import contextlib
@@ -89,7 +90,11 @@ def compilations(folder: Path) -> Iterator[None]:
 def main() -> None:
     """Train in the folder that the first argument names; print devices and state."""
     folder = Path(sys.argv[1])
-    state = train(job(folder, float(sys.argv[2])), variables(), Progress(folder))
+    if len(sys.argv) > 3:
+        address, number = f"127.0.0.1:{sys.argv[3]}", int(sys.argv[4])
+        jax.distributed.initialize(address, num_processes=2, process_id=number)
+    progress = Progress(folder, speaks=jax.process_index() == 0)
+    state = train(job(folder, float(sys.argv[2])), variables(), progress)
     print("devices", jax.device_count(), "step", int(state.step))
 
 

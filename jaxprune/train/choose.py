@@ -13,11 +13,11 @@ import numpy as np
 
 from jaxprune import budget as budgets
 from jaxprune import criteria, data, measures, path, sparsity
-from jaxprune.base import Graph, Keep, PyTree
+from jaxprune.base import Graph, Keep, PyTree, Scores
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
 from jaxprune.criteria import Criterion, score
-from jaxprune.select import select
+from jaxprune.select import allowed_counts, select
 from jaxprune.train import metrics
 from jaxprune.train import step as steps
 from jaxprune.train.config import Prune
@@ -33,13 +33,14 @@ def choose(
     prune = job.config.prune
     if prune.method == "path":
         return _walk(job, graph, variables, budget, progress)
+    scores = _scores(job, graph, variables)
     if prune.sparse:
-        alive = sparsity.dead(graph, variables)
+        alive = _alive(prune, graph, variables, scores)
         if _measured(graph, alive, budget) <= budgets.limit(graph, budget):
             return alive, None
     keep = select(
         graph,
-        _scores(job, graph, variables),
+        scores,
         budget,
         multiple_of=prune.multiple_of,
         min_channels=prune.min_channels,
@@ -55,6 +56,22 @@ def estimates(job: Job, count: int) -> list[Any]:
         job.splits.train, batch=job.fit.batch, seed=job.config.seed, augment=how
     )
     return list(itertools.islice(batches, count))
+
+
+def _alive(
+    prune: Prune, graph: Graph, variables: PyTree, scores: Scores
+) -> dict[str, np.ndarray]:
+    """What is not 0, and as many of the zeros as make a number that a group may keep.
+
+    Zeros that stay cost time but change nothing; widths are as the config wants them.
+    """
+    keep = sparsity.dead(graph, variables)
+    allowed = allowed_counts(graph, prune.multiple_of, prune.min_channels)
+    for name, stays in keep.items():
+        count = allowed[name][np.searchsorted(allowed[name], np.sum(stays))]
+        best = np.lexsort((-np.asarray(scores[name]), ~stays))  # those alive first
+        stays[best[:count]] = True
+    return keep
 
 
 def _measured(graph: Graph, keep: Keep, budget: Budget) -> float:

@@ -89,10 +89,11 @@ class Prune:
     says.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
-    costs. rounds: the cut in so many equal factors, `recovery_epochs` of retraining
-    behind each but the last. carry_optimizer: retraining goes on with the cut state
-    of the optimiser. statistics: batches that re-estimate batch statistics after a
-    cut.
+    costs. multiple_of, min_channels: of a group such a number of channels stays, or all
+    of it, with every method; where fewer are not 0, zeros fill it up. rounds: the cut
+    in so many equal factors, `recovery_epochs` of retraining behind each but the last.
+    carry_optimizer: retraining goes on with the cut state of the optimiser. statistics:
+    batches that re-estimate batch statistics after a cut.
     """
 
     method: Literal["criterion", "lasso", "gates", "path"] = "criterion"
@@ -235,6 +236,7 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
     stored = data.stored or data.size
     sizes = all(n > 0 for n in (*data.size, *stored, *(data.counts or ())))
     widths = all(n > 0 for n in config.network.widths)
+    same = config.train.optimizer == config.retrain.optimizer
     return [
         ("name", re.fullmatch(r"[\w.-]+", config.name) is not None, "a file's name"),
         ("seed", 0 <= config.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
@@ -249,6 +251,12 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
         ("evaluate.repeats", evaluate.repeats >= 0, "0 or more"),
         ("evaluate.samples", evaluate.samples > 0, "positive"),
         ("save_every", config.save_every > 0, "positive"),
+        # Another optimiser has no use for the moments of the one before.
+        (
+            "prune.carry_optimizer",
+            not config.prune.carry_optimizer or same,
+            "false where train.optimizer and retrain.optimizer differ",
+        ),
     ]
 
 

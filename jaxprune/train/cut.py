@@ -21,7 +21,7 @@ from jaxprune.train import step as steps
 from jaxprune.train.folder import write_json
 from jaxprune.train.loop import Job, confusion_of, train
 from jaxprune.train.metrics import measures
-from jaxprune.train.progress import Progress
+from jaxprune.train.progress import Progress, bar
 from jaxprune.train.sparsify import sparsify
 from jaxprune.trees import check_keep, compose, shrink, shrink_graph
 
@@ -205,12 +205,11 @@ def _card(graph: Graph, keep: Keep, progress: Progress) -> None:
     rows = []
     for name, group in graph.groups.items():
         after = int(np.sum(keep[name]))
-        cells = round(10 * after / group.size)
-        bar = "█" * cells + "░" * (10 - cells)
+        cells = bar(after / group.size)
         alone = 1 - cost(graph, {**full, name: keep[name]}).flops / max(dense.flops, 1)
         exact = "" if group.exact else "not exact"
         gone = f"-{alone:.1%}" if after < group.size else ""
-        rows.append((name, str(group.size), str(after), bar, gone, exact))
+        rows.append((name, str(group.size), str(after), cells, gone, exact))
     for title, field in (("FLOPs", "flops"), ("parameters", "params")):
         before, after = getattr(dense, field), getattr(small, field)
         stays = f"{after / max(before, 1):.1%}"

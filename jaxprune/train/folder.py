@@ -3,22 +3,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxprune import checkpoint
 from jaxprune.base import ConfigError
+from jaxprune.data import Split
 from jaxprune.train import config as configs
 from jaxprune.train import settings
 from jaxprune.train.config import Config
 
 CONFIG = "config.json"
-# Fields that may differ when a run is resumed: they change no result.
+_DATA = "data.json"
+_LOCK = ".lock"
+# Fields that may differ when a run is resumed: they change no result. Of data.root it
+# is `check_data` that sees to this.
 FREE = ("data.cache", "data.root", "save_every")
 
 
@@ -38,15 +46,84 @@ def _empty(workdir: Path) -> bool:
     if not workdir.is_dir():
         return False
     # What another process of this run, or one that was killed, has just begun.
-    begun = (CONFIG, f"{CONFIG}.partial")
+    begun = (CONFIG, f"{CONFIG}.partial", _LOCK)
     return all(path.name in begun for path in workdir.iterdir())
 
 
-def claim(config: Config, workdir: Path) -> None:
-    """Make the folder this config's."""
-    if not (workdir / CONFIG).exists():
+@contextlib.contextmanager
+def claim(config: Config, workdir: Path) -> Iterator[None]:
+    """Make the folder this config's, and meanwhile this run's alone.
+
+    Raises ConfigError where it cannot be made, is another config's, or another run is
+    using it; a file system without locks tells nothing of the last.
+    """
+    try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(workdir / CONFIG, configs.to_json(config))
+    except OSError as error:
+        raise ConfigError(
+            f"{workdir} cannot be made ({error.strerror}); choose another --workdir"
+        ) from error
+    with _locked(workdir):
+        check_free(config, workdir)  # another run may have begun here meanwhile
+        if not (workdir / CONFIG).exists():
+            write_text(workdir / CONFIG, configs.to_json(config))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back however the process ends."""
+    if jax.process_index() != 0:
+        yield
+        return
+    # The file stays: who deletes it may delete the lock of the next.
+    with open(workdir / _LOCK, "a", encoding="utf-8") as file:
+        try:
+            import fcntl  # not on every system
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{workdir}: another run is using it; wait for its end, or choose "
+                "another --workdir"
+            ) from error
+        except (ImportError, OSError):
+            pass  # there are no locks here
+        yield
+
+
+def check_data(splits: Sequence[Split], workdir: Path) -> None:
+    """Raise ConfigError unless the splits hold what the run began with, wherever it is.
+
+    The first call notes down what that is.
+    """
+    path = workdir / _DATA
+    here = {split.name: _contents(split) for split in splits}
+    if not path.exists():
+        write_json(path, here)
+        return
+    try:
+        there = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it") from error
+    for name, contents in here.items():
+        if there.get(name) != contents:
+            raise ConfigError(
+                f"{workdir}: the split {name!r} is not what this run began with; set "
+                "data.root back, or choose another --workdir. To go on with the data "
+                f"as they are now, delete {path}"
+            )
+
+
+def _contents(split: Split) -> dict[str, Any]:
+    """What tells data apart: count, size, checksums of pixels, names and classes."""
+    names = json.dumps([split.stems, dataclasses.asdict(split.classes)])
+    sums = {
+        "images": zlib.crc32(np.ascontiguousarray(split.images)),
+        "labels": zlib.crc32(np.ascontiguousarray(split.labels)),
+        "names": zlib.crc32(names.encode()),
+    }
+    return {"count": len(split), "size": list(split.size), "crc32": sums}
 
 
 def read_config(workdir: Path) -> Config:

@@ -67,7 +67,8 @@ class Job:
 def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     """Train from `variables`, or on from the newest checkpoint; the state, in NumPy.
 
-    Saves every `save_every` epochs, at the end, and on SIGTERM or Ctrl-C (then exits).
+    Saves every `save_every` epochs, at the end, and on SIGTERM or Ctrl-C (then exits);
+    where there are several processes, on a SIGTERM to any of them.
     Raises NonFinite that names the step and the last good checkpoint.
     """
     store = checkpoint.open_store(job.workdir / "checkpoints" / job.stage)
@@ -153,7 +154,7 @@ def _run(
             progress.compiled(time.perf_counter() - began)
         settle()
         pending = done, loss
-        last, stopping = done == job.total, stop.asked(done)
+        last, stopping = done == job.total, stop.asked()
         if last or done % every(job, job.config.evaluate.every) == 0:
             settle()
             val = job.splits.val

@@ -134,7 +134,6 @@ class Progress:
 
     def _line(self) -> str:
         done = self._at / max(self._total, 1)
-        bar = "█" * round(20 * done) + "░" * (20 - round(20 * done))
         rate = self._rate()
         left = clock((self._total - self._at) / rate) if rate else "?"
         loss = "" if self._loss is None else f"  loss {self._loss:.3f}"
@@ -143,10 +142,16 @@ class Progress:
         if self._score is not None:
             miou = f"  mIoU {self._score:.3f} (best {self._best:.3f})"
         return (
-            f"{self._stage:8} {bar} epoch {self._at / self._per_epoch:.1f}"
+            f"{self._stage:8} {bar(done, 20)} epoch {self._at / self._per_epoch:.1f}"
             f"/{epochs:g}, step {self._at}{loss}{miou}  "
             f"{rate * self._batch:.0f} images/s  {memory()}  {left} left"
         )
+
+
+def bar(share: float, cells: int = 10) -> str:
+    """`███░░░░░░░`: a share, from 0 to 1, of so many cells."""
+    full = round(share * cells)
+    return "█" * full + "░" * (cells - full)
 
 
 def memory() -> str:

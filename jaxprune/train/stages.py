@@ -36,7 +36,8 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Run a config in a work folder, from wherever it got to; the evaluation.
 
     Raises ConfigError before any work for a bad config, or a folder that another config
-    made; DataError for data that is missing or damaged; NonFinite for a diverged run.
+    made, another run is using, or that began with other data; DataError for data that
+    is missing or damaged; NonFinite for a diverged run.
     SIGTERM saves and exits with 143; a kill loses the steps since the last save.
     """
     check(config)
@@ -46,7 +47,15 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     splits = Splits(*(load_split(config, n) for n in ("train", "val", "test")))
     args = network_args(config, len(splits.train.classes))
     net = models.build(config.network.name, args)
-    folder.claim(config, workdir)
+    with folder.claim(config, workdir):
+        folder.check_data((splits.train, splits.val, splits.test), workdir)
+        return _stages(config, net, args, splits, workdir)
+
+
+def _stages(
+    config: Config, net: Any, args: dict[str, Any], splits: Splits, workdir: Path
+) -> dict[str, Any]:
+    """The run in its folder; the evaluation."""
     progress = Progress(workdir, speaks=jax.process_index() == 0)
     graph = _graph(net, config, workdir)
     _opening_card(config, graph, splits, workdir, progress)

@@ -38,8 +38,9 @@ def optimizer(
     """The optax chain of a Fit over so many steps, and its learning rate by step."""
     warm = round(fit.warmup / fit.epochs * steps) if fit.epochs else 0
     if fit.schedule == "cosine":
+        # A training that is all warm-up ends before the first step of the fall.
         rate = optax.warmup_cosine_decay_schedule(
-            0.0 if warm else fit.lr, fit.lr, warm, max(steps, 1)
+            0.0 if warm else fit.lr, fit.lr, warm, max(steps, warm + 1)
         )
     else:
         rate = optax.linear_schedule(0.0 if warm else fit.lr, fit.lr, max(warm, 1))
