@@ -44,6 +44,10 @@ class Mixed(networks.Drawn):
     def do_group_norm(self, y: Any, z: Any, b: int) -> Any:
         return nn.GroupNorm(num_groups=2)(nn.Conv(8, (1, 1))(y))
 
+    def do_joined_norms(self, y: Any, z: Any, b: int) -> Any:
+        parts = [nn.GroupNorm(2)(nn.Conv(n, (1, 1))(y)) for n in (4, 8)]
+        return nn.relu(nn.GroupNorm(2 + b % 3)(jnp.concatenate(parts, axis=-1)))
+
     def do_instance_norm(self, y: Any, z: Any, b: int) -> Any:
         return nn.GroupNorm(num_groups=None, group_size=1)(y)
 
@@ -52,6 +56,24 @@ class Mixed(networks.Drawn):
         attend = nn.MultiHeadDotProductAttention(2, qkv_features=8, out_features=4)
         out = attend(tokens, tokens).reshape(y.shape[0], 2, 2, 4)
         return jnp.repeat(jnp.repeat(out, 4, 1), 4, 2)
+
+    def do_fused_heads(self, y: Any, z: Any, b: int) -> Any:
+        n, heads, width = y.shape[0], 1 + b % 3, 2 + b % 2
+        tokens = y[:, ::4, ::4].reshape(n, 4, y.shape[-1])
+        parts = nn.Dense(heads * 3 * width)(tokens).reshape(n, 4, heads, 3 * width)
+        out = nn.dot_product_attention(*jnp.split(parts, 3, axis=-1))
+        out = nn.Dense(4)(out.reshape(n, 4, heads * width)).reshape(n, 2, 2, 4)
+        return jnp.repeat(jnp.repeat(out, 4, 1), 4, 2)
+
+    def do_vector_to_image(self, y: Any, z: Any, b: int) -> Any:
+        h, w = y.shape[1:3]
+        image = nn.Dense(4 * 4 * 3)(y.mean(axis=(1, 2))).reshape(-1, 4, 4, 3)
+        return jax.image.resize(image, (len(y), h, w, 3), "nearest")
+
+    def do_pad_channels(self, y: Any, z: Any, b: int) -> Any:
+        left, right = b % 3, 4 - b % 3
+        wide = jnp.pad(y, ((0, 0), (0, 0), (0, 0), (left, right)))
+        return nn.relu(wide + nn.Conv(wide.shape[-1], (1, 1))(y))
 
     def do_einsum(self, y: Any, z: Any, b: int) -> Any:
         return jnp.einsum("bhwc,cd->bhwd", y, Weight(WIDTHS[b % 2])(y))
