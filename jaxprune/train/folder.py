@@ -119,8 +119,8 @@ def _contents(split: Split) -> dict[str, Any]:
     """What tells data apart: count, size, checksums of pixels, names and classes."""
     names = json.dumps([split.stems, dataclasses.asdict(split.classes)])
     sums = {
-        "images": zlib.crc32(np.ascontiguousarray(split.images)),
-        "labels": zlib.crc32(np.ascontiguousarray(split.labels)),
+        "images": zlib.crc32(np.ascontiguousarray(split.images).data),
+        "labels": zlib.crc32(np.ascontiguousarray(split.labels).data),
         "names": zlib.crc32(names.encode()),
     }
     return {"count": len(split), "size": list(split.size), "crc32": sums}
