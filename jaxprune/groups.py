@@ -6,8 +6,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -62,6 +62,7 @@ def graph_of(labels: Labels, leaves: tuple[Leaf, ...], ins: Sequence[Value]) -> 
         families[family_axes, tuple(uses[channel])].append(channel)
     consumed = _consumed(labels)
     groups: dict[str, Group] = {}
+    collections, times = _collections(leaves), Counter[str]()
     owner = np.full(len(solved.frozen), -1)
     for members in families.values():
         members.sort(key=lambda c: channels[c])
@@ -72,7 +73,9 @@ def graph_of(labels: Labels, leaves: tuple[Leaf, ...], ins: Sequence[Value]) -> 
         if len(members) == 1:
             frozen += [Frozen(s.path, s.axis, s.indices.size, SINGLE) for s in slots]
             continue
-        name = _name(leaves[leaf_axes[0][0]].path, groups, leaves)
+        module = _module(leaves[leaf_axes[0][0]].path, collections)
+        times[module] += 1
+        name = _name(module, times[module], groups)
         exact = not solved.inexact[members].any()
         owner[members] = len(groups)
         groups[name] = Group(name, len(members), slots, exact)
@@ -132,26 +135,31 @@ def _frozen(
     return [Frozen(leaf.path, axis, count, cause) for cause, count in counts.items()]
 
 
-def _name(path: Path, taken: dict[str, Group], leaves: Sequence[Leaf]) -> str:
-    name = _module(path, leaves)
-    if name not in taken:
-        return name
-    number = 2
-    while f"{name}#{number}" in taken:
+def _name(module: str, number: int, taken: Mapping[str, Group]) -> str:
+    """The name of a module's group, `number` being which of its groups this is."""
+    if module not in taken:
+        return module
+    number = max(number, 2)
+    while f"{module}#{number}" in taken:
         number += 1
-    return f"{name}#{number}"
+    return f"{module}#{number}"
 
 
-def _module(path: Path, leaves: Sequence[Leaf]) -> str:
+def _collections(leaves: Sequence[Leaf]) -> bool:
+    """Whether the variables are {'params': ..., ...}."""
+    return any(leaf.path[:1] == ("params",) for leaf in leaves)
+
+
+def _module(path: Path, collections: bool) -> str:
     """The module's path, without the collection and the parameter's own name."""
-    collections = any(leaf.path[:1] == ("params",) for leaf in leaves)
     parts = path[1:] if collections and len(path) > 1 else path
     return "/".join(parts[:-1] or parts)
 
 
 def check_strict(graph: Graph, strict: Sequence[str]) -> None:
     """Raise GraphError where a module that was asked for by name is frozen."""
-    names = {leaf.path: _module(leaf.path, graph.leaves) for leaf in graph.leaves}
+    collections = _collections(graph.leaves)
+    names = {leaf.path: _module(leaf.path, collections) for leaf in graph.leaves}
     for pattern in strict:
         mine = [p for p, name in names.items() if fnmatch.fnmatchcase(name, pattern)]
         if not mine:

@@ -196,8 +196,9 @@ def _dense_structs(
                 f"(dense {leaf.shape}); {hint}"
             )
         structs.append(jax.ShapeDtypeStruct(leaf.shape, x.dtype, weak_type=x.weak_type))
+    given = set(order)
     for i, leaf in enumerate(graph.leaves):
-        if i not in order:
+        if i not in given:
             raise GraphError(f"variables lack {path_str(leaf.path)} {leaf.shape}")
     return structs, order
 
