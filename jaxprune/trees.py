@@ -72,12 +72,14 @@ def shrink(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
         kept = _kept(leaf, cuts, keep)
         if all(k is None for k in kept):
             return x
-        small = x
+        # NumPy reads a CPU's array in place, and has nothing to compile for each shape.
+        host = _on_cpu(x)
+        small = np.asarray(x) if host else x
         for axis, indices in enumerate(kept):
             if indices is not None:
-                take = np.take if _numpy(x) else jnp.take
+                take = np.take if _numpy(small) else jnp.take
                 small = take(small, indices, axis=axis)
-        return _placed_like(x, small)
+        return _from_cpu(x, small) if host else _placed_like(x, small)
 
     return _map(graph, cut, tree, _dense_shape)
 
@@ -469,6 +471,19 @@ def _along(line: Any, axis: int, ndim: int) -> Any:
 
 def _numpy(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic)
+
+
+def _on_cpu(x: Any) -> bool:
+    """Whether x is a whole, concrete JAX array in the memory that NumPy sees."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return False
+    (device, *others) = x.devices()
+    return device.platform == "cpu" and not others and not x.weak_type
+
+
+def _from_cpu(x: jax.Array, y: np.ndarray) -> jax.Array:
+    """y as a JAX array where x is, committed to that place if x is."""
+    return jax.device_put(y, x.sharding if x.committed else None)
 
 
 def _placed_like(x: Any, y: Any) -> Any:
