@@ -19,7 +19,7 @@ slim = importlib.import_module("jaxprune.slim")
 class Spent(NamedTuple):
     """CPU seconds of JAX's tracing, of the rest, and of planning `slim` within that.
 
-    peak, plan_peak: bytes that the rest, and the planning, held at most; 0 unless asked.
+    peak, plan_peak: bytes that the rest, and the planning, held at most, if asked.
     """
 
     result: Any

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How time and memory grow: with equations, with channels, and to a billion parameters.
 
-    python benchmarks/scaling.py equations|channels|shrink [--most N]
+    python benchmarks/scaling.py equations|channels|shrink [--most N] [--kind KIND]
 
 Prints markdown. Seconds are CPU seconds, memory is the peak beyond what was held
 before; *jaxpr* is JAX's own tracing, the others are beyond it. The slope is that of a
@@ -21,8 +21,9 @@ import measure
 import numpy as np
 
 import jaxprune as jp
+from jaxprune import trees
 
-EQUATIONS = (100, 300, 1_000, 3_000, 10_000, 20_000)
+EQUATIONS = (300, 1_000, 3_000, 10_000, 20_000)
 CHANNELS = (256, 1_024, 4_096, 16_384, 65_536)
 HEADER = ("jaxpr, s", "trace, s", "trace, MiB", "plan, s", "plan, MiB")
 MIB = 2**20
@@ -134,8 +135,8 @@ def measured(apply: Callable[..., Any], params: Any, x: Any) -> tuple[int, list[
     ]
 
 
-def by_equations(most: int) -> None:
-    for kind in BLOCKS:
+def by_equations(most: int, kinds: Sequence[str] = tuple(BLOCKS)) -> None:
+    for kind in kinds:
         one, two = (
             measure.equations(jax.make_jaxpr(apply)(params, x))
             for apply, params, x in (stack(kind, 1), stack(kind, 2))
@@ -172,6 +173,11 @@ class Peak:
         self._thread.join()
 
 
+def touch(size: int) -> None:
+    """Have the system find this much memory now, not while a clock runs."""
+    np.empty(size, np.uint8).fill(0)
+
+
 def resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
@@ -189,14 +195,15 @@ def shrink(parameters: int) -> None:
 
     square = dict.fromkeys(names, struct(WIDTH, WIDTH))
     graph = jp.trace(apply, square, struct(1, WIDTH))
-    total, leaf = layers * WIDTH**2 * 4, WIDTH**2 * 4
-    print(f"\n{layers} kernels of {WIDTH} x {WIDTH}: {layers * WIDTH**2:,} parameters")
-    print(
-        "\n| kept | new, GiB | shrink, s | copy, s | ratio | indexed, s | above, leaves |"
-    )
+    count = layers * WIDTH**2
+    total, leaf = count * 4, WIDTH**2 * 4
+    print(f"\n{layers} kernels of {WIDTH} x {WIDTH}: {count:,} parameters")
+    columns = ("kept", "new, GiB", "shrink, s", "copy, s", "ratio", "indexed, s")
+    print(f"\n| {' | '.join(columns)} | above, leaves |")
     print("| --- |" + " ---: |" * 6)
     old = {n: jnp.full((WIDTH, WIDTH), 1.0, jnp.float32) for n in names}
     jax.block_until_ready(old)
+    touch(total)
     for label, rule in KEEPS.items():
         keep = {n: rule(np.arange(g.size)) for n, g in graph.groups.items()}
         gc.collect()
@@ -224,18 +231,14 @@ def shrink(parameters: int) -> None:
 
 def indexed(graph: jp.Graph, keep: Any, old: Any) -> None:
     """The plainest NumPy of the same: rows, then columns, by index."""
-    kept = dict(zip([leaf.path[0] for leaf in graph.leaves], jp_kept(graph, keep)))
+    kept = dict(
+        zip([leaf.path[0] for leaf in graph.leaves], trees.kept_indices(graph, keep))
+    )
     for name, x in old.items():
         array = np.asarray(x)
         for axis, indices in enumerate(kept[name]):
             if indices is not None:
                 array = np.take(array, indices, axis)
-
-
-def jp_kept(graph: jp.Graph, keep: Any) -> Any:
-    from jaxprune import trees
-
-    return trees.kept_indices(graph, keep)
 
 
 WIDTH = 8192
@@ -250,10 +253,13 @@ KEEPS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("equations", "channels", "shrink"))
+    parser.add_argument("--kind", choices=BLOCKS, help="of equations: this one alone")
     parser.add_argument("--most", type=int, default=10**9, help="the largest size")
     options = parser.parse_args()
-    run = {"equations": by_equations, "channels": by_channels, "shrink": shrink}
-    run[options.what](options.most)
+    if options.what == "equations":
+        by_equations(options.most, [options.kind] if options.kind else list(BLOCKS))
+    else:
+        {"channels": by_channels, "shrink": shrink}[options.what](options.most)
 
 
 if __name__ == "__main__":
