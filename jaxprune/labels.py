@@ -191,8 +191,10 @@ class Labels:
         for marked, events in ((frozen, self.freezes), (inexact, self.softened)):
             for axis, cause in events:
                 hit = np.unique(component[axis[axis > 0]])
-                for c in hit[~marked[hit]]:
-                    causes.setdefault(int(c), str(cause))
+                new = hit[~marked[hit]].tolist()
+                text = str(cause) if new else ""
+                for c in new:
+                    causes.setdefault(c, text)
                 marked[hit] = True
         return Solved(component, frozen, inexact, causes)
 

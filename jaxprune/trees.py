@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,11 +73,15 @@ def shrink(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
         kept = _kept(leaf, cuts, keep)
         if all(k is None for k in kept):
             return x
+        # NumPy reads a CPU's array in place, and has nothing to compile for each shape.
+        if _numpy(x):
+            return _gathered(x, kept)
+        if _on_cpu(x):
+            return _from_cpu(x, _gathered(np.asarray(x), kept))
         small = x
         for axis, indices in enumerate(kept):
             if indices is not None:
-                take = np.take if _numpy(x) else jnp.take
-                small = take(small, indices, axis=axis)
+                small = jnp.take(small, indices, axis=axis)
         return _placed_like(x, small)
 
     return _map(graph, cut, tree, _dense_shape)
@@ -279,6 +284,9 @@ def kept_indices(graph: Graph, keep: Keep) -> list[tuple[np.ndarray | None, ...]
 
 # Leaves are found by the end of their key path.
 
+# Bytes that are cut at a time.
+_BLOCK = 2**21
+
 _Cuts = tuple[tuple[int, tuple[tuple[str, Slot], ...]], ...]
 
 
@@ -469,6 +477,42 @@ def _along(line: Any, axis: int, ndim: int) -> Any:
 
 def _numpy(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic)
+
+
+def _on_cpu(x: Any) -> bool:
+    """Whether x is a whole, concrete JAX array in the memory that NumPy sees."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return False
+    (device, *others) = x.devices()
+    return device.platform == "cpu" and not others and not x.weak_type
+
+
+def _gathered(x: np.ndarray, kept: list[np.ndarray | None]) -> np.ndarray:
+    """x at the kept indices of every axis, a few rows at a time.
+
+    So nothing else of x's size is held; and JAX takes an array that starts at a
+    multiple of 64 bytes over as it is.
+    """
+    shape = tuple(n if k is None else len(k) for n, k in zip(x.shape, kept))
+    size = math.prod(shape) * x.dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    small = memory[start : start + size].view(x.dtype).reshape(shape)
+    rows, *others = kept
+    step = max(1, _BLOCK * len(x) // max(1, x.nbytes))
+    for start in range(0, len(small), step):
+        block = slice(start, start + step)
+        part = x[block] if rows is None else x[rows[block]]
+        for axis, indices in enumerate(others, 1):
+            if indices is not None:
+                part = np.take(part, indices, axis)
+        small[block] = part
+    return small
+
+
+def _from_cpu(x: jax.Array, y: np.ndarray) -> jax.Array:
+    """y as a JAX array where x is, committed to that place if x is."""
+    return jax.device_put(y, x.sharding if x.committed else None)
 
 
 def _placed_like(x: Any, y: Any) -> Any:
