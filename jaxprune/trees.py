@@ -46,7 +46,11 @@ def mask(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
     `keep` may be traced: one compiled function serves every mask. Shapes, dtypes and
     shardings stay. Raises GraphError for a keep or a tree that does not fit.
     """
-    keep = check_keep(graph, keep)
+    return zeroed(graph, check_keep(graph, keep), tree)
+
+
+def zeroed(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
+    """`mask` for a keep {group: bool[C]} that is checked, or may empty a group."""
 
     def masked(leaf: Leaf, cuts: _Cuts, x: Any) -> Any:
         for axis, slots in cuts:
