@@ -124,12 +124,18 @@ def dead(
 ) -> dict[str, np.ndarray]:
     """The keep {group: bool[C]} that cuts the channels whose weights are all exactly 0.
 
-    A group that is wholly 0 keeps its first channel, since none may be emptied.
+    A group that is wholly 0 keeps its first channel, since none may be emptied; one
+    that has no trained weight in these roles (a frozen backbone) keeps all. Raises
+    GraphError for variables that do not fit the graph.
     """
     sums = trees.channel_sum(
         graph, jax.tree.map(jnp.abs, floats(variables)), roles=roles
     )
-    return {n: _never_empty(np.asarray(s) != 0, np.asarray(s)) for n, s in sums.items()}
+    counts = trees.channel_count(graph, roles=roles)
+    return {
+        n: _never_empty((np.asarray(s) != 0) | (counts[n] == 0), np.asarray(s))
+        for n, s in sums.items()
+    }
 
 
 def init_gates(graph: Graph) -> dict[str, jax.Array]:
