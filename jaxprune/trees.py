@@ -49,7 +49,8 @@ def mask(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
     """The tree with everything that belongs to a removed channel set to zero.
 
     `keep` may be traced: one compiled function serves every mask. Shapes, dtypes and
-    shardings stay. Raises GraphError for a keep or a tree that does not fit.
+    shardings stay. Raises GraphError for a keep or a tree that does not fit, or whose
+    arrays the graph knows none of.
     """
     return zeroed(graph, check_keep(graph, keep), tree)
 
@@ -361,6 +362,8 @@ def _map(
             continue
         _check_shape(leaf, path, shape, wanted)
         out.append(f(leaf, cuts, x))
+    if not found:
+        _check_strange(graph, flat)
     whole = {c: numbers for c, numbers in found.items() if c not in partial}
     _check_complete(graph, index, whole)
     return jax.tree_util.tree_unflatten(treedef, out)
@@ -461,6 +464,22 @@ def _check_shape(leaf: Leaf, path: Path, seen: tuple, wanted: tuple) -> None:
         f"{path_str(path)} has shape {tuple(seen)}, expected is {tuple(wanted)} (dense "
         f"shape {leaf.shape}); {hint}"
     )
+
+
+def _check_strange(graph: Graph, flat: list[tuple[Any, Any]]) -> None:
+    """Raise for numbers of which none has a variable's key path.
+
+    A tree without any, such as the state of plain SGD, has nothing to match.
+    """
+    for keys, x in flat if graph.groups else ():
+        dtype = getattr(x, "dtype", None)
+        if np.ndim(x) and dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+            raise GraphError(
+                f"nothing in the tree has a variable's key path: it holds "
+                f"{path_str(key_path(keys))} {tuple(np.shape(x))}, the graph "
+                f"{path_str(graph.leaves[0].path)} {graph.leaves[0].shape}; keep the "
+                "variables' own containers and names"
+            )
 
 
 def _check_complete(graph: Graph, index: _Index, found: dict[Path, set[int]]) -> None:

@@ -162,3 +162,32 @@ def test_adafactor_goes_on_where_the_same_axes_are_factored(inner, ends, kept, l
     small, cut = jp.shrink(graph, keep, (params, state))
     chex.assert_trees_all_equal_shapes_and_dtypes(cut, tx.init(small))
     chex.assert_tree_all_finite(tx.update(small, cut, small)[0])
+
+
+def test_a_tree_of_which_nothing_is_known_is_refused():
+    graph, keep, params = pair(6, 4, 3)
+    others = {"A": {"w": params["a"]}, "B": {"w": params["b"]}}
+    flat = optax.flatten(optax.adam(0.1)).init(params)
+    for strange in (others, list(params.values()), (1.0, flat)):
+        for f in (jp.mask, jp.shrink):
+            with pytest.raises(GraphError, match="it holds .*, the graph a "):
+                f(graph, keep, strange)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        None,
+        {},
+        (),
+        optax.sgd(0.1).init({}),
+        {"count": jnp.zeros((), jnp.int32), "rate": jnp.ones(())},
+        {"key": jax.random.key_data(jax.random.key(0))},
+        {"name": "adam", "rate": 0.1},
+    ],
+)
+def test_trees_without_arrays_of_numbers_pass(tree):
+    graph, keep, _ = pair(6, 4, 3)
+    for f in (jp.mask, jp.shrink, jp.expand):
+        got, want = jax.tree.leaves(f(graph, keep, tree)), jax.tree.leaves(tree)
+        assert all(a is b for a, b in zip(got, want, strict=True))
