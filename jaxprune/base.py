@@ -10,6 +10,7 @@ batch, `H`, `W` height and width; kernels are `[kh, kw, in, out]`, images `[B, H
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -101,8 +102,26 @@ class Slot:
     indices: np.ndarray
     role: Role = "out"
 
+    def __post_init__(self) -> None:
+        indices = np.array(self.indices, np.int64)
+        indices.flags.writeable = False
+        object.__setattr__(self, "indices", indices)
 
-@dataclasses.dataclass(frozen=True, eq=False)
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Slot):
+            return NotImplemented
+        same = (self.path, self.axis, self.role) == (other.path, other.axis, other.role)
+        return same and np.array_equal(self.indices, other.indices)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.axis, self.role, self.indices.shape))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Arrays come back writable; __post_init__ makes them read-only.
+        return Slot, (self.path, self.axis, self.indices, self.role)
+
+
+@dataclasses.dataclass(frozen=True)
 class Group:
     """`size` = C channels, each of which can only be cut from all its `slots` at once.
 
@@ -160,8 +179,8 @@ class Graph:
 
     `groups` are in order of first use; `frozen` lists what cannot be cut and why;
     `leaves` are the dense variables; `terms` are the network's costs as polynomials of
-    the numbers of kept channels. Immutable, and made of names and integers only: see
-    `to_json`.
+    the numbers of kept channels. Immutable, equal by value (and by the groups' order),
+    and made of names and integers only: see `to_json`.
     """
 
     groups: Mapping[str, Group]
@@ -171,6 +190,25 @@ class Graph:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Graph):
+            return NotImplemented
+        return self is other or self._value() == other._value()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self._value())
+
+    def _value(self) -> tuple[Any, ...]:
+        return tuple(self.groups.items()), self.frozen, self.leaves, self.terms
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A view of a dict cannot be pickled, and hashes of text differ by process.
+        return Graph, (dict(self.groups), self.frozen, self.leaves, self.terms)
 
     @property
     def channels(self) -> int:

@@ -31,21 +31,40 @@ def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Cr
 
     By default of those that make the channel (its filter, bias, batch-norm scale and
     bias); roles=('out', 'in') adds those that read it. Not normalised: sizes of groups
-    differ, so put `normalize` behind it for a global selection. ConfigError for another
-    p.
+    differ, so put `normalize` behind it for a global selection. A group without trained
+    weights in `roles` is measured by all that it has. Raises ConfigError for another p,
+    GraphError naming the groups that have no trained weight at all.
 
     Source: Li et al., "Pruning filters for efficient ConvNets", 2017 (p = 1).
     """
     if p not in (1, 2):
         raise ConfigError(f"magnitude(p={p!r}): p is 1 or 2")
 
-    def measured(scores: Scores, evidence: Evidence) -> Scores:
+    def init(graph: Graph, variables: PyTree) -> PyTree:
+        del variables
+        counts = trees.channel_count(graph)
+        bare = [n for n, count in counts.items() if not count.any()]
+        if bare:
+            raise GraphError(
+                f"magnitude: nothing of {', '.join(map(repr, bare))} is trained; trace "
+                "with what is frozen closed over by apply, so that no group has it, or "
+                "give select scores of your own for it"
+            )
+        return ()
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        del scores
+        graph = evidence.graph
         power = jnp.abs if p == 1 else jnp.square
         tree = jax.tree.map(power, floats(evidence.variables))
-        sums = trees.channel_sum(evidence.graph, tree, roles=roles)
-        return sums if p == 1 else jax.tree.map(jnp.sqrt, sums)
+        sums = trees.channel_sum(graph, tree, roles=roles)
+        counts = trees.channel_count(graph, roles=roles)
+        if not all(count.any() for count in counts.values()):
+            every = trees.channel_sum(graph, tree)
+            sums = {n: s if counts[n].any() else every[n] for n, s in sums.items()}
+        return sums if p == 1 else jax.tree.map(jnp.sqrt, sums), state
 
-    return stateless(measured)
+    return Criterion(init, update)
 
 
 def bn_scale() -> Criterion:

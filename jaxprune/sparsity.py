@@ -6,7 +6,8 @@ that belongs to channel c of group g. Norms are not smooth at zero, so gradients
 reach it; the proximal step does.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxprune import budget, trees
-from jaxprune.base import ConfigError, Graph, GraphError, PyTree, Role
+from jaxprune.base import ConfigError, Graph, GraphError, Group, PyTree, Role
 from jaxprune.measures import floats
 
 Weights = Mapping[str, Any]
@@ -123,12 +124,18 @@ def dead(
 ) -> dict[str, np.ndarray]:
     """The keep {group: bool[C]} that cuts the channels whose weights are all exactly 0.
 
-    A group that is wholly 0 keeps its first channel, since none may be emptied.
+    A group that is wholly 0 keeps its first channel, since none may be emptied; one
+    that has no trained weight in these roles (a frozen backbone) keeps all. Raises
+    GraphError for variables that do not fit the graph.
     """
     sums = trees.channel_sum(
         graph, jax.tree.map(jnp.abs, floats(variables)), roles=roles
     )
-    return {n: _never_empty(np.asarray(s) != 0, np.asarray(s)) for n, s in sums.items()}
+    counts = trees.channel_count(graph, roles=roles)
+    return {
+        n: _never_empty((np.asarray(s) != 0) | (counts[n] == 0), np.asarray(s))
+        for n, s in sums.items()
+    }
 
 
 def init_gates(graph: Graph) -> dict[str, jax.Array]:
@@ -139,9 +146,13 @@ def init_gates(graph: Graph) -> dict[str, jax.Array]:
 def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
     """The variables with each channel scaled by its gate, once wherever it is read.
 
-    The gate is folded into the weights that read the channel; a group that none reads
-    has those that make it scaled. Gates of 0 and 1 do what `mask` does. Raises
-    GraphError for gates that do not fit the graph.
+    The gate is folded into the trained kernels that read the channel. A group that none
+    reads has one of its makers scaled: the trained one of least rank, biases aside, and
+    the bias beside it. What reads a channel otherwise, a norm over the channels or an
+    elementwise product, sees the ungated value, until the gate is 0: then everything
+    that belongs to the channel is 0, and no gradient reaches it or its gate. So gates
+    of 0 and 1 do what `mask` does. Raises GraphError for gates that do not fit the
+    graph.
 
     Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
     networks", 2018.
@@ -151,7 +162,32 @@ def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
     read = {n: g for n, g in gates.items() if counts[n].any()}
     unread = {n: g for n, g in gates.items() if n not in read}
     variables = trees.channel_scale(graph, read, variables, roles=("in",))
-    return trees.channel_scale(graph, unread, variables, roles=("out",))
+    variables = trees.channel_scale(
+        _one_maker(graph, unread), unread, variables, roles=("out",)
+    )
+    alive = {
+        n: (g if isinstance(g, np.ndarray) else jnp.asarray(g)) != 0
+        for n, g in gates.items()
+    }
+    return trees.zeroed(graph, alive, variables)
+
+
+def _one_maker(graph: Graph, names: Collection[str]) -> Graph:
+    """The graph of these groups, each at one product of its makers alone."""
+    leaves = {leaf.path: leaf for leaf in graph.leaves}
+
+    def reduced(group: Group) -> Group:
+        makers = [s for s in group.slots if leaves[s.path].trained and s.role == "out"]
+        products = [s for s in makers if s.path[-1] != "bias"]
+        if products:
+            one = min(products, key=lambda s: len(leaves[s.path].shape))
+            bias = (*one.path[:-1], "bias")
+            makers = [s for s in makers if s is one or s.path == bias]
+        return dataclasses.replace(group, slots=tuple(makers))
+
+    return dataclasses.replace(
+        graph, groups={n: reduced(graph.groups[n]) for n in names}, terms=()
+    )
 
 
 def proximal_gates(

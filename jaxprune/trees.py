@@ -7,8 +7,13 @@ key path its own ends with (`opt_state[0].mu['params']['conv']['kernel']`); a tr
 one collection alone (`variables['params']`) matches too, and so do leaves that are
 stacked along leading axes (an ensemble, the history of L-BFGS). All other leaves are
 passed on, not copied. Adafactor's factored means are cut along the axes that they keep;
-they still hold, averaged, what the removed channels had. Where a cut changes which of
-two axes is the longer one, the two means change places: start such an optimiser anew.
+they still hold, averaged, what the removed channels had. Where a cut changes which two
+axes are the longest, or would end the factoring, `shrink` raises.
+
+optax's SM3 and `optax.flatten` do not keep the variables' shapes: start these anew. All
+other optimisers of optax pass, by themselves or within chain, masked, multi_transform,
+MultiSteps, inject_hyperparams, apply_if_finite, schedule_free; tests/test_optimisers.py
+lists those that are tested.
 """
 
 from __future__ import annotations
@@ -45,9 +50,14 @@ def mask(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
     """The tree with everything that belongs to a removed channel set to zero.
 
     `keep` may be traced: one compiled function serves every mask. Shapes, dtypes and
-    shardings stay. Raises GraphError for a keep or a tree that does not fit.
+    shardings stay. Raises GraphError for a keep or a tree that does not fit, or whose
+    arrays the graph knows none of.
     """
-    keep = check_keep(graph, keep)
+    return zeroed(graph, check_keep(graph, keep), tree)
+
+
+def zeroed(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
+    """`mask` for a keep {group: bool[C]} that is checked, or may empty a group."""
 
     def masked(leaf: Leaf, cuts: _Cuts, x: Any) -> Any:
         for axis, slots in cuts:
@@ -65,9 +75,11 @@ def shrink(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
     """The tree with the removed channels cut out: smaller, dense arrays.
 
     `keep` must be concrete (shapes depend on it); the tree may be traced. Dtypes and
-    named shardings stay. Raises GraphError for a keep or a tree that does not fit.
+    named shardings stay. Raises GraphError for a keep or a tree that does not fit, and
+    for a state of Adafactor that the smaller network cannot go on with.
     """
     keep = check_keep(graph, keep, concrete=True)
+    _check_factored(graph, keep, tree)
 
     def cut(leaf: Leaf, cuts: _Cuts, x: Any) -> Any:
         kept = _kept(leaf, cuts, keep)
@@ -358,6 +370,8 @@ def _map(
             continue
         _check_shape(leaf, path, shape, wanted)
         out.append(f(leaf, cuts, x))
+    if not found:
+        _check_strange(graph, flat)
     whole = {c: numbers for c, numbers in found.items() if c not in partial}
     _check_complete(graph, index, whole)
     return jax.tree_util.tree_unflatten(treedef, out)
@@ -375,6 +389,47 @@ def _statistic(leaf: Leaf, cuts: _Cuts, path: Path, ndim: int) -> tuple[Leaf, _C
     shape = leaf.shape[:gone] + leaf.shape[gone + 1 :]
     rest = tuple((a - (a > gone), slots) for a, slots in cuts if a != gone)
     return dataclasses.replace(leaf, shape=shape), rest
+
+
+def _check_factored(graph: Graph, keep: Keep, tree: PyTree) -> None:
+    """Raise where a cut changes which axes of a leaf Adafactor factors.
+
+    The state does not hold min_dim_size_to_factor: it is taken to be optax's 128 where
+    the dense leaves allow that, else the least that is factored.
+    """
+    index, kept = _index(graph), kept_indices(graph, keep)
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    factored, whole = set(), set()
+    for keys, x in flat:
+        path = key_path(keys)
+        number = _leaf_number(index, path) if "v_row" in path else None
+        if number is not None:
+            dense = graph.leaves[number].shape
+            same = len(dense) > 1 and np.ndim(x) == len(dense) - 1
+            same &= np.shape(x) == tuple(np.delete(dense, np.argsort(dense)[-1:]))
+            (factored if same else whole).add(number)
+    least = min((_second(graph.leaves[n].shape) for n in factored), default=0)
+    if least >= 128 > max((_second(graph.leaves[n].shape) for n in whole), default=0):
+        least = 128
+    for number in sorted(factored):
+        leaf = graph.leaves[number]
+        small = _cut_shape(leaf, kept[number])
+        changed = list(np.argsort(leaf.shape)[-2:]) != list(np.argsort(small)[-2:])
+        if changed or _second(small) < least:
+            what = "other axes are the longest" if changed else "it is too small"
+            raise GraphError(
+                f"start this optimiser anew: Adafactor's means of squared gradients of "
+                f"{path_str(leaf.path)} {leaf.shape} do not fit it at {small}, where "
+                f"{what}; call tx.init(small params) after the cut"
+            )
+
+
+def _second(shape: tuple[int, ...]) -> int:
+    return sorted(shape)[-2] if len(shape) > 1 else 0
+
+
+def _cut_shape(leaf: Leaf, kept: tuple[np.ndarray | None, ...]) -> tuple[int, ...]:
+    return tuple(n if k is None else len(k) for n, k in zip(leaf.shape, kept))
 
 
 def _stacked(leaf: Leaf, cuts: _Cuts, shape: tuple[int, ...]) -> tuple[Leaf, _Cuts]:
@@ -417,6 +472,22 @@ def _check_shape(leaf: Leaf, path: Path, seen: tuple, wanted: tuple) -> None:
         f"{path_str(path)} has shape {tuple(seen)}, expected is {tuple(wanted)} (dense "
         f"shape {leaf.shape}); {hint}"
     )
+
+
+def _check_strange(graph: Graph, flat: list[tuple[Any, Any]]) -> None:
+    """Raise for numbers of which none has a variable's key path.
+
+    A tree without any, such as the state of plain SGD, has nothing to match.
+    """
+    for keys, x in flat if graph.groups else ():
+        dtype = getattr(x, "dtype", None)
+        if np.ndim(x) and dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+            raise GraphError(
+                f"nothing in the tree has a variable's key path: it holds "
+                f"{path_str(key_path(keys))} {tuple(np.shape(x))}, the graph "
+                f"{path_str(graph.leaves[0].path)} {graph.leaves[0].shape}; keep the "
+                "variables' own containers and names"
+            )
 
 
 def _check_complete(graph: Graph, index: _Index, found: dict[Path, set[int]]) -> None:

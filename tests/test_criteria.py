@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores against sums written out in float64, and the laws of the combinators."""
 
+import dataclasses
+
 import chex
 import flax.linen as nn
 import jax
@@ -294,3 +296,15 @@ def test_scores_that_are_not_finite_name_the_group():
     )
     with pytest.raises(GraphError, match="'l1'.*1 of 4 channels.*channel 2"):
         score(magnitude(), GRAPH, broken)
+
+
+def test_magnitude_of_groups_that_lack_a_role_or_are_not_trained():
+    graph, variables, trained = toygraphs.frozen_backbone()
+    first, second = graph.groups
+    with pytest.raises(GraphError, match=f"magnitude: nothing of {first!r} is trained"):
+        score(magnitude(), graph, variables)
+    # Without the untrained group: only the reader of the second one is trained.
+    graph = dataclasses.replace(graph, groups={second: graph.groups[second]})
+    for roles in (("in",), ("out",)):
+        scores = score(magnitude(roles=roles), graph, variables)
+        np.testing.assert_allclose(scores[second], np.abs(trained).sum(1), rtol=1e-6)

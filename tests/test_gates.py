@@ -2,10 +2,12 @@
 """Gates scale a channel where it is read; their proximal step is soft-thresholding."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import toygraphs
 
 import jaxprune
@@ -23,7 +25,7 @@ def after(tx, params, updates=None):
 
 
 def test_gates_scale_each_channel_once_where_it_is_read():
-    gates = {"l0": np.arange(5.0), "l1": np.array([1, 0.5, 0, 2])}
+    gates = {"l0": np.arange(1.0, 6), "l1": np.array([1, 0.5, 3, 2])}
     gated = gate(GRAPH, gates, VARIABLES)["params"]
     for i, name in enumerate(("l0", "l1")):
         reader = VARIABLES["params"][f"l{i + 1}"]["kernel"] * gates[name][:, None]
@@ -67,3 +69,76 @@ def test_gates_are_soft_thresholded():
     np.testing.assert_allclose(heavy["l0"], [0.75, -0.5, 0, 0, 0, 3], atol=1e-6)
     last = after(proximal_gates(9.0), gates)
     np.testing.assert_array_equal(last["l0"], [0, 0, 0, 0, 0, 3])
+
+
+def normed(norm):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = norm()(nn.relu(nn.Dense(8)(x)))
+            return nn.Dense(3)(h)
+
+    return Net()
+
+
+def elementwise(v, x):
+    h = jax.nn.relu(x @ v["a"])
+    return h @ v["b"] + (h * v["s"]).sum(-1, keepdims=True)
+
+
+def case(name):
+    """apply, variables, x of nets that read a channel other than through a kernel."""
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    if name == "elementwise":
+        shapes = {"a": (4, 8), "b": (8, 3), "s": (8,)}
+        rng = np.random.default_rng(0)
+        v = {n: jnp.asarray(rng.normal(size=s), "float32") for n, s in shapes.items()}
+        return elementwise, v, x
+    norms = {"layer": nn.LayerNorm, "group": lambda: nn.GroupNorm(num_groups=1)}
+    net = normed(norms[name])
+    return net.apply, toygraphs.init(net, x), x
+
+
+@pytest.mark.parametrize("name", ["layer", "group", "elementwise"])
+def test_gates_of_0_and_1_mask_whatever_reads_the_channel(name):
+    apply, variables, x = case(name)
+    graph = jaxprune.trace(apply, variables, x)
+    (group,) = graph.groups
+    keep = {group: np.arange(8) % 3 > 0}
+    gates = {group: jnp.asarray(keep[group], jnp.float32)}
+    gated = jax.jit(lambda g, v: gate(graph, g, v))(gates, variables)
+    want = apply(jaxprune.mask(graph, keep, variables), x)
+    np.testing.assert_allclose(apply(gated, x), want, rtol=1e-5, atol=1e-6)
+    # What is cut after training is what was trained, at gates in between too.
+    gated = gate(graph, {group: gates[group] * jnp.arange(8) / 3}, variables)
+    alive = gates_to_keep({group: gates[group] * jnp.arange(8)})
+    slim = jaxprune.slim(apply, graph, alive)(jaxprune.shrink(graph, alive, gated), x)
+    np.testing.assert_allclose(slim, apply(gated, x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_that_nobody_reads_is_scaled_once():
+    v = {"e": jnp.ones((1, 8)), "s": jnp.arange(1.0, 9)}
+    x = jnp.ones((2, 1))
+
+    def apply(v, x):
+        return (x @ v["e"] * v["s"]).sum(-1)
+
+    graph = jaxprune.trace(apply, v, x)
+    (group,) = graph.groups
+    half = apply(gate(graph, {group: jnp.full(8, 0.5)}, v), x)
+    np.testing.assert_allclose(half, 0.5 * apply(v, x), rtol=1e-6)
+
+
+def test_gradients_of_gates_that_are_not_zero_are_the_weights_own():
+    gates = {"l0": jnp.arange(5.0), "l1": jnp.array([1, 0.5, 0, 2])}
+    x = jax.random.normal(jax.random.key(0), (7, 3))
+
+    def loss(gates):
+        return jnp.sum(toygraphs.apply(gate(GRAPH, gates, VARIABLES), x) ** 2)
+
+    gradient, step = jax.grad(loss)(gates), 1e-2
+    for name, c in (("l0", 2), ("l1", 1)):
+        up, down = (
+            loss({**gates, name: gates[name].at[c].add(s)}) for s in (step, -step)
+        )
+        np.testing.assert_allclose(gradient[name][c], (up - down) / 2 / step, rtol=1e-2)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Graphs as text: the round trip, and every fault named."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -197,3 +199,36 @@ def test_table():
     edges = dataclasses.replace(graph, frozen=tuple(frozen[-3:]))
     assert "frozen" not in graph_table(edges)
     assert graph_table(Graph({}, (), ())).splitlines()[-1].startswith("0 groups")
+
+
+def test_graphs_are_equal_by_value_and_cannot_be_written_to():
+    graph = odd()
+    again = [
+        Graph.from_json(graph.to_json()),
+        copy.deepcopy(graph),
+        copy.copy(graph),
+        pickle.loads(pickle.dumps(graph)),
+    ]
+    for other in again:
+        assert other == graph and hash(other) == hash(graph) and other is not graph
+        for group in other.groups.values():
+            assert group == graph.groups[group.name]
+            for slot in group.slots:
+                with pytest.raises(ValueError, match="read-only"):
+                    slot.indices[0] = 1
+    name, group = next(iter(graph.groups.items()))
+    slot = group.slots[0]
+    moved = dataclasses.replace(slot, indices=slot.indices[::-1])
+    assert moved != slot and graph != "graph" and slot != 0
+    slots = (moved, *group.slots[1:])
+    groups = {**graph.groups, name: dataclasses.replace(group, slots=slots)}
+    assert dataclasses.replace(graph, groups=groups) != graph
+    backwards = dict(reversed(graph.groups.items()))
+    assert dataclasses.replace(graph, groups=backwards) != graph
+
+
+def test_a_slot_does_not_share_its_indices():
+    indices = np.arange(4)[:, None]
+    slot = Slot(KERNEL, 0, indices)
+    indices[0] = 3
+    assert slot.indices[0] == 0

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import jaxprune as jp
+from jaxprune.base import GraphError
 
 
 def labels(params):
@@ -116,3 +117,77 @@ def test_an_ensemble_is_cut_as_one():
     slim = jp.slim(apply, graph, keep)
     out = jax.vmap(slim, in_axes=(0, None))(small, x)
     np.testing.assert_allclose(out[0], slim(one, x), rtol=1e-5, atol=1e-5)
+
+
+def pair(inner, ends, kept):
+    """Graph, keep, params and an Adafactor after a step, of two dense layers."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (ends, inner), "b": (inner, ends)}
+    params = {k: jnp.float32(rng.normal(size=s)) for k, s in shapes.items()}
+    x = jax.ShapeDtypeStruct((1, ends), jnp.float32)
+    graph = jp.trace(lambda v, x: jnp.tanh(x @ v["a"]) @ v["b"], params, x)
+    keep = {n: np.arange(inner) < kept for n in graph.groups}
+    return graph, keep, params
+
+
+@pytest.mark.parametrize(
+    ("inner", "ends", "kept", "least", "what"),
+    [
+        (32, 8, 6, 8, "longest"),  # of (8, 32), the longer becomes the shorter
+        (32, 16, 16, 8, "longest"),  # of equal axes, optax takes the last for longer
+        (20, 32, 6, 8, "too small"),
+        (200, 256, 120, 128, "too small"),
+    ],
+)
+def test_adafactor_starts_anew_where_other_axes_are_factored(
+    inner, ends, kept, least, what
+):
+    graph, keep, params = pair(inner, ends, kept)
+    tx = optax.adafactor(1e-2, min_dim_size_to_factor=least)
+    state = tx.update(params, tx.init(params), params)[1]
+    with pytest.raises(GraphError, match=f"start this optimiser anew.*{what}"):
+        jp.shrink(graph, keep, (params, state))
+
+
+@pytest.mark.parametrize(
+    ("inner", "ends", "kept", "least"),
+    [(20, 32, 20, 8), (20, 32, 19, 20), (200, 256, 130, 128), (64, 32, 40, 32)],
+)
+def test_adafactor_goes_on_where_the_same_axes_are_factored(inner, ends, kept, least):
+    graph, keep, params = pair(inner, ends, kept)
+    tx = optax.adafactor(1e-2, min_dim_size_to_factor=min(least, 128))
+    if kept < least:
+        tx = optax.adafactor(1e-2, min_dim_size_to_factor=256)  # nothing is factored
+    state = tx.update(params, tx.init(params), params)[1]
+    small, cut = jp.shrink(graph, keep, (params, state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(cut, tx.init(small))
+    chex.assert_tree_all_finite(tx.update(small, cut, small)[0])
+
+
+def test_a_tree_of_which_nothing_is_known_is_refused():
+    graph, keep, params = pair(6, 4, 3)
+    others = {"A": {"w": params["a"]}, "B": {"w": params["b"]}}
+    flat = optax.flatten(optax.adam(0.1)).init(params)
+    for strange in (others, list(params.values()), (1.0, flat)):
+        for f in (jp.mask, jp.shrink):
+            with pytest.raises(GraphError, match="it holds .*, the graph a "):
+                f(graph, keep, strange)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        None,
+        {},
+        (),
+        optax.sgd(0.1).init({}),
+        {"count": jnp.zeros((), jnp.int32), "rate": jnp.ones(())},
+        {"key": jax.random.key_data(jax.random.key(0))},
+        {"name": "adam", "rate": 0.1},
+    ],
+)
+def test_trees_without_arrays_of_numbers_pass(tree):
+    graph, keep, _ = pair(6, 4, 3)
+    for f in (jp.mask, jp.shrink, jp.expand):
+        got, want = jax.tree.leaves(f(graph, keep, tree)), jax.tree.leaves(tree)
+        assert all(a is b for a, b in zip(got, want, strict=True))

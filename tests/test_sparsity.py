@@ -246,6 +246,15 @@ def test_dead_never_empties_a_group():
     assert all(k.all() for k in dead(GRAPH, tiny).values())
 
 
+def test_a_group_without_trained_weights_is_not_dead():
+    graph, variables, _ = toygraphs.frozen_backbone()
+    first, second = graph.groups
+    keep = dead(graph, variables)
+    assert keep[first].all() and keep[second].all()
+    # The second one has a trained reader, but no trained maker.
+    assert all(k.all() for k in dead(graph, variables, roles=("out",)).values())
+
+
 @pytest.mark.parametrize("make", [lambda s: proximal(SINGLE, s), proximal_gates])
 def test_strength_follows_a_schedule_of_the_step(make):
     schedule = optax.linear_schedule(0.0, 0.3, 3)

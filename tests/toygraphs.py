@@ -80,6 +80,33 @@ def apply(variables, x):
     return x
 
 
+def frozen_backbone():
+    """Graph and variables of two untrained layers before a trained head, its kernel."""
+    rng = np.random.default_rng(0)
+    sizes = (5, 8, 16, 3)
+    kernels = [jnp.asarray(rng.normal(size=s)) for s in itertools.pairwise(sizes)]
+    names = [("frozen", "a"), ("frozen", "b"), ("params", "head")]
+    leaves = tuple(
+        Leaf((*n, "kernel"), k.shape, "float32", n[0] == "params")
+        for n, k in zip(names, kernels)
+    )
+    groups = {
+        name: Group(
+            name,
+            sizes[i + 1],
+            (
+                _slot(leaves[i].path, 1, sizes[i + 1], "out"),
+                _slot(leaves[i + 1].path, 0, sizes[i + 1], "in"),
+            ),
+        )
+        for i, name in enumerate("ab")
+    }
+    variables: dict = {}
+    for (collection, layer), kernel in zip(names, kernels):
+        variables.setdefault(collection, {})[layer] = {"kernel": kernel}
+    return Graph(groups, (), leaves), variables, kernels[-1]
+
+
 def of(variables, graph, name, c):
     """theta[g,c] as one float64 vector, read slot by slot, and its length."""
     parts = []
