@@ -399,7 +399,8 @@ def _check_factored(graph: Graph, keep: Keep, tree: PyTree) -> None:
     """
     index, kept = _index(graph), kept_indices(graph, keep)
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    factored, whole = set(), set()
+    factored: set[int] = set()
+    whole: set[int] = set()
     for keys, x in flat:
         path = key_path(keys)
         number = _leaf_number(index, path) if "v_row" in path else None
