@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How time and memory grow: with equations, with channels, and to a billion parameters.
 
-    python benchmarks/scaling.py equations|channels|shrink [--most N] [--kind KIND]
+    python benchmarks/scaling.py equations|channels|shrink [--least N] [--most N]
 
 Prints markdown. Seconds are CPU seconds, memory is the peak beyond what was held
 before; *jaxpr* is JAX's own tracing, the others are beyond it. The slope is that of a
@@ -135,17 +135,13 @@ def measured(apply: Callable[..., Any], params: Any, x: Any) -> tuple[int, list[
     ]
 
 
-def by_equations(most: int, kinds: Sequence[str] = tuple(BLOCKS)) -> None:
+def by_equations(sizes: Sequence[int], kinds: Sequence[str]) -> None:
     for kind in kinds:
         one, two = (
             measure.equations(jax.make_jaxpr(apply)(params, x))
             for apply, params, x in (stack(kind, 1), stack(kind, 2))
         )
-        blocks = [
-            max(1, round((n - 2 * one + two) / (two - one)))
-            for n in EQUATIONS
-            if n <= most
-        ]
+        blocks = [max(1, round((n - 2 * one + two) / (two - one))) for n in sizes]
         nets = [(one + (n - 1) * (two - one), stack(kind, n)) for n in blocks]
         curve(f"equations, {kind}", nets)
 
@@ -253,11 +249,13 @@ KEEPS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("equations", "channels", "shrink"))
+    parser.add_argument("--least", type=int, default=0, help="the smallest size")
     parser.add_argument("--kind", choices=BLOCKS, help="of equations: this one alone")
     parser.add_argument("--most", type=int, default=10**9, help="the largest size")
     options = parser.parse_args()
     if options.what == "equations":
-        by_equations(options.most, [options.kind] if options.kind else list(BLOCKS))
+        sizes = [n for n in EQUATIONS if options.least <= n <= options.most]
+        by_equations(sizes, [options.kind] if options.kind else list(BLOCKS))
     else:
         {"channels": by_channels, "shrink": shrink}[options.what](options.most)
 
