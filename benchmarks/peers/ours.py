@@ -61,9 +61,13 @@ def measure(name: str) -> dict[str, Any]:
     shapes = jax.eval_shape(net.init, jax.random.key(0), like)
     variables, one, two = values(shapes, rng), images(like, rng), images(like, rng)
     graph, graph_s = best(lambda: jp.trace(net.apply, variables, one))
-    scores = jp.score(jp.magnitude(), graph, variables)
-    keep = jp.select(graph, scores, jp.channels(0.5), scope="local")
-    small, cut_s = best(lambda: jp.shrink(graph, keep, variables))
+
+    def cut() -> Any:
+        scores = jp.score(jp.magnitude(), graph, variables)
+        keep = jp.select(graph, scores, jp.channels(0.5), scope="local")
+        return keep, jp.shrink(graph, keep, variables)
+
+    (keep, small), cut_s = best(cut)
     masked = jp.mask(graph, keep, variables)
     want, other = net.apply(masked, one), net.apply(masked, two)
     got = jp.slim(net.apply, graph, keep)(small, one)
