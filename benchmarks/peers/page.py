@@ -21,7 +21,7 @@ The same networks in Flax and in PyTorch, cut by jaxprune, by
 
 {findings}
 
-Measured on {date}, {machine}, one thread a framework, with {versions}:
+Measured on {date}, {machine}, one of them used, with {versions}:
 
     python benchmarks/peers/run.py --torch-python PEERS/bin/python --out docs/peers.md
 
@@ -29,8 +29,8 @@ Measured on {date}, {machine}, one thread a framework, with {versions}:
   L1 magnitude within a group. The cut network's output is compared, in float64 and with
   random parameters, with that of the dense network in which what was removed is zero:
   the largest difference, relative to how far that output moves from one input to
-  another. Below 1e-4 is exact; above, WRONG, with the error. What a peer removed is read
-  off the weights that it kept.
+  another. Below 1e-4 is exact; above, WRONG, with the error. What a peer removed is
+  read off the weights that it kept.
 - *crashes*: an exception that does not name a limit of the tool, or a cut network that
   no longer runs; *refuses*: the tool says that it can't. *nothing cut*: no parameter is
   smaller afterwards, which is exact but no pruning. *time*: more than the limit.
@@ -126,16 +126,12 @@ def why(rows: Rows) -> list[str]:
 def findings(rows: Rows) -> str:
     lines = []
     for tool, short in TOOLS.items():
-        counts = [
-            f"{sum(exact(rows.get((tool, name))) for name in names)} of {len(names)} {what}"
-            for names, what in (
-                (zoo_flax.ZOO, "tiny"),
-                (big_flax.BIG, "large networks"),
-            )
-        ]
-        lines.append(f"- {short} is exact on {' and '.join(counts)}.")
-    for tool in list(TOOLS)[1:]:
-        lines.append(f"- {_faster(rows, tool)}")
+        tiny, large = (
+            f"{sum(exact(rows.get((tool, name))) for name in names)} of {len(names)}"
+            for names in (zoo_flax.ZOO, big_flax.BIG)
+        )
+        lines.append(f"- {short} is exact on {tiny} tiny and {large} large networks.")
+    lines += [f"- {_faster(rows, tool)}" for tool in list(TOOLS)[1:]]
     return "\n".join(lines)
 
 

@@ -31,6 +31,11 @@ def version(name):
     except m.PackageNotFoundError: return None
 print(json.dumps({n: v for n in sys.argv[1:] if (v := version(n))}))
 """
+ONE_CORE = {
+    "JAX_PLATFORMS": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+}
 PACKAGES = ("jax", "flax", "torch", "torch-pruning", "torch-kirigami")
 Rows = dict[tuple[str, str], dict[str, Any]]
 
@@ -45,7 +50,11 @@ def process(
     why = f"more than {limit:.0f} s"
     try:
         done = subprocess.run(
-            [*command, *names], capture_output=True, text=True, timeout=limit
+            [*command, *names],
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            env=ONE_CORE | os.environ,
         )
         out = done.stdout
         verdict, why = "crashes", (done.stderr.strip().splitlines() or ["?"])[-1]

@@ -35,8 +35,12 @@ class Cut:
     def __init__(self, net: torch.nn.Module, x: torch.Tensor) -> None:
         self.net, self.x, self.note = net, x, ""
 
-    def graph(self) -> tuple[int, int]:
-        """Builds the graph; the number of groups and of channels in them."""
+    def graph(self) -> None:
+        """Builds all that is known before a selection."""
+        raise NotImplementedError
+
+    def size(self) -> tuple[int, int]:
+        """The number of groups, and of channels in them."""
         raise NotImplementedError
 
     def cut(self) -> None:
@@ -46,8 +50,8 @@ class Cut:
 class TorchPruning(Cut):
     """As its README says, with the hints that it asks for."""
 
-    def graph(self) -> tuple[int, int]:
-        net, layers = self.net, [self.net.head]
+    def graph(self) -> None:
+        net = self.net
         # Documented as a dict, which crashes; pairs are what the code reads.
         free = [(net.w, 1)] if hasattr(net, "w") else None
         self.pruner = tp.pruner.BasePruner(
@@ -55,13 +59,14 @@ class TorchPruning(Cut):
             self.x,
             importance=tp.importance.GroupMagnitudeImportance(p=1),
             pruning_ratio=0.5,
-            ignored_layers=layers,
+            ignored_layers=[net.head],
             num_heads={getattr(net, n): h for n, h in net.heads.items()},
             unwrapped_parameters=free,
         )
-        graph = self.pruner.DG
-        roots = self.pruner.root_module_types
-        groups = list(graph.get_all_groups(layers, root_module_types=roots))
+
+    def size(self) -> tuple[int, int]:
+        layers, roots = [self.net.head], self.pruner.root_module_types
+        groups = list(self.pruner.DG.get_all_groups(layers, roots))
         return len(groups), sum(len(group[0].idxs) for group in groups)
 
     def cut(self) -> None:
@@ -71,10 +76,12 @@ class TorchPruning(Cut):
 class Kirigami(Cut):
     """As its README says; its groups are counted by the axes that it may cut."""
 
-    def graph(self) -> tuple[int, int]:
+    def graph(self) -> None:
         graph = torch_kirigami.DependencyGraph.build(self.net, args=(self.x,))
         self.pruner = pruning.Pruner(self.net, graph=graph)
         self.space = self.pruner.discover_candidates()
+
+    def size(self) -> tuple[int, int]:
         return len(self.space.channel_axes), len(self.space.candidates)
 
     def cut(self) -> None:
@@ -148,14 +155,17 @@ def timed(tool: Callable[..., Cut], net: Any, x: Any) -> tuple[Cut, dict[str, An
     graphs, cuts = [], []
     while len(graphs) < REPEATS and not (graphs and graphs[-1] + cuts[-1] > LONG):
         cut = tool(copy.deepcopy(net), x)
-        start = time.perf_counter()
-        groups, channels = cut.graph()
-        middle = time.perf_counter()
-        cut.cut()
-        graphs.append(middle - start)
-        cuts.append(time.perf_counter() - middle)
+        graphs.append(_seconds(cut.graph))
+        groups, channels = cut.size()
+        cuts.append(_seconds(cut.cut))
     seconds = {"graph_s": min(graphs), "cut_s": min(cuts)}
     return cut, {"groups": groups, "channels": channels, **seconds, "note": cut.note}
+
+
+def _seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def measure(tool: str, name: str) -> dict[str, Any]:
