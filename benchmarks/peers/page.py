@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of the comparison, from its rows."""
 
+import collections
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import big_flax
@@ -21,7 +22,8 @@ The same networks in Flax and in PyTorch, cut by jaxprune, by
 
 {findings}
 
-Measured on {date}, {machine}, one of them used, with {versions}:
+Measured on {date}, {machine}, one of them used, with
+{versions}:
 
     python benchmarks/peers/run.py --torch-python PEERS/bin/python --out docs/peers.md
 
@@ -68,10 +70,6 @@ def verdict(row: Row | None) -> str:
     if not row["error"] < EXACT:
         return f"**WRONG** ({row['error']:.2g})"
     return "exact" if row["left"] < 1 else "nothing cut"
-
-
-def exact(row: Row | None) -> bool:
-    return verdict(row) == "exact"
 
 
 def large(rows: Rows) -> list[str]:
@@ -127,12 +125,19 @@ def findings(rows: Rows) -> str:
     lines = []
     for tool, short in TOOLS.items():
         tiny, large = (
-            f"{sum(exact(rows.get((tool, name))) for name in names)} of {len(names)}"
+            ", ".join(f"{count} {word}" for word, count in _counts(rows, tool, names))
             for names in (zoo_flax.ZOO, big_flax.BIG)
         )
-        lines.append(f"- {short} is exact on {tiny} tiny and {large} large networks.")
+        lines.append(f"- {short}: of {len(zoo_flax.ZOO)} constructs {tiny};")
+        lines.append(f"  of {len(big_flax.BIG)} large networks {large}.")
     lines += [f"- {_faster(rows, tool)}" for tool in list(TOOLS)[1:]]
     return "\n".join(lines)
+
+
+def _counts(rows: Rows, tool: str, names: Iterable[str]) -> list[tuple[str, int]]:
+    """Verdicts, without the size of errors, by how often they were given."""
+    given = (verdict(rows.get((tool, name))).split(" (")[0] for name in names)
+    return collections.Counter(given).most_common()
 
 
 def _faster(rows: Rows, tool: str) -> str:
