@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import big_torch
 import torch
@@ -24,89 +24,73 @@ import zoo_torch
 from torch_kirigami import pruning
 
 REPEATS, LONG = 3, 5.0  # what takes longer is timed once
-# Of the channels of each axis, of all channels, of the parameters: the first that the
-# planner meets.
-BUDGETS = ("local", "global", "parameters")
 
 
-class Cut:
-    """A tool's graph and its cut of one copy of a network."""
+class Graph(NamedTuple):
+    """What a tool knows of a network before a selection.
 
-    def __init__(self, net: torch.nn.Module, x: torch.Tensor) -> None:
-        self.net, self.x, self.note = net, x, ""
+    size() tells the number of groups and of channels in them; cut() cuts the network
+    and tells which budget it met, where there is a choice.
+    """
 
-    def graph(self) -> None:
-        """Builds all that is known before a selection."""
-        raise NotImplementedError
-
-    def size(self) -> tuple[int, int]:
-        """The number of groups, and of channels in them."""
-        raise NotImplementedError
-
-    def cut(self) -> None:
-        raise NotImplementedError
+    size: Callable[[], tuple[int, int]]
+    cut: Callable[[], str]
 
 
-class TorchPruning(Cut):
+def torch_pruning(net: Any, x: torch.Tensor) -> Graph:
     """As its README says, with the hints that it asks for."""
-
-    def graph(self) -> None:
-        net = self.net
+    pruner = tp.pruner.BasePruner(
+        net,
+        x,
+        importance=tp.importance.GroupMagnitudeImportance(p=1),
+        pruning_ratio=0.5,
+        ignored_layers=[net.head],
+        num_heads={getattr(net, n): h for n, h in net.heads.items()},
         # Documented as a dict, which crashes; pairs are what the code reads.
-        free = [(net.w, 1)] if hasattr(net, "w") else None
-        self.pruner = tp.pruner.BasePruner(
-            net,
-            self.x,
-            importance=tp.importance.GroupMagnitudeImportance(p=1),
-            pruning_ratio=0.5,
-            ignored_layers=[net.head],
-            num_heads={getattr(net, n): h for n, h in net.heads.items()},
-            unwrapped_parameters=free,
-        )
+        unwrapped_parameters=[(net.w, 1)] if hasattr(net, "w") else None,
+    )
 
-    def size(self) -> tuple[int, int]:
-        layers, roots = [self.net.head], self.pruner.root_module_types
-        groups = list(self.pruner.DG.get_all_groups(layers, roots))
+    def size() -> tuple[int, int]:
+        layers, roots = [net.head], pruner.root_module_types
+        groups = list(pruner.DG.get_all_groups(layers, roots))
         return len(groups), sum(len(group[0].idxs) for group in groups)
 
-    def cut(self) -> None:
-        self.pruner.step()
+    def cut() -> str:
+        pruner.step()
+        return ""
+
+    return Graph(size, cut)
 
 
-class Kirigami(Cut):
+def kirigami(net: Any, x: torch.Tensor) -> Graph:
     """As its README says; its groups are counted by the axes that it may cut."""
+    graph = torch_kirigami.DependencyGraph.build(net, args=(x,))
+    pruner = pruning.Pruner(net, graph=graph)
+    space = pruner.discover_candidates()
+    strategy = pruning.Greedy(pruning.GroupMagnitude(p=1))
+    budgets = {
+        "local": pruning.ChannelRatio(0.5, "local"),
+        "global": pruning.ChannelRatio(0.5, "global"),
+        "parameters": pruning.ParameterBudget.from_ratio(net, 0.3),
+    }
 
-    def graph(self) -> None:
-        graph = torch_kirigami.DependencyGraph.build(self.net, args=(self.x,))
-        self.pruner = pruning.Pruner(self.net, graph=graph)
-        self.space = self.pruner.discover_candidates()
-
-    def size(self) -> tuple[int, int]:
-        return len(self.space.channel_axes), len(self.space.candidates)
-
-    def cut(self) -> None:
-        strategy = pruning.Greedy(pruning.GroupMagnitude(p=1))
-        for scope in BUDGETS if self.space.candidates else ():
-            if scope == "parameters":
-                budget = pruning.ParameterBudget.from_ratio(self.net, 0.3)
-            else:
-                budget = pruning.ChannelRatio(0.5, scope)
+    def cut() -> str:
+        if not space.candidates:
+            return ""
+        for name, budget in budgets.items():
             try:
-                plan = self.pruner.plan(self.space, budget=budget, strategy=strategy)
+                plan = pruner.plan(space, budget=budget, strategy=strategy)
             except pruning.PlanningError as error:
-                self.note = str(error)
+                missed = error
                 continue
-            self.pruner.apply(plan)
-            self.note = scope
-            return
-        if self.space.candidates:
-            raise pruning.PlanningError(self.note)
+            pruner.apply(plan)
+            return name
+        raise missed
+
+    return Graph(lambda: (len(space.channel_axes), len(space.candidates)), cut)
 
 
-TOOLS: dict[str, Callable[..., Cut]] = {
-    "torch-pruning": TorchPruning,
-    "kirigami": Kirigami,
-}
+TOOLS = {"torch-pruning": torch_pruning, "kirigami": kirigami}
 REFUSALS = (torch_kirigami.KirigamiError, pruning.PlanningError, NotImplementedError)
 
 
@@ -150,22 +134,20 @@ def masked(dense: torch.nn.Module, small: torch.nn.Module) -> torch.nn.Module:
     return result
 
 
-def timed(tool: Callable[..., Cut], net: Any, x: Any) -> tuple[Cut, dict[str, Any]]:
+def timed(tool: Callable[..., Graph], net: Any, x: Any) -> tuple[Any, dict[str, Any]]:
     """The cut network, and the least seconds of a few graphs and cuts."""
     graphs, cuts = [], []
     while len(graphs) < REPEATS and not (graphs and graphs[-1] + cuts[-1] > LONG):
-        cut = tool(copy.deepcopy(net), x)
-        graphs.append(_seconds(cut.graph))
-        groups, channels = cut.size()
-        cuts.append(_seconds(cut.cut))
+        small = copy.deepcopy(net)
+        start = time.perf_counter()
+        graph = tool(small, x)
+        graphs.append(time.perf_counter() - start)
+        groups, channels = graph.size()
+        start = time.perf_counter()
+        budget = graph.cut()
+        cuts.append(time.perf_counter() - start)
     seconds = {"graph_s": min(graphs), "cut_s": min(cuts)}
-    return cut, {"groups": groups, "channels": channels, **seconds, "note": cut.note}
-
-
-def _seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    return small, {"groups": groups, "channels": channels, **seconds, "budget": budget}
 
 
 def measure(tool: str, name: str) -> dict[str, Any]:
@@ -175,11 +157,11 @@ def measure(tool: str, name: str) -> dict[str, Any]:
     randomise(net)
     one, two = image(like), image(like)
     try:
-        cut, row = timed(TOOLS[tool], net, one)
+        small, row = timed(TOOLS[tool], net, one)
     except Exception as error:
         verdict = "refuses" if isinstance(error, REFUSALS) else "crashes"
         return {"verdict": verdict, "why": f"{type(error).__name__}: {error}"[:400]}
-    small = cut.net.eval()
+    small.eval()
     before, after = (sum(p.numel() for p in n.parameters()) for n in (net, small))
     row["left"] = after / before
     try:
