@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of the comparison, from its rows."""
+
+import collections
+import datetime
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import big_flax
+import zoo_flax
+
+TOOLS = {"jaxprune": "jaxprune", "torch-pruning": "TP", "kirigami": "kirigami"}
+EXACT = 1e-4
+Row = Mapping[str, Any]
+Rows = Mapping[tuple[str, str], Row]
+
+HEAD = """# Beside the two best peers
+
+The same networks in Flax and in PyTorch, cut by jaxprune, by
+[Torch-Pruning](https://github.com/VainF/Torch-Pruning) (TP) and by
+[torch-kirigami](https://github.com/ZaberKo/torch-kirigami).
+
+{findings}
+
+Measured on {date}, {machine}, one of them used, with
+{versions}:
+
+    python benchmarks/peers/run.py --torch-python PEERS/bin/python --out docs/peers.md
+
+- *exact*: half of the channels of every group are cut, by the tool's own selection by
+  L1 magnitude within a group. The cut network's output is compared, in float64 and with
+  random parameters, with that of the dense network in which what was removed is zero:
+  the largest difference, relative to how far that output moves from one input to
+  another. Below 1e-4 is exact; above, WRONG, with the error. What a peer removed is
+  read off the weights that it kept.
+- *crashes*: an exception that does not name a limit of the tool, or a cut network that
+  no longer runs; *refuses*: the tool says that it can't. *nothing cut*: no parameter is
+  smaller afterwards, which is exact but no pruning. *time*: more than the limit.
+- Norms that average over channels (layer norm, group norm) divide by the number of
+  channels. A peer's smaller network divides by fewer than the masked one: another
+  function, which training may mend, but not what masking measured. jaxprune keeps the
+  dense divisor.
+- TP is told the heads of attention (*told its heads*, and grouped queries) and free
+  parameters' axes, and that the head stays. kirigami is asked for half of the channels
+  of each axis; where its planner does not meet that, of all channels; then for 30 % of
+  the parameters.
+"""
+
+LARGE = """
+## Large networks
+
+Channel counts are those of the papers; images are 64x64, batch 1. *graph*: seconds from
+the network and its arrays to groups; *cut*: seconds of scores, selection and cut; the
+best of 3, or one where that took more than 5 s. A kirigami *group* is an axis that it
+may cut: those that only go together are counted apart. *left*: parameters.
+"""
+
+TINY = """
+## One construct each
+
+Tiny networks between a first layer and a head. *left* of the parameters in brackets.
+"""
+
+
+def verdict(row: Row | None) -> str:
+    if row is None:
+        return "not run"
+    if "verdict" in row:
+        return str(row["verdict"])
+    if not row["error"] < EXACT:
+        return f"**WRONG** ({row['error']:.2g})"
+    return "exact" if row["left"] < 1 else "nothing cut"
+
+
+def large(rows: Rows) -> list[str]:
+    lines = [
+        "| network | tool | result | groups | channels | left | graph, s | cut, s |"
+    ]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for name in big_flax.BIG:
+        for tool, short in TOOLS.items():
+            row = rows.get((tool, name), {})
+            cells = [name, short, verdict(row or None), *_numbers(row)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _numbers(row: Row) -> list[str]:
+    formats = {
+        "groups": "{:,}",
+        "channels": "{:,}",
+        "left": "{:.0%}",
+        "graph_s": "{:.3f}",
+        "cut_s": "{:.3f}",
+    }
+    return [f.format(row[key]) if key in row else "" for key, f in formats.items()]
+
+
+def tiny(rows: Rows) -> list[str]:
+    lines = [
+        f"| construct | {' | '.join(TOOLS.values())} |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in zoo_flax.ZOO:
+        cells = []
+        for tool in TOOLS:
+            row = rows.get((tool, name))
+            left = f" ({row['left']:.0%})" if row and "error" in row else ""
+            cells.append(verdict(row) + left)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def why(rows: Rows) -> list[str]:
+    """What the tools said where they crashed or refused."""
+    lines = ["", "## What was said", ""]
+    for (tool, name), row in rows.items():
+        if "why" in row:
+            said = " ".join(row["why"].split()).replace("|", "/").replace("`", "'")
+            lines.append(f"- {TOOLS[tool]}, {name}: `{said[:160]}`")
+    return lines if len(lines) > 3 else []
+
+
+def findings(rows: Rows) -> str:
+    lines = []
+    for tool, short in TOOLS.items():
+        tiny, large = (
+            ", ".join(f"{count} {word}" for word, count in _counts(rows, tool, names))
+            for names in (zoo_flax.ZOO, big_flax.BIG)
+        )
+        lines.append(f"- {short}: of {len(zoo_flax.ZOO)} constructs {tiny};")
+        lines.append(f"  of {len(big_flax.BIG)} large networks {large}.")
+    lines += [f"- {_faster(rows, tool)}" for tool in list(TOOLS)[1:]]
+    return "\n".join(lines)
+
+
+def _counts(rows: Rows, tool: str, names: Iterable[str]) -> list[tuple[str, int]]:
+    """Verdicts, without the size of errors, by how often they were given."""
+    given = (verdict(rows.get((tool, name))).split(" (")[0] for name in names)
+    return collections.Counter(given).most_common()
+
+
+def _faster(rows: Rows, tool: str) -> str:
+    """How many times quicker the graph and the cut are, where both have them."""
+    parts = []
+    for key, what in (("graph_s", "graphs"), ("cut_s", "cuts")):
+        ratios = [
+            rows[tool, name][key] / rows["jaxprune", name][key]
+            for name in big_flax.BIG
+            if key in rows.get((tool, name), {})
+            and key in rows.get(("jaxprune", name), {})
+        ]
+        if ratios:
+            parts.append(f"{what} {min(ratios):.2g} to {max(ratios):.2g} times")
+    times = " and ".join(parts) or "nothing to compare"
+    return f"{TOOLS[tool]}'s seconds over jaxprune's, large networks: {times}."
+
+
+def page(rows: Rows, versions: Mapping[str, str], machine: str) -> str:
+    head = HEAD.format(
+        findings=findings(rows),
+        date=datetime.date.today(),
+        machine=machine,
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+    )
+    body = [*large(rows), TINY, *tiny(rows), *why(rows)]
+    return head + LARGE + "\n" + "\n".join(body) + "\n"
