@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxprune import integrity, leaves, storage, trees
 from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree
-from jaxprune.graph_io import graph_from_json, graph_to_json
+from jaxprune.graph_io import (
+    graph_from_json,
+    graph_to_json,
+    keep_from_text,
+    keep_to_text,
+)
 from jaxprune.pruned import Pruned
 from jaxprune.slim import slim
 from jaxprune.store import Store, open_store
@@ -50,7 +54,7 @@ def save(
     records, arrays = leaves.describe(pruned.variables)
     card = {
         "versions": _versions(),
-        "keep": {n: "".join("01"[int(c)] for c in k) for n, k in keep.items()},
+        "keep": keep_to_text(keep),
         "info": {**pruned.info, **more},
         "leaves": records,
     }
@@ -102,12 +106,7 @@ def read_card(path: str | Path) -> Pruned:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _GRAPH}: {error}") from error
     try:
-        texts = record.get("keep")
-        if not isinstance(texts, dict) or not all(
-            isinstance(text, str) for text in texts.values()
-        ):
-            raise GraphError("keep is not {group: text of 0 and 1}")
-        bits = {name: np.array(list(text)) == "1" for name, text in texts.items()}
+        bits = keep_from_text(record.get("keep"))
         keep = trees.check_keep(graph, bits, concrete=True)
     except GraphError as error:
         raise CheckpointError(f"{folder / _CARD}: {error}") from error

@@ -80,6 +80,23 @@ def graph_from_json(text: str) -> Graph:
     return Graph(groups, frozen, leaves, terms)
 
 
+def keep_to_text(keep: Keep) -> dict[str, str]:
+    """A concrete keep {group: bool[C]} as {group: text of 0 and 1, one a channel}."""
+    return {n: "".join("01"[bool(c)] for c in np.asarray(k)) for n, k in keep.items()}
+
+
+def keep_from_text(texts: Any) -> dict[str, np.ndarray]:
+    """The inverse of `keep_to_text`; GraphError for anything but its 0 and 1."""
+    if not isinstance(texts, Mapping):
+        raise GraphError("keep is not {group: text of 0 and 1}")
+    for name, text in texts.items():
+        if not isinstance(text, str) or set(text) - {"0", "1"}:
+            raise GraphError(
+                f"keep: group {name!r} is {_short(text)}, not a text of 0 and 1"
+            )
+    return {n: np.array([c == "1" for c in t], bool) for n, t in texts.items()}
+
+
 def graph_table(graph: Graph, keep: Keep | None = None) -> str:
     """The groups with their channels (and those kept), then what is frozen, as text.
 
@@ -92,10 +109,10 @@ def graph_table(graph: Graph, keep: Keep | None = None) -> str:
         exact = "yes" if group.exact else "no"
         rows.append([name, str(group.size), *kept, str(len(group.slots)), exact])
     total = [str(sum(int(row[i]) for row in rows)) for i in range(1, len(head) - 1)]
-    lines = _aligned([head, *rows, [f"{len(rows)} groups", *total, ""]])
+    lines = aligned([head, *rows, [f"{len(rows)} groups", *total, ""]])
     if frozen := _merged(graph):
         head = ["frozen, the first such", "modules", "indices", "cause"]
-        lines += ["", *_aligned([head, *frozen])]
+        lines += ["", *aligned([head, *frozen])]
     return "\n".join(lines)
 
 
@@ -116,14 +133,26 @@ def _merged(graph: Graph) -> list[list[str]]:
     ]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns two blanks apart: numbers to the right, words to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    right = [all(c.isdigit() or not c for c in column[1:]) for column in zip(*rows)]
+def aligned(
+    rows: Sequence[Sequence[str]], text: Sequence[int] | None = None
+) -> list[str]:
+    """Rows of cells as lines, columns two blanks apart: words left, numbers right.
+
+    The columns in `text` hold words; if None, those in which a row but the first has
+    more than digits.
+    """
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    if text is None:
+        text = [
+            i
+            for i, column in enumerate(columns)
+            if not all(c.isdigit() or not c for c in column[1:])
+        ]
     return [
         "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(row, widths, right)
+            cell.ljust(width) if i in text else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
         ).rstrip()
         for row in rows
     ]

@@ -228,7 +228,7 @@ def _groups(graph: base.Graph, keep: base.Keep | None) -> list[str]:
         flops = words.quantity(share * dense.flops)
         note = "" if group.exact else "not exact"
         rows.append([words.shorten(name, 40), str(group.size), *after, flops, note])
-    return _aligned(rows)
+    return graph_io.aligned(rows, (0,))
 
 
 def _costs(graph: base.Graph, keep: base.Keep | None) -> list[str]:
@@ -250,7 +250,7 @@ def _costs(graph: base.Graph, keep: base.Keep | None) -> list[str]:
         if keep is not None:
             row += [f"-> {after:,}", words.percent(after, before)]
         rows.append(row)
-    return [count, *_aligned(rows)]
+    return [count, *graph_io.aligned(rows, (0,))]
 
 
 def _frozen(graph: base.Graph) -> list[str]:
@@ -261,7 +261,7 @@ def _frozen(graph: base.Graph) -> list[str]:
     ]
     if not entries:
         return ["nothing inside it is frozen: every channel can be cut"]
-    return ["cannot be cut:", *_aligned(words.by_cause(entries, 2), text=(0, 3))]
+    return ["cannot be cut:", *graph_io.aligned(words.by_cause(entries, 2), (0, 3))]
 
 
 def _plural(count: int, noun: str) -> str:
@@ -271,16 +271,3 @@ def _plural(count: int, noun: str) -> str:
 def _bar(share: float, cells: int = 10) -> str:
     full = round(share * cells)
     return "█" * full + "░" * (cells - full)
-
-
-def _aligned(rows: Sequence[Sequence[str]], text: Sequence[int] = (0,)) -> list[str]:
-    """Rows of cells as lines: columns in `text` to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i in text else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines

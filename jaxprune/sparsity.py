@@ -48,7 +48,8 @@ def flops_weights(
     """Weights {group: float[C]} that make the penalty paid in FLOPs (or another cost).
 
     sqrt(entries in theta[g,c]) times the cost of a channel at the dense network, the
-    latter relative to its mean over all channels.
+    latter relative to its mean over all channels. Raises BudgetError for an unknown
+    kind, or one that the dense network has nothing of.
     """
     share = budget.marginal(graph, kind)
     mean = share @ budget.sizes(graph) / max(graph.channels, 1)
@@ -196,7 +197,9 @@ def proximal_gates(
     """Soft-thresholding, sign(z) max(0, |z| - strength w), last in a chain for gates.
 
     z = gates + updates. `strength` and the last one of a group are as in `proximal`.
-    `weights` {group: float or float[C]}: 1 by default, see also `flops_weights`.
+    `weights` {group: float or float[C]}: 1 by default, see also `flops_weights`. Raises
+    ConfigError for a negative strength, or where update is called without the gates;
+    GraphError for weights that do not fit the gates.
     """
     _check_strength(strength)
 
@@ -211,7 +214,9 @@ def proximal_gates(
             z = gate + update
             return z * _factor(jnp.abs(z), s * weight) - gate
 
-        each = dict.fromkeys(params, 1.0) if weights is None else dict(weights)
+        sizes = {n: np.size(g) for n, g in params.items()}
+        own = dict.fromkeys(params, 1.0) if weights is None else weights
+        each = _fitting(sizes, own, "weights")
         steps = optax.safe_increment(state.steps)
         return jax.tree.map(shrunk, params, updates, each), ProximalState(steps)
 
@@ -267,19 +272,23 @@ def _weights(
 
 def _per_channel(graph: Graph, values: Weights, what: str) -> dict[str, Any]:
     """{group: float or float[C]}, checked, in the graph's order."""
-    unknown = [n for n in values if n not in graph.groups]
-    if unknown:
-        raise GraphError(f"{what} name group {unknown[0]!r}, which the graph lacks")
-    for name, group in graph.groups.items():
+    return _fitting({n: g.size for n, g in graph.groups.items()}, values, what)
+
+
+def _fitting(sizes: Mapping[str, int], values: Weights, what: str) -> dict[str, Any]:
+    """The values of groups of these sizes, in their order; else GraphError."""
+    for name in values:
+        if name not in sizes:
+            raise GraphError(f"{what} name group {name!r}, which the graph lacks")
+    for name, size in sizes.items():
         if name not in values:
-            raise GraphError(f"{what} lack group {name!r} (float[{group.size}])")
+            raise GraphError(f"{what} lack group {name!r} (float[{size}])")
         shape = np.shape(values[name])
-        if shape not in ((), (group.size,)):
+        if shape not in ((), (size,)):
             raise GraphError(
-                f"group {name!r} has {group.size} channels, its {what} have shape "
-                f"{shape}"
+                f"group {name!r} has {size} channels, its {what} have shape {shape}"
             )
-    return {n: values[n] for n in graph.groups}
+    return {n: values[n] for n in sizes}
 
 
 def _check_strength(strength: Strength) -> None:

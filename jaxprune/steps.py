@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxprune import budget as budgets
+from jaxprune import graph_io
 from jaxprune.base import BudgetError, ConfigError, Cost, DataError
 from jaxprune.budget import Budget
 
@@ -114,7 +115,7 @@ def _to_plain(step: Step) -> dict[str, Any]:
         "risk": number(step.risk),
         "stderr": number(step.stderr),
         "cost": {k: int(v) for k, v in step.cost._asdict().items()},
-        "keep": {n: "".join("01"[int(x)] for x in k) for n, k in step.keep.items()},
+        "keep": graph_io.keep_to_text(step.keep),
     }
 
 
@@ -122,7 +123,7 @@ def _from_plain(plain: dict[str, Any]) -> Step:
     def number(x: float | None) -> float:
         return math.nan if x is None else float(x)
 
-    keep = {n: np.array([x == "1" for x in k], bool) for n, k in plain["keep"].items()}
+    keep = graph_io.keep_from_text(plain["keep"])
     cost = Cost(**plain["cost"])
     risks = number(plain["risk"]), number(plain["stderr"])
     return Step(number(plain["alpha"]), keep, cost, *risks)

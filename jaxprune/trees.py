@@ -100,7 +100,11 @@ def shrink(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
 
 
 def expand(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
-    """The inverse of `shrink`: zeros where channels were cut; `mask`'s result."""
+    """The inverse of `shrink`: zeros where channels were cut; `mask`'s result.
+
+    `keep` must be concrete. Raises GraphError for a keep that does not fit, and for a
+    tree that is not one that `shrink` cut by it.
+    """
     keep = check_keep(graph, keep, concrete=True)
 
     def grow(leaf: Leaf, cuts: _Cuts, x: Any) -> Any:
@@ -126,18 +130,29 @@ def expand(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
 def compose(keep1: Keep, keep2: Keep) -> dict[str, np.ndarray]:
     """The keep of the dense network that cuts by `keep1`, then `keep2` out of the rest.
 
-    keep2[g] is bool[number of True in keep1[g]]. Raises GraphError where it is not.
+    keep2[g] is bool[number of True in keep1[g]], both are concrete. Raises GraphError
+    naming a group that only one of them has, that is not bool, or does not fit.
     """
+    for name in (*keep1, *keep2):
+        if name not in keep1 or name not in keep2:
+            which = "first" if name not in keep1 else "second"
+            raise GraphError(f"the {which} keep lacks group {name!r}")
     composed = {}
-    for name, first in keep1.items():
-        first, second = np.array(first, bool), np.asarray(keep2.get(name))
+    for name in keep1:
+        first, second = np.array(keep1[name]), np.asarray(keep2[name])
+        for value in (first, second):
+            if value.dtype != bool or value.ndim != 1:
+                raise GraphError(
+                    f"group {name!r}: a keep is bool[C], this one is {value.dtype} of "
+                    f"shape {value.shape}"
+                )
         if second.shape != (first.sum(),):
             raise GraphError(
                 f"group {name!r}: the first keep leaves {first.sum()} channels, the "
                 f"second one is for shape {second.shape}"
             )
         composed[name] = np.zeros_like(first)
-        composed[name][np.flatnonzero(first)[second.astype(bool)]] = True
+        composed[name][np.flatnonzero(first)[second]] = True
     return composed
 
 

@@ -11,6 +11,7 @@ import pytest
 import toygraphs
 
 import jaxprune
+from jaxprune.base import GraphError
 from jaxprune.sparsity import gate, gates_to_keep, init_gates, proximal_gates
 
 SINGLE = toygraphs.chain(6)
@@ -142,3 +143,16 @@ def test_gradients_of_gates_that_are_not_zero_are_the_weights_own():
             loss({**gates, name: gates[name].at[c].add(s)}) for s in (step, -step)
         )
         np.testing.assert_allclose(gradient[name][c], (up - down) / 2 / step, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"b": 1.0}, "weights name group 'b'"),
+        ({}, "weights lack group 'a'"),
+        ({"a": np.ones(2)}, "'a' has 3 channels"),
+    ],
+)
+def test_weights_that_do_not_fit_the_gates(weights, words):
+    with pytest.raises(GraphError, match=words):
+        after(proximal_gates(0.1, weights), {"a": jnp.ones(3)})

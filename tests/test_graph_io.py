@@ -25,7 +25,13 @@ from jaxprune.base import (
     Term,
 )
 from jaxprune.cost import cost
-from jaxprune.graph_io import graph_from_json, graph_table, graph_to_json
+from jaxprune.graph_io import (
+    graph_from_json,
+    graph_table,
+    graph_to_json,
+    keep_from_text,
+    keep_to_text,
+)
 from jaxprune.trace import trace
 
 KERNEL = ("params", "a/b", "kernel")
@@ -232,3 +238,16 @@ def test_a_slot_does_not_share_its_indices():
     slot = Slot(KERNEL, 0, indices)
     indices[0] = 3
     assert slot.indices[0] == 0
+
+
+def test_keeps_as_text():
+    keep = {"a": np.array([1, 0, 1], bool), "b/c": np.array([0], bool)}
+    assert keep_to_text(keep) == {"a": "101", "b/c": "0"}
+    again = keep_from_text(json.loads(json.dumps(keep_to_text(keep))))
+    assert list(again) == list(keep)
+    for name in keep:
+        np.testing.assert_array_equal(again[name], keep[name])
+        assert again[name].dtype == bool
+    for wrong in (None, ["1"], {"a": [1]}, {"a": "1 0"}, {"a": "12"}, {"a": 101}):
+        with pytest.raises(GraphError, match="text of 0 and 1"):
+            keep_from_text(wrong)

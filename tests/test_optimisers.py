@@ -191,3 +191,18 @@ def test_trees_without_arrays_of_numbers_pass(tree):
     for f in (jp.mask, jp.shrink, jp.expand):
         got, want = jax.tree.leaves(f(graph, keep, tree)), jax.tree.leaves(tree)
         assert all(a is b for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"a": np.array([0.2, 0.0])}, "'a': a keep is bool.*float64"),
+        ({"a": np.array([1, 0])}, "'a': a keep is bool.*int64"),
+        ({"a": np.ones(3, bool)}, "leaves 2 channels"),
+        ({}, "the second keep lacks group 'a'"),
+        ({"a": np.ones(2, bool), "z": np.ones(3, bool)}, "first keep lacks group 'z'"),
+    ],
+)
+def test_keeps_that_do_not_compose(second, words):
+    with pytest.raises(GraphError, match=words):
+        jp.compose({"a": np.array([1, 1, 0], bool)}, second)

@@ -61,3 +61,9 @@ def test_json_round_trip():
     for text in ("{", "[]", '{"steps": [{"alpha": 1}]}', "3"):
         with pytest.raises(DataError, match="not a pruning path"):
             Path.from_json(text)
+
+
+def test_a_keep_of_other_letters_is_no_keep():
+    text = TABLE.to_json().replace("11111111", "1111x111")
+    with pytest.raises(DataError, match="group 'a' is '1111x111'"):
+        Path.from_json(text)
