@@ -21,7 +21,7 @@ import measure
 import numpy as np
 
 import jaxprune as jp
-from jaxprune import trees
+from jaxprune import matching
 
 EQUATIONS = (300, 1_000, 3_000, 10_000, 20_000)
 CHANNELS = (256, 1_024, 4_096, 16_384, 65_536)
@@ -228,7 +228,7 @@ def shrink(parameters: int) -> None:
 def indexed(graph: jp.Graph, keep: Any, old: Any) -> None:
     """The plainest NumPy of the same: rows, then columns, by index."""
     kept = dict(
-        zip([leaf.path[0] for leaf in graph.leaves], trees.kept_indices(graph, keep))
+        zip([leaf.path[0] for leaf in graph.leaves], matching.kept_indices(graph, keep))
     )
     for name, x in old.items():
         array = np.asarray(x)

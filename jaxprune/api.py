@@ -17,6 +17,7 @@ from jaxprune.criteria import (
     per_cost,
     score,
 )
+from jaxprune.keeps import compose
 from jaxprune.measures import bn_scale, magnitude, random, taylor
 from jaxprune.modules import to_nnx
 from jaxprune.path import prune_path
@@ -36,7 +37,7 @@ from jaxprune.sparsity import (
 )
 from jaxprune.steps import Path, Step
 from jaxprune.trace import trace
-from jaxprune.trees import compose, expand, mask, shrink, shrink_graph
+from jaxprune.trees import expand, mask, shrink, shrink_graph
 
 if TYPE_CHECKING:  # at run time, `jaxprune` imports them when they are first used
     from jaxprune import models, report, train

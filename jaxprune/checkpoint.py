@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from jaxprune import integrity, leaves, storage, trees
+from jaxprune import integrity, keeps, leaves, storage, trees
 from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree
 from jaxprune.graph_io import (
     graph_from_json,
@@ -49,7 +49,7 @@ def save(
     """
     folder = Path(os.path.abspath(path))
     _check_free(folder, overwrite)
-    keep = trees.check_keep(pruned.graph, pruned.keep, concrete=True)
+    keep = keeps.check_keep(pruned.graph, pruned.keep, concrete=True)
     _check_variables(pruned.graph, keep, pruned.variables)
     records, arrays = leaves.describe(pruned.variables)
     card = {
@@ -107,7 +107,7 @@ def read_card(path: str | Path) -> Pruned:
         raise CheckpointError(f"{folder / _GRAPH}: {error}") from error
     try:
         bits = keep_from_text(record.get("keep"))
-        keep = trees.check_keep(graph, bits, concrete=True)
+        keep = keeps.check_keep(graph, bits, concrete=True)
     except GraphError as error:
         raise CheckpointError(f"{folder / _CARD}: {error}") from error
     return Pruned(None, None, graph, keep, record["info"])  # type: ignore[arg-type]

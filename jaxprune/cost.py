@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.base import Cost, Extent, Graph, Keep
-from jaxprune.trees import check_keep
+from jaxprune.keeps import check_keep
 
 
 def cost(graph: Graph, keep: Keep | None = None) -> Cost:

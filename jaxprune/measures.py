@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import trees
-from jaxprune.base import ConfigError, Graph, GraphError, Leaf, PyTree, Role, Scores
+from jaxprune.base import (
+    ConfigError,
+    Graph,
+    GraphError,
+    Leaf,
+    PyTree,
+    Role,
+    Scores,
+    key_path,
+)
 from jaxprune.criteria import Criterion, Evidence, stateless
 
 
@@ -96,7 +105,7 @@ def bn_scale() -> Criterion:
         del scores
 
         def gamma(keys: Any, x: jax.Array) -> jax.Array:
-            scale = trees.key_path(keys)[-1:] == ("scale",) and x.ndim == 1
+            scale = key_path(keys)[-1:] == ("scale",) and x.ndim == 1
             return jnp.abs(x) if scale else jnp.zeros_like(x)
 
         graph = evidence.graph

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import trees
+from jaxprune import matching
 from jaxprune.base import Graph, GraphError, Keep, Path, PyTree
 from jaxprune.slim import relative_error, slim
 
@@ -79,7 +79,7 @@ def _resized(module: Any, graph: Graph, keep: Keep, variables: PyTree) -> Any:
 
     small = nnx.clone(module)
     nnx.update(small, variables)
-    kept = trees.kept_indices(graph, keep)
+    kept = matching.kept_indices(graph, keep)
     summed = {
         (slot.path, slot.axis)
         for group in graph.groups.values()

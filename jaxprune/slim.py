@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune import trees
+from jaxprune import keeps, matching, trees
 from jaxprune.base import (
     Apply,
     Graph,
@@ -51,10 +51,10 @@ def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
     GraphError for variables that do not have the shrunk shapes, and where another mode
     of the function ties a removed channel to one that stays.
     """
-    keep = trees.check_keep(graph, keep, concrete=True)
+    keep = keeps.check_keep(graph, keep, concrete=True)
     if all(k.all() for k in keep.values()):
         return apply
-    kept = trees.kept_indices(graph, keep)
+    kept = matching.kept_indices(graph, keep)
     leaves = graph.leaves
     inexact = _inexact(graph, keep)
     plans: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
@@ -132,7 +132,7 @@ def relative_error(want: np.ndarray, got: np.ndarray) -> float:
 def _cut_state(graph: Graph, keep: Keep, out: PyTree) -> PyTree:
     """Updated variables among the masked function's outputs, cut as slim's are."""
     flat, treedef = jax.tree.flatten(out)
-    kept = trees.kept_indices(graph, keep)
+    kept = matching.kept_indices(graph, keep)
     for i, number in enumerate(state_outputs(out, graph.leaves)):
         if number is not None:
             flat[i] = take(flat[i], kept[number])

@@ -161,6 +161,17 @@ def nnx_net(seed: int = 0) -> tuple[Any, Any, Any]:
     return apply, randomised(state, seed), images(seed)
 
 
+def two_layers(middle: Any) -> tuple[Any, Any, Any]:
+    """x @ a, something, @ b."""
+    rng = np.random.default_rng(0)
+    variables = {
+        "a": rng.normal(size=(3, 6)).astype(np.float32),
+        "b": rng.normal(size=(6, 2)).astype(np.float32),
+    }
+    x = rng.normal(size=(4, 3)).astype(np.float32)
+    return (lambda v, x: middle(x @ v["a"]) @ v["b"]), variables, x
+
+
 def random_keep(graph: Any, seed: int, share: float = 0.6) -> dict[str, np.ndarray]:
     """A keep that leaves at least one channel of every group."""
     rng = np.random.default_rng(seed)

@@ -32,6 +32,7 @@ TEXTS = sorted(
 LAYERS = (
     "base jaxpr",
     "labels walk rules splits groups trace",
+    "keeps matching placement",
     "trees slim graph_io modules",
     "cost budget criteria measures select",
     "sparsity steps path pruned prune",

@@ -15,6 +15,7 @@ from jaxprune import checkpoint
 from jaxprune.base import EDGES, CheckpointError, Graph, Keep, PyTree, path_str
 from jaxprune.budget import Budget, measure, sizes
 from jaxprune.cost import cost
+from jaxprune.keeps import check_keep, compose
 from jaxprune.slim import slim
 from jaxprune.train import choose
 from jaxprune.train import step as steps
@@ -23,7 +24,7 @@ from jaxprune.train.loop import Job, confusion_of, train
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress, bar
 from jaxprune.train.sparsify import sparsify
-from jaxprune.trees import check_keep, compose, shrink, shrink_graph
+from jaxprune.trees import shrink, shrink_graph
 
 _FILE = "prune.json"
 

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays cut and put where the dense ones lie: NumPy, one CPU, or a mesh."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+# Bytes that are cut at a time.
+_BLOCK = 2**21
+
+
+def is_numpy(x: Any) -> bool:
+    """Whether x is a NumPy array, or one number of an array's type."""
+    return isinstance(x, np.ndarray | np.generic)
+
+
+def on_cpu(x: Any) -> bool:
+    """Whether x is a whole, concrete JAX array in the memory that NumPy sees."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return False
+    (device, *others) = x.devices()
+    return device.platform == "cpu" and not others and not x.weak_type
+
+
+def gathered(x: np.ndarray, kept: list[np.ndarray | None]) -> np.ndarray:
+    """x at the kept indices of every axis, a few rows at a time.
+
+    So nothing else of x's size is held; and JAX takes an array that starts at a
+    multiple of 64 bytes over as it is.
+    """
+    shape = tuple(n if k is None else len(k) for n, k in zip(x.shape, kept))
+    size = math.prod(shape) * x.dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    small = memory[start : start + size].view(x.dtype).reshape(shape)
+    rows, *others = kept
+    step = max(1, _BLOCK * len(x) // max(1, x.nbytes))
+    for start in range(0, len(small), step):
+        block = slice(start, start + step)
+        part = x[block] if rows is None else x[rows[block]]
+        for axis, indices in enumerate(others, 1):
+            if indices is not None:
+                part = np.take(part, indices, axis)
+        small[block] = part
+    return small
+
+
+def from_cpu(x: jax.Array, y: np.ndarray) -> jax.Array:
+    """y as a JAX array where x is, committed to that place if x is."""
+    return jax.device_put(y, x.sharding if x.committed else None)
+
+
+def placed_like(x: Any, y: Any) -> Any:
+    """y on x's mesh, as x was; axes that no longer divide evenly are replicated."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return y
+    sharding = x.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        spec = list(sharding.spec) + [None] * (y.ndim - len(sharding.spec))
+        for axis, names in enumerate(spec):
+            names = (names,) if isinstance(names, str) else names or ()
+            parts = int(np.prod([sharding.mesh.shape[n] for n in names]))
+            if y.shape[axis] % parts:
+                spec[axis] = None
+        sharding = jax.sharding.NamedSharding(
+            sharding.mesh, jax.sharding.PartitionSpec(*spec)
+        )
+    return jax.device_put(y, sharding) if y.sharding != sharding else y
