@@ -133,6 +133,12 @@ def _merged(graph: Graph) -> list[list[str]]:
     ]
 
 
+def bar(share: float, cells: int = 10) -> str:
+    """`███░░░░░░░`: a share, from 0 to 1, of so many cells."""
+    full = round(share * cells)
+    return "█" * full + "░" * (cells - full)
+
+
 def aligned(
     rows: Sequence[Sequence[str]], text: Sequence[int] | None = None
 ) -> list[str]:

@@ -224,7 +224,7 @@ def _groups(graph: base.Graph, keep: base.Keep | None) -> list[str]:
     rows = [head]
     for (name, group), share in zip(graph.groups.items(), shares, strict=True):
         kept = int(np.sum(keep[name])) if keep else group.size
-        after = [f"-> {kept}", _bar(kept / group.size)] if keep else []
+        after = [f"-> {kept}", graph_io.bar(kept / group.size)] if keep else []
         flops = words.quantity(share * dense.flops)
         note = "" if group.exact else "not exact"
         rows.append([words.shorten(name, 40), str(group.size), *after, flops, note])
@@ -266,8 +266,3 @@ def _frozen(graph: base.Graph) -> list[str]:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def _bar(share: float, cells: int = 10) -> str:
-    full = round(share * cells)
-    return "█" * full + "░" * (cells - full)

@@ -21,10 +21,11 @@ from jax.experimental import multihost_utils
 
 from jaxprune import checkpoint
 from jaxprune.base import CheckpointError
+from jaxprune.graph_io import bar
 from jaxprune.train import loop, stopping
 from jaxprune.train import step as steps
 from jaxprune.train.config import Distill, Fit
-from jaxprune.train.progress import Progress, bar, clock
+from jaxprune.train.progress import Progress, clock
 
 PROGRAM = Path(__file__).with_name("tinyrun.py")
 ROOT = PROGRAM.parents[1]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune import checkpoint
+from jaxprune import checkpoint, graph_io
 from jaxprune.base import EDGES, CheckpointError, Graph, Keep, PyTree, path_str
 from jaxprune.budget import Budget, measure, sizes
 from jaxprune.cost import cost
@@ -22,7 +22,7 @@ from jaxprune.train import step as steps
 from jaxprune.train.folder import write_json
 from jaxprune.train.loop import Job, confusion_of, train
 from jaxprune.train.metrics import measures
-from jaxprune.train.progress import Progress, bar
+from jaxprune.train.progress import Progress
 from jaxprune.train.sparsify import sparsify
 from jaxprune.trees import shrink, shrink_graph
 
@@ -206,7 +206,7 @@ def _card(graph: Graph, keep: Keep, progress: Progress) -> None:
     rows = []
     for name, group in graph.groups.items():
         after = int(np.sum(keep[name]))
-        cells = bar(after / group.size)
+        cells = graph_io.bar(after / group.size)
         alone = 1 - cost(graph, {**full, name: keep[name]}).flops / max(dense.flops, 1)
         exact = "" if group.exact else "not exact"
         gone = f"-{alone:.1%}" if after < group.size else ""

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from jaxprune.graph_io import bar
+
 _INTERVAL = 15.0  # seconds between plain lines
 _SMOOTH = 0.95  # of the loss that is shown
 
@@ -146,12 +148,6 @@ class Progress:
             f"/{epochs:g}, step {self._at}{loss}{miou}  "
             f"{rate * self._batch:.0f} images/s  {memory()}  {left} left"
         )
-
-
-def bar(share: float, cells: int = 10) -> str:
-    """`███░░░░░░░`: a share, from 0 to 1, of so many cells."""
-    full = round(share * cells)
-    return "█" * full + "░" * (cells - full)
 
 
 def memory() -> str:
