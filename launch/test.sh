@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # What every change must pass: format, lint, types, tests. Arguments go to pytest. Without
-# any, the oldest and the newest Python run it, if both are here: each gets the JAX that
-# is newest for it.
+# any, what reads JAX's programs is tested once more on the newest Python (or the oldest),
+# if that is here too: each gets the JAX that is newest for it.
 #
 #   bash launch/test.sh [tests/test_laws.py -k exact ...]
 #
@@ -28,13 +28,16 @@ quick="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=tr
 export XLA_FLAGS="${XLA_FLAGS:---xla_cpu_multi_thread_eigen=false $quick}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HYPOTHESIS_PROFILE="${HYPOTHESIS_PROFILE:-ci}"
+test() {
+    python -m pytest --quiet --numprocesses "${JAXPRUNE_TEST_PROCESSES:-2}" \
+        --dist loadfile --durations 15 "$@"
+}
 [[ $# -gt 0 || -n "${PYTHON:-}${JAXPRUNE_VENV:-}" ]] || other="$(find_other)"
-python -m pytest --quiet --numprocesses "${JAXPRUNE_TEST_PROCESSES:-2}" \
-    --dist loadfile --durations 15 "$@"
+test "$@"
 
 if [[ -n "${other:-}" ]]; then
-    printf '\nOnce more with %s\n' "$(version "$other")"
-    # The random networks are the same as above, so that fewer will do.
-    PYTHON="$other" JAXPRUNE_VENV="$root/.venv-other" \
-        JAXPRUNE_NETWORKS="${JAXPRUNE_NETWORKS:-200}" bash "${BASH_SOURCE[0]}"
+    printf '\nThe transformation once more, with %s\n' "$(version "$other")"
+    PYTHON="$other" JAXPRUNE_VENV="$root/.venv-other" bash "${BASH_SOURCE[0]}" \
+        tests/test_{laws,zoo,trace,slim,control,recurrent,mapped,modules,register}.py \
+        tests/test_{project,optimisers,cost}.py
 fi

@@ -86,6 +86,7 @@ def test_overrides_take_the_fields_type(empty, override, field, value):
         ("distill.weight=2", ("distill.weight = 2", "[0, 1]")),
         ("evaluate.every=0", ("evaluate.every = 0", "positive")),
         ("data.size=0x10", ("data.size", "positive")),
+        ("retrain.augment=2", ("retrain.augment = 2", "in [0, 1]")),
         ("data.augment.colour=2", ("data.augment.colour = 2", "[0, 1]")),
         ("data.augment.crop=8x8", ("data.augment.crop", "data.size decides")),
         ("network.widths=8,0", ("network.widths", "positive")),

@@ -118,6 +118,17 @@ def test_no_augmentation_changes_nothing():
     np.testing.assert_array_equal(label, split.labels[0])
 
 
+def test_a_share_of_an_augmentation():
+    half = EVERYTHING.times(0.5)
+    low, high = EVERYTHING.scale
+    np.testing.assert_allclose(half.scale, (low**0.5, high**0.5))
+    assert (half.colour, half.gamma) == (EVERYTHING.colour / 2, EVERYTHING.gamma / 2)
+    assert EVERYTHING.times(1.0) == EVERYTHING
+    image, label = view(data.Augment(False, (0.5, 2), colour=1, gamma=1).times(0.0))
+    np.testing.assert_array_equal(image, make_split(1).images[0])
+    np.testing.assert_array_equal(label, make_split(1).labels[0])
+
+
 def test_a_flip_turns_both():
     split, flips = make_split(1), 0
     for seed in range(20):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random views of one sample: a pure function of the sample and a generator."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 
@@ -46,6 +48,17 @@ class Augment:
         for name in ("stretch", "gamma"):
             if getattr(self, name) < 0:
                 raise DataError(f"augment: {name} {getattr(self, name)!r} is negative")
+
+    def times(self, share: float) -> Augment:
+        """The same with a share of each strength; of the zoom, of its logarithm."""
+        low, high = self.scale
+        return dataclasses.replace(
+            self,
+            scale=(low**share, high**share),
+            stretch=self.stretch * share,
+            colour=self.colour * share,
+            gamma=self.gamma * share,
+        )
 
 
 def augment(

@@ -59,7 +59,8 @@ class Fit:
     median-frequency weights; 0: none. jaccard: the weight of the soft Jaccard loss, one
     minus the mean IoU of a batch's probabilities, added to the cross entropy. ema: the
     decay of the moving average of the weights that is evaluated and kept; 0: the last
-    weights. clip: the largest norm of a gradient; 0: none.
+    weights. clip: the largest norm of a gradient; 0: none. augment: the share of
+    `data.augment`'s strengths; a network that is trained already bears more of it.
     """
 
     epochs: float = 80.0
@@ -75,6 +76,7 @@ class Fit:
     jaccard: float = 0.0
     ema: float = 0.0
     clip: float = 0.0
+    augment: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +275,7 @@ def _check_fit(where: str, fit: Fit) -> None:
         ("jaccard", fit.jaccard >= 0, "0 or more"),
         ("ema", 0 <= fit.ema < 1, "in [0, 1)"),
         ("clip", fit.clip >= 0, "0 or more"),
+        ("augment", 0 <= fit.augment <= 1, "in [0, 1]"),
     ]
     _apply(where, fit, rules)
 

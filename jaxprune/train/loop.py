@@ -195,11 +195,12 @@ def _functions(job: Job, tx: optax.GradientTransformation) -> tuple[Any, Any]:
 
 def _batches(job: Job, start: int) -> Iterator[Any]:
     config = job.config
+    how = config.data.augment.times(job.fit.augment)
     return data.batches(
         job.splits.train,
         batch=job.fit.batch,
         seed=config.seed,
-        augment=dataclasses.replace(config.data.augment, crop=config.data.size),
+        augment=dataclasses.replace(how, crop=config.data.size),
         start=start,
         process=(jax.process_index(), jax.process_count()),
     )
