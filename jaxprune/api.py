@@ -18,7 +18,15 @@ from jaxprune.criteria import (
     score,
 )
 from jaxprune.keeps import compose
-from jaxprune.measures import bn_scale, magnitude, random, taylor
+from jaxprune.measures import (
+    bn_scale,
+    fisher,
+    geometric_median,
+    lamp,
+    magnitude,
+    random,
+    taylor,
+)
 from jaxprune.modules import to_nnx
 from jaxprune.path import prune_path
 from jaxprune.prune import prune
@@ -66,12 +74,15 @@ __all__ = [
     "dead",
     "ema",
     "expand",
+    "fisher",
     "flops",
     "flops_weights",
     "gate",
     "gates_to_keep",
+    "geometric_median",
     "group_lasso",
     "init_gates",
+    "lamp",
     "load",
     "magnitude",
     "mask",

@@ -49,31 +49,44 @@ def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Cr
     if p not in (1, 2):
         raise ConfigError(f"magnitude(p={p!r}): p is 1 or 2")
 
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        del scores
+        power = jnp.abs if p == 1 else jnp.square
+        tree = jax.tree.map(power, floats(evidence.variables))
+        sums = _made_by(trees.channel_sum, evidence.graph, tree, roles)
+        return sums if p == 1 else jax.tree.map(jnp.sqrt, sums), state
+
+    return Criterion(_trained("magnitude"), update)
+
+
+def _trained(name: str) -> Any:
+    """A criterion's init that raises for groups of which nothing is trained."""
+
     def init(graph: Graph, variables: PyTree) -> PyTree:
         del variables
         counts = trees.channel_count(graph)
         bare = [n for n, count in counts.items() if not count.any()]
         if bare:
             raise GraphError(
-                f"magnitude: nothing of {', '.join(map(repr, bare))} is trained; trace "
+                f"{name}: nothing of {', '.join(map(repr, bare))} is trained; trace "
                 "with what is frozen closed over by apply, so that no group has it, or "
                 "give select scores of your own for it"
             )
         return ()
 
-    def update(scores: Scores, state: PyTree, evidence: Evidence):
-        del scores
-        graph = evidence.graph
-        power = jnp.abs if p == 1 else jnp.square
-        tree = jax.tree.map(power, floats(evidence.variables))
-        sums = trees.channel_sum(graph, tree, roles=roles)
-        counts = trees.channel_count(graph, roles=roles)
-        if not all(count.any() for count in counts.values()):
-            every = trees.channel_sum(graph, tree)
-            sums = {n: s if counts[n].any() else every[n] for n, s in sums.items()}
-        return sums if p == 1 else jax.tree.map(jnp.sqrt, sums), state
+    return init
 
-    return Criterion(init, update)
+
+def _made_by(
+    measure: Any, graph: Graph, tree: PyTree, roles: tuple[Role, ...]
+) -> dict[str, Any]:
+    """What a channel's weights in `roles` measure; all of them, where it has none."""
+    found = measure(graph, tree, roles=roles)
+    counts = trees.channel_count(graph, roles=roles)
+    if all(count.any() for count in counts.values()):
+        return found
+    every = measure(graph, tree)
+    return {n: f if counts[n].any() else every[n] for n, f in found.items()}
 
 
 def bn_scale() -> Criterion:
@@ -155,7 +168,8 @@ def taylor(
 
     def update(scores: Scores, state: PyTree, evidence: Evidence):
         del scores
-        products = _gradient_times_weight(evidence)
+        loss, batch = _needed(evidence, "taylor")
+        products = _gradient_times_weight(loss, evidence.variables, batch)
         sums = trees.channel_sum(evidence.graph, products, roles=roles)
         new = {n: jnp.abs(s) ** power for n, s in sums.items()}
         if not mean:
@@ -168,16 +182,117 @@ def taylor(
     return Criterion(init, update)
 
 
-def _gradient_times_weight(evidence: Evidence) -> PyTree:
-    """variables * d loss / d variables; zeros for what is not floating point."""
+def fisher(*, roles: tuple[Role, ...] = ("out", "in")) -> Criterion:
+    """Half the mean over images of (sum of gradient * weight)^2: Fisher pruning.
+
+    The loss's second-order change when the channel is masked, the Hessian taken to be
+    the Fisher information and the loss to be at a minimum. `taylor` squares the mean of
+    a batch, this one each image of it: batches are pytrees whose leaves have the images
+    as their first axis, and `loss` is called with one at a time. All images of all
+    batches count the same.
+
+    Raises ConfigError for a missing loss or batch, or leaves of other first axes.
+
+    Source: Theis et al., "Faster gaze prediction with dense networks and Fisher
+    pruning", 2018, eq. 8.
+    """
+
+    def init(graph: Graph, variables: PyTree) -> PyTree:
+        del variables
+        return jnp.zeros(()), {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        del scores
+        loss, batch = _needed(evidence, "fisher")
+        lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+        if len(lengths) != 1 or lengths <= {(), (0,)}:
+            raise ConfigError(
+                "fisher: the leaves of a batch must have its images as their first "
+                f"axis, this one's are {sorted(lengths)}"
+            )
+
+        def squares(image: Any) -> Scores:
+            one = jax.tree.map(lambda x: x[None], image)
+            products = _gradient_times_weight(loss, evidence.variables, one)
+            sums = trees.channel_sum(evidence.graph, products, roles=roles)
+            return {n: s**2 / 2 for n, s in sums.items()}
+
+        each = jax.lax.map(squares, batch)
+        count, total = state
+        count = count + lengths.pop()[0]
+        total = {n: t + each[n].sum(axis=0) for n, t in total.items()}
+        return {n: t / count for n, t in total.items()}, (count, total)
+
+    return Criterion(init, update)
+
+
+def geometric_median(*, roles: tuple[Role, ...] = ("out",)) -> Criterion:
+    """The sum of the distances to all other channels of the group: FPGM.
+
+    A channel near the geometric median of a group can be replaced by the others. Its
+    vector is what of the trained weights makes it (`roles` as in `magnitude`), and
+    distances are Euclidean. Not normalised; see `normalize`.
+
+    Raises GraphError naming the groups that have no trained weight.
+
+    Source: He et al., "Filter pruning via geometric median for deep convolutional
+    neural networks acceleration", 2019, eq. 6.
+    """
+
+    def distances(gram: jax.Array) -> jax.Array:
+        norms = jnp.diagonal(gram)
+        squares = norms[:, None] + norms[None, :] - 2 * gram
+        return jnp.sqrt(jnp.maximum(squares, 0)).sum(axis=1)
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        del scores
+        tree = floats(evidence.variables)
+        grams = _made_by(trees.channel_gram, evidence.graph, tree, roles)
+        return {n: distances(gram) for n, gram in grams.items()}, state
+
+    return Criterion(_trained("geometric_median"), update)
+
+
+def lamp(*, roles: tuple[Role, ...] = ("out",)) -> Criterion:
+    """The squared 2-norm over the sum of those that are not smaller: LAMP, by channel.
+
+    In (0, 1]: the largest of each group has 1, so that a global selection never empties
+    a group. Of equal ones the first counts as the smaller. `roles` as in `magnitude`.
+    Raises GraphError naming the groups that have no trained weight.
+
+    Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021,
+    eq. 4, with channels for weights.
+    """
+    norm = magnitude(2, roles=roles)
+
+    def relative(values: jax.Array) -> jax.Array:
+        order = jnp.argsort(values)
+        squares = jnp.square(values[order])
+        rest = jnp.cumsum(squares[::-1])[::-1]
+        return values.at[order].set(squares / jnp.where(rest > 0, rest, 1))
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        norms, state = norm.update(scores, state, evidence)
+        return {n: relative(jnp.asarray(x)) for n, x in norms.items()}, state
+
+    return Criterion(_trained("lamp"), update)
+
+
+def _needed(evidence: Evidence, name: str) -> tuple[Any, Any]:
+    """The loss and the batch; ConfigError for a criterion that lacks one."""
     loss, batch = evidence.loss, evidence.batch
     if loss is None or batch is None:
         missing = "loss=" if loss is None else "batches="
         raise ConfigError(
-            f"taylor needs {missing}; call score(taylor(), graph, variables, "
+            f"{name} needs {missing}; call score({name}(), graph, variables, "
             "loss=lambda variables, batch: ..., batches=[...])"
         )
-    leaves, treedef = jax.tree.flatten(evidence.variables)
+    return loss, batch
+
+
+def _gradient_times_weight(loss: Any, variables: PyTree, batch: Any) -> PyTree:
+    """variables * d loss / d variables; zeros for what is not floating point."""
+    leaves, treedef = jax.tree.flatten(variables)
     smooth = [_is_float(x) for x in leaves]
 
     def of(values: list[Any]) -> jax.Array:

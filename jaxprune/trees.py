@@ -178,6 +178,31 @@ def channel_sum(
     }
 
 
+def channel_gram(
+    graph: Graph, tree: PyTree, *, roles: tuple[str, ...] = BOTH_ROLES
+) -> dict[str, Any]:
+    """{group: float[C, C]}: inner products of what belongs to each two channels.
+
+    The diagonal is `channel_sum` of the squares.
+    """
+    grams: dict[str, Any] = {
+        n: np.zeros((g.size,) * 2) for n, g in graph.groups.items()
+    }
+
+    def add(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
+        for axis, slots in cuts if leaf.trained else ():
+            rows = jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+            for group, slot in slots:
+                if slot.role in roles:
+                    own = rows[slot.indices].reshape(len(slot.indices), -1)
+                    product = jnp.matmul(own, own.T, precision="highest")
+                    grams[group] = grams[group] + product
+        return x
+
+    map_leaves(graph, add, tree, dense_shape)
+    return grams
+
+
 def channel_scale(
     graph: Graph,
     factors: Scores,

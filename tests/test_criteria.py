@@ -9,12 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.spatial
 import toygraphs
 
 import jaxprune
 from jaxprune.base import BudgetError, ConfigError, DataError, GraphError
 from jaxprune.criteria import chain, ema, normalize, per_cost, score, scorer, stateless
-from jaxprune.measures import bn_scale, magnitude, random, taylor
+from jaxprune.measures import (
+    bn_scale,
+    fisher,
+    geometric_median,
+    lamp,
+    magnitude,
+    random,
+    taylor,
+)
 
 GRAPH = toygraphs.chain(5, 4)
 VARIABLES = toygraphs.variables(GRAPH)
@@ -308,3 +317,69 @@ def test_magnitude_of_groups_that_lack_a_role_or_are_not_trained():
     for roles in (("in",), ("out",)):
         scores = score(magnitude(roles=roles), graph, variables)
         np.testing.assert_allclose(scores[second], np.abs(trained).sum(1), rtol=1e-6)
+
+
+def filters(name):
+    """float64[C, n]: what makes each channel of a group."""
+    return np.concatenate([KERNELS[name], BIASES[name][None]]).T
+
+
+def test_fisher_squares_each_image():
+    batches = make_batches(2)
+    scores = score(fisher(), GRAPH, VARIABLES, loss=loss, batches=batches)
+    images = [
+        jax.tree.map(lambda x, i=i: x[i : i + 1], b) for b in batches for i in range(8)
+    ]
+    gradients = [jax.grad(loss)(VARIABLES, image) for image in images]
+    for name, group in GRAPH.groups.items():
+        for c in range(group.size):
+            theta = toygraphs.of(VARIABLES, GRAPH, name, c)
+            sums = [theta @ toygraphs.of(g, GRAPH, name, c) for g in gradients]
+            expected = np.mean(np.square(sums)) / 2
+            np.testing.assert_allclose(scores[name][c], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_fisher_needs_images_along_the_first_axis():
+    batch = {"x": np.ones((8, 3)), "y": np.ones((4, 2))}
+    with pytest.raises(ConfigError, match="first axis.*4.*8"):
+        score(fisher(), GRAPH, VARIABLES, loss=loss, batches=[batch])
+    with pytest.raises(ConfigError, match="fisher needs batches="):
+        score(fisher(), GRAPH, VARIABLES, loss=loss)
+
+
+def test_geometric_median_is_the_sum_of_the_distances():
+    scores = score(geometric_median(), GRAPH, VARIABLES)
+    for name in GRAPH.groups:
+        expected = scipy.spatial.distance.cdist(filters(name), filters(name)).sum(1)
+        np.testing.assert_allclose(scores[name], expected, rtol=1e-5)
+
+
+def test_geometric_median_over_all_that_makes_a_tied_channel(traced):
+    """Two convolutions, two scales and their biases make each channel of the sum."""
+    _, variables, graph = traced
+    params = variables["params"]
+    rows = [np.reshape(params[n]["kernel"], (-1, 6)) for n in "ab"]
+    rows += [params[n][k][None] for n in ("bn_a", "bn_b") for k in ("scale", "bias")]
+    rows += [params[n]["bias"][None] for n in "ab"]
+    points = np.concatenate(rows).T.astype(np.float64)
+    (scores,) = score(geometric_median(), graph, variables).values()
+    expected = scipy.spatial.distance.cdist(points, points).sum(1)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_lamp_divides_by_what_is_not_smaller():
+    scores = score(lamp(), GRAPH, VARIABLES)
+    for name in GRAPH.groups:
+        squares = np.sum(filters(name) ** 2, axis=1)
+        expected = [s / squares[squares >= s].sum() for s in squares]
+        np.testing.assert_allclose(scores[name], expected, rtol=1e-5)
+        assert scores[name].max() == 1
+
+
+def test_lamp_of_equal_channels():
+    equal = jax.tree.map(np.ones_like, VARIABLES)
+    scores = score(lamp(), GRAPH, equal)
+    for name, group in GRAPH.groups.items():
+        np.testing.assert_allclose(scores[name], 1 / np.arange(group.size, 0, -1))
+    none = score(lamp(), GRAPH, jax.tree.map(np.zeros_like, VARIABLES))
+    assert not any(s.any() for s in none.values())

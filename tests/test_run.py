@@ -210,6 +210,8 @@ def prepared(folder: Path, **fields):
         {"criterion": "magnitude"},
         {"criterion": "taylor", "per_cost": True},
         {"criterion": "bn_scale", "normalize": "none"},
+        {"criterion": "fisher"},
+        {"criterion": "lamp"},
         {"criterion": "random", "scope": "local"},
         {"method": "path", "block": 0.1},
         {"method": "lasso", "lasso_epochs": 1.0, "strength": 30.0},

@@ -82,13 +82,13 @@ def _measured(graph: Graph, keep: Keep, budget: Budget) -> float:
 def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
     prune = job.config.prune
     name = "magnitude" if prune.sparse else prune.criterion
-    taylor = name == "taylor"
+    looks = name in ("taylor", "fisher")
     return score(
         _criterion(prune, name),
         graph,
         variables,
-        loss=_loss(job) if taylor else None,
-        batches=estimates(job, prune.batches) if taylor else None,
+        loss=_loss(job) if looks else None,
+        batches=estimates(job, prune.batches) if looks else None,
         key=jax.random.key(job.config.seed),
     )
 
@@ -96,6 +96,9 @@ def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
 def _criterion(prune: Prune, name: str) -> Criterion:
     known: dict[str, Any] = {
         "taylor": measures.taylor,
+        "fisher": measures.fisher,
+        "geometric_median": measures.geometric_median,
+        "lamp": measures.lamp,
         "magnitude": _magnitude(prune),
         "bn_scale": measures.bn_scale,
         "random": measures.random,

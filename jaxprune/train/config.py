@@ -79,6 +79,11 @@ class Fit:
     augment: float = 1.0
 
 
+Criterion = Literal[
+    "magnitude", "taylor", "fisher", "bn_scale", "geometric_median", "lamp", "random"
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Prune:
     """Which channels go. budget, ratio: at most `ratio` of the dense cost stays.
@@ -99,7 +104,7 @@ class Prune:
     """
 
     method: Literal["criterion", "lasso", "gates", "path"] = "criterion"
-    criterion: Literal["magnitude", "taylor", "bn_scale", "random"] = "taylor"
+    criterion: Criterion = "taylor"
     normalize: Literal["none", "mean", "max", "sum", "l2"] = "mean"
     per_cost: bool = False
     budget: Literal["flops", "params", "channels", "bytes"] = "flops"
