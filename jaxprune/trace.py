@@ -83,7 +83,11 @@ def struct(x: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype (weak or not) of an array or a Python number."""
     if is_arraylike(x):
         weak = getattr(x, "weak_type", False)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak)
+        dtype = x.dtype
+        if jax.numpy.issubdtype(dtype, jax.numpy.number):
+            # NumPy's float64 is float32 to JAX, unless told otherwise.
+            dtype = jax.dtypes.canonicalize_dtype(dtype)
+        return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=weak)
     return jax.eval_shape(lambda: jax.numpy.asarray(x))
 
 

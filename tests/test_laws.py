@@ -109,7 +109,7 @@ def test_verify_tells_of_values_that_are_no_numbers() -> None:
 
     variables = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
     x = jnp.ones((5, 3))
-    graph = jp.trace(apply, variables, x)
+    graph = jp.trace(apply, variables, x, exact=False)
     keep = {n: np.arange(g.size) < 2 for n, g in graph.groups.items()}
     assert jp.verify(apply, graph, keep, variables, x) == np.inf
     assert jp.verify(apply, graph, graph.full(), variables, x) == 0
