@@ -86,7 +86,7 @@ def test_overrides_take_the_fields_type(empty, override, field, value):
         ("distill.weight=2", ("distill.weight = 2", "[0, 1]")),
         ("evaluate.every=0", ("evaluate.every = 0", "positive")),
         ("data.size=0x10", ("data.size", "positive")),
-        ("retrain.augment=2", ("retrain.augment = 2", "in [0, 1]")),
+        ("retrain.augment=-1", ("retrain.augment = -1", "0 or more")),
         ("data.augment.colour=2", ("data.augment.colour = 2", "[0, 1]")),
         ("data.augment.crop=8x8", ("data.augment.crop", "data.size decides")),
         ("network.widths=8,0", ("network.widths", "positive")),
@@ -97,6 +97,11 @@ def test_bad_overrides_are_named(empty, override, parts):
     with pytest.raises(ConfigError) as caught:
         configs.load_config(empty, [override])
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_no_more_colour_than_there_is(empty):
+    with pytest.raises(ConfigError, match=r"retrain.augment = 2.*1 / data.augment"):
+        configs.load_config(empty, ["data.augment.colour=0.6", "retrain.augment=2"])
 
 
 def test_gates_carry_no_optimiser(empty):

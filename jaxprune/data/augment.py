@@ -49,15 +49,15 @@ class Augment:
             if getattr(self, name) < 0:
                 raise DataError(f"augment: {name} {getattr(self, name)!r} is negative")
 
-    def times(self, share: float) -> Augment:
-        """The same with a share of each strength; of the zoom, of its logarithm."""
+    def times(self, factor: float) -> Augment:
+        """The same with its strengths times a factor; of the zoom, its logarithm."""
         low, high = self.scale
         return dataclasses.replace(
             self,
-            scale=(low**share, high**share),
-            stretch=self.stretch * share,
-            colour=self.colour * share,
-            gamma=self.gamma * share,
+            scale=(low**factor, high**factor),
+            stretch=self.stretch * factor,
+            colour=self.colour * factor,
+            gamma=self.gamma * factor,
         )
 
 

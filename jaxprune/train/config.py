@@ -59,7 +59,7 @@ class Fit:
     median-frequency weights; 0: none. jaccard: the weight of the soft Jaccard loss, one
     minus the mean IoU of a batch's probabilities, added to the cross entropy. ema: the
     decay of the moving average of the weights that is evaluated and kept; 0: the last
-    weights. clip: the largest norm of a gradient; 0: none. augment: the share of
+    weights. clip: the largest norm of a gradient; 0: none. augment: a factor of
     `data.augment`'s strengths; a network that is trained already bears more of it.
     """
 
@@ -258,6 +258,14 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
         ("evaluate.repeats", evaluate.repeats >= 0, "0 or more"),
         ("evaluate.samples", evaluate.samples > 0, "positive"),
         ("save_every", config.save_every > 0, "positive"),
+        *(
+            (
+                f"{where}.augment",
+                data.augment.colour * getattr(config, where).augment <= 1,
+                "1 / data.augment.colour at most",
+            )
+            for where in ("train", "retrain")
+        ),
         # Another optimiser has no use for the moments of the one before.
         (
             "prune.carry_optimizer",
@@ -280,7 +288,7 @@ def _check_fit(where: str, fit: Fit) -> None:
         ("jaccard", fit.jaccard >= 0, "0 or more"),
         ("ema", 0 <= fit.ema < 1, "in [0, 1)"),
         ("clip", fit.clip >= 0, "0 or more"),
-        ("augment", 0 <= fit.augment <= 1, "in [0, 1]"),
+        ("augment", fit.augment >= 0, "0 or more"),
     ]
     _apply(where, fit, rules)
 
