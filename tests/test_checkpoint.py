@@ -248,7 +248,7 @@ def test_folder_of_another_version_or_form(tmp_path):
         ({"keep": {"l0": "1111"}}, "keep lacks group 'l1'"),
         ({"keep": {"l0": "1111", "l1": "111111"}}, "l0"),
         ({"keep": 3}, "jaxprune.json: keep is not"),
-        ({"keep": {"l0": 1}}, "jaxprune.json: keep is not"),
+        ({"keep": {"l0": 1}}, "jaxprune.json: keep: group 'l0' is 1, not a text"),
         ({"leaves": [{"path": 3}]}, r"jaxprune.json: leaves\[0\] = .* is malformed"),
         ({"leaves": [leaf | {"dtype": "x"}]}, r"leaves\[0\] = .* is malformed"),
         ({"leaves": {}}, "jaxprune.json: leaves is no list"),
