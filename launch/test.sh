@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# What every change must pass: format, lint, types, tests. Arguments go to pytest. Without
-# any, what reads JAX's programs is tested once more on the newest Python (or the oldest),
-# if that is here too: each gets the JAX that is newest for it.
+# What every change must pass: format, lint, types, tests. Arguments go to pytest.
 #
 #   bash launch/test.sh [tests/test_laws.py -k exact ...]
 #
 # PYTHON and JAXPRUNE_VENV: see environment.sh. JAXPRUNE_CAMVID: a CamVid folder, without
 # which the tests on real frames are skipped. JAXPRUNE_TEST_PROCESSES: 2 by default.
+# JAXPRUNE_TEST_OTHER=1: what reads JAX's programs is tested once more on Python 3.13 (or
+# 3.11), if that is here too, with the JAX that is newest for it.
 
 set -euo pipefail
 
@@ -32,12 +32,12 @@ test() {
     python -m pytest --quiet --numprocesses "${JAXPRUNE_TEST_PROCESSES:-2}" \
         --dist loadfile --durations 15 "$@"
 }
-[[ $# -gt 0 || -n "${PYTHON:-}${JAXPRUNE_VENV:-}" ]] || other="$(find_other)"
+[[ -z "${JAXPRUNE_TEST_OTHER:-}" ]] || other="$(find_other)"
 test "$@"
 
 if [[ -n "${other:-}" ]]; then
     printf '\nThe transformation once more, with %s\n' "$(version "$other")"
-    PYTHON="$other" JAXPRUNE_VENV="$root/.venv-other" bash "${BASH_SOURCE[0]}" \
+    JAXPRUNE_TEST_OTHER="" PYTHON="$other" JAXPRUNE_VENV="$root/.venv-other" bash "${BASH_SOURCE[0]}" \
         tests/test_{laws,zoo,trace,slim,control,recurrent,mapped,modules,register}.py \
         tests/test_{project,optimisers,cost}.py
 fi

@@ -278,3 +278,17 @@ def test_report_needs_no_jax():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_rounds_and_their_recoveries_follow_each_other():
+    """Two cuts, and one recovery of 4 epochs between them, behind 10 epochs."""
+    stages = [("train", 5), ("train", 10), ("prune", 1), ("recover1", 4)]
+    stages += [("prune", 2), ("retrain", 3), ("scratch", 17)]
+    placed = plots._chained([{"stage": s, "step": n} for s, n in stages])
+    assert {stage: [e for e, _ in rows] for stage, rows in placed.items()} == {
+        "train": [5, 10],
+        "prune": [10, 14],
+        "recover1": [14],
+        "retrain": [17],
+        "scratch": [17],
+    }

@@ -72,7 +72,10 @@ def find_pairs(image_folder: Path, mask_folder: Path) -> list[images.Pair]:
     """
     found, masks = _by_stem(image_folder), _by_stem(mask_folder)
     if not found:
-        raise DataError(f"{image_folder}: holds no images ({', '.join(_SUFFIXES)})")
+        raise DataError(
+            f"{image_folder}: holds no images ({', '.join(_SUFFIXES)}); is this the "
+            "folder that you meant? docs/data.md tells the layout"
+        )
     for stem in sorted(found.keys() ^ masks.keys()):
         if stem in found:
             raise DataError(

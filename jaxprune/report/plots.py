@@ -19,7 +19,10 @@ DENSE, PRUNED, SCRATCH = "#0072B2", "#D55E00", "#009E73"
 COLOR = {"dense": DENSE, "pruned": PRUNED, "scratch": SCRATCH}
 STAGES = {  # colour, line style, what it is called
     "train": (DENSE, "-", "dense training"),
+    "lasso": ("#56B4E9", "-", "training under the penalty"),
+    "gates": ("#56B4E9", "-", "training of gates"),
     "prune": ("#CC79A7", ":", "pruning"),
+    "recover": ("#E69F00", "-", "recovery between cuts"),
     "retrain": (PRUNED, "-", "retraining"),
     "scratch": (SCRATCH, "--", "from scratch"),
 }
@@ -50,28 +53,29 @@ def _save(figure: Any, file: Path) -> Path:
 def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
     """Loss (training) and mIoU (validation) against epochs, a colour a stage.
 
-    Retraining begins where training ended; the from-scratch net begins at 0.
+    Each stage begins where the one before ended; the from-scratch net begins at 0.
     """
     figure, (top, bottom) = _figure(5.2, 2, sharex=True)
-    trained = max((_epoch(r) for r in rows if r["stage"] == "train"), default=0.0)
-    for stage, (color, style, label) in STAGES.items():
-        mine = [r for r in rows if r["stage"] == stage]
-        offset = trained if stage in ("prune", "retrain") else 0.0
+    labelled = set()
+    for stage, placed in _chained(rows).items():
+        color, style, label = STAGES[_kind(stage)]
         for ax, key, split in ((top, "loss", "train"), (bottom, "miou", "val")):
             points = sorted(
-                (_epoch(r) + offset, r[key])
-                for r in mine
-                if r.get("split") == split and r.get(key) is not None
+                (epoch, row[key])
+                for epoch, row in placed
+                if row.get("split") == split and row.get(key) is not None
             )
             if points:
                 marker = "o" if len(points) < 50 else None
+                new = (ax, label) not in labelled
+                labelled.add((ax, label))
                 ax.plot(
                     *zip(*points, strict=True),
                     color=color,
                     linestyle=style,
                     marker=marker,
                     markersize=3 if len(points) > 1 else 7,
-                    label=label,
+                    label=label if new else None,
                 )
     top.set_ylabel("training loss (nats)")
     bottom.set_ylabel("validation mIoU")
@@ -82,10 +86,29 @@ def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
     return _save(figure, file)
 
 
-def _epoch(row: Mapping[str, Any]) -> float:
-    if row["stage"] == "prune":  # its steps are rounds, and train nothing
-        return 0.0
-    return float(row.get("epoch", row["step"]) or 0.0)
+def _chained(
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, list[tuple[float, Mapping[str, Any]]]]:
+    """{stage: (epochs since the network was new, row)}, in the order of the file."""
+    placed: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    begun: dict[str, float] = {"scratch": 0.0}
+    end = 0.0
+    for row in rows:
+        stage = row["stage"]
+        if _kind(stage) not in STAGES:
+            continue
+        epoch = end
+        if stage != "prune":  # whose steps are rounds, and train nothing
+            epoch = begun.setdefault(stage, end)
+            epoch += float(row.get("epoch", row["step"]) or 0.0)
+        if stage != "scratch":
+            end = max(end, epoch)
+        placed.setdefault(stage, []).append((epoch, row))
+    return placed
+
+
+def _kind(stage: str) -> str:
+    return stage.rstrip("0123456789")  # recover1, recover2, ...
 
 
 def widths(groups: Sequence[Mapping[str, Any]], file: Path) -> Path:

@@ -173,6 +173,7 @@ def _walk(
     """The cost-complexity path down to the budget, and the step that is chosen."""
     prune, dense, ignore = job.config.prune, cost(graph), _target(job).ignore
     validation, mious = _validation(job), []
+    whose = "the" if prune.rounds == 1 else "this round's"
 
     @jax.jit
     def confusion(keep: Keep, variables: PyTree, batch: Any) -> Any:
@@ -183,7 +184,7 @@ def _walk(
         matrices = [np.asarray(confusion(step.keep, variables, b)) for b in validation]
         mious.append(metrics.measures(np.sum(matrices, axis=0))["miou"])
         progress.note(
-            f"prune: {step.cost.flops / dense.flops:6.1%} of the FLOPs, "
+            f"prune: {step.cost.flops / dense.flops:6.1%} of {whose} FLOPs, "
             f"risk {step.risk:.3f} ± {step.stderr:.3f}, mIoU {mious[-1]:.3f}"
         )
 
