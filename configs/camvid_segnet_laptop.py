@@ -22,7 +22,9 @@ def get_config() -> train.Config:
             stored=(240, 320),
             augment=data.Augment(scale=(0.9, 1.25), colour=0.2, gamma=0.15),
         ),
-        train=train.Fit(epochs=70, batch=8, lr=2e-3, ema=0.99, jaccard=1.0),
+        train=train.Fit(
+            epochs=40, batch=8, optimizer="muon", lr=2e-3, ema=0.99, jaccard=1.0
+        ),
         prune=train.Prune(
             "path",
             ratio=0.25,
@@ -30,12 +32,13 @@ def get_config() -> train.Config:
             min_channels=4,
             block=0.06,
             rounds=4,
-            recovery_epochs=8,
+            recovery_epochs=6,
         ),
         # Trained already, the network bears stronger augmentation and milder weights.
         retrain=train.Fit(
-            epochs=76,
+            epochs=70,
             batch=8,
+            optimizer="muon",
             lr=1.5e-3,
             ema=0.99,
             jaccard=1.0,

@@ -3,7 +3,9 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import chex
 import jax
@@ -239,6 +241,47 @@ def test_every_method_meets_the_budget_and_resumes(tmp_path, fields):
     again = cut.prune_stage(job, graph, dense, Progress(tmp_path))
     chex.assert_trees_all_equal(again.keep, found.keep)
     chex.assert_trees_all_equal(again.variables, found.variables)
+
+
+ROUNDS = {
+    "method": "path",
+    "block": 0.1,
+    "rounds": 2,
+    "recovery_epochs": 1 / 3,
+    "batches": 2,
+    "statistics": 2,
+}
+
+
+def test_prune_json_tells_of_every_round(tmp_path):
+    job, graph, dense = prepared(tmp_path, **ROUNDS)
+    cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    rows = read(tmp_path, "prune.json")["path"]
+    assert [s["round"] for s in rows if s["chosen"]] == [1, 2]
+    # A round begins where the one before ended.
+    first, second = ([s["flops"] for s in rows if s["round"] == n] for n in (1, 2))
+    assert second[0] == first[-1]
+
+
+@pytest.mark.parametrize("killed", ["_recover", "_write", "_restated", "store"])
+def test_pruning_killed_anywhere_goes_on_to_the_same(tmp_path, monkeypatch, killed):
+    whole, other = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    other.mkdir()
+    job, graph, dense = prepared(whole, **ROUNDS)
+    expected = cut.prune_stage(job, graph, dense, Progress(whole))
+    job, graph, dense = prepared(other, **ROUNDS)
+    if killed == "store":  # the last round decided, its checkpoint not yet written
+        cut.prune_stage(job, graph, dense, Progress(other))
+        shutil.rmtree(other / "checkpoints" / "prune" / "2")
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cut, killed, mock.Mock(side_effect=KeyboardInterrupt))
+            cut.prune_stage(job, graph, dense, Progress(other))
+    found = cut.prune_stage(job, graph, dense, Progress(other))
+    chex.assert_trees_all_equal(found.keep, expected.keep)
+    chex.assert_trees_all_equal(found.variables, expected.variables)
+    assert read(other, "prune.json") == read(whole, "prune.json")
 
 
 FAINT = jnp.array([1, 1, 1e-3, 1, 1e-3, 1e-3])

@@ -135,7 +135,10 @@ def widths(groups: Sequence[Mapping[str, Any]], file: Path) -> Path:
 def path(
     steps: Sequence[Mapping[str, Any]], dense_flops: float | None, file: Path
 ) -> Path:
-    """mIoU and risk, where known, against the FLOPs that stay; the choice is marked."""
+    """mIoU and risk, where known, against the FLOPs that stay; the choice is marked.
+
+    Of several rounds, each is a line of its own: the network was retrained in between.
+    """
     series = [
         (key, label)
         for key, label in (
@@ -147,16 +150,21 @@ def path(
     figure, axes = _figure(0.8 + 2.4 * max(1, len(series)), max(1, len(series)))
     whole = dense_flops or max(s["flops"] for s in steps)
     for ax, (key, label) in zip(axes, series, strict=False):
-        known = sorted(
-            (s for s in steps if s.get(key) is not None), key=lambda s: s["flops"]
-        )
-        x = [100 * s["flops"] / whole for s in known]
-        y = [s[key] for s in known]
-        error = [s.get("stderr") or 0.0 for s in known] if key == "risk" else None
-        ax.errorbar(x, y, error, color=DENSE, marker="o", markersize=4, capsize=2)
-        for s in (s for s in known if s.get("chosen")):
-            at = 100 * s["flops"] / whole
-            ax.plot(at, s[key], "D", color=PRUNED, markersize=9, label="chosen")
+        for number in sorted({s.get("round", 1) for s in steps}):
+            known = sorted(
+                (s for s in steps if s.get("round", 1) == number and key in s),
+                key=lambda s: s["flops"],
+            )
+            known = [s for s in known if s[key] is not None]
+            x = [100 * s["flops"] / whole for s in known]
+            y = [s[key] for s in known]
+            error = [s.get("stderr") or 0.0 for s in known] if key == "risk" else None
+            ax.errorbar(x, y, error, color=DENSE, marker="o", markersize=4, capsize=2)
+        marked = [s for s in steps if s.get("chosen") and s.get(key) is not None]
+        if marked:
+            at = [100 * s["flops"] / whole for s in marked]
+            y = [s[key] for s in marked]
+            ax.plot(at, y, "D", color=PRUNED, markersize=9, label="chosen")
             ax.legend(frameon=False, fontsize=9)
         ax.set_ylabel(label)
     axes[-1].set_xlabel(f"FLOPs that stay (% of {words.quantity(whole)}FLOPs)")

@@ -136,7 +136,7 @@ def by_cause(
 
 def path(steps: Sequence[Mapping[str, Any]], dense_flops: float | None) -> str:
     """What the pruning path shows."""
-    chosen = next((s for s in steps if s.get("chosen")), None)
+    chosen = next((s for s in reversed(steps) if s.get("chosen")), None)
     if chosen is None:
         return f"{len(steps)} steps, none chosen yet"
     whole = dense_flops or max(s["flops"] for s in steps)

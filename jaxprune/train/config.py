@@ -54,8 +54,9 @@ class Data:
 class Fit:
     """One training. lr: the highest rate, after `warmup` epochs of linear increase.
 
-    schedule: 'cosine' falls to 0. weight_decay: of kernels alone; decoupled with adam,
-    part of the gradient with sgd. momentum: of sgd. class_weights: the power of the
+    optimizer: 'muon' orthogonalises the updates of kernels, at Adam's rates; it needs
+    about half of Adam's epochs here. schedule: 'cosine' falls to 0. weight_decay: of
+    kernels alone; part of the gradient with sgd, else decoupled. momentum: of sgd. class_weights: the power of the
     median-frequency weights; 0: none. jaccard: the weight of the soft Jaccard loss, one
     minus the mean IoU of a batch's probabilities, added to the cross entropy. ema: the
     decay of the moving average of the weights that is evaluated and kept; 0: the last
@@ -65,7 +66,7 @@ class Fit:
 
     epochs: float = 80.0
     batch: int = 8
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "muon"] = "adam"
     lr: float = 2e-3
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = 0.0

@@ -44,7 +44,7 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
     """Cut the dense network, `job.apply`, to the budget; resumed where it was left.
 
     job: of the retraining, but for its apply. Each round's result is a checkpoint of
-    the stage 'prune'; prune.json tells of the last.
+    the stage 'prune', with its keep and its path; prune.json tells of them all.
     """
     prune = job.config.prune
     store = checkpoint.open_store(
@@ -54,17 +54,21 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
     if prune.sparse:
         variables, opt_state = sparsify(job, graph, dense, progress)
     cut = Cut(graph.full(), variables, _carried(job, opt_state))
+    rows: list[dict[str, Any]] = []
     for number in range(1, prune.rounds + 1):
         last = number == prune.rounds
         known = number in store.steps() and (not last or (job.workdir / _FILE).exists())
         if known:
             progress.note(f"prune: done already, cut {number} of {prune.rounds}")
             cut = _restore(store, number, graph, cut)
+            rows += store.meta(number).get("path", [])
         else:
-            cut = _round(job, graph, cut, number, progress)
-            text = {n: "".join("01"[int(c)] for c in k) for n, k in cut.keep.items()}
-            tree = {"variables": cut.variables}
-            store.save(number, tree, {"keep": text}, force=True)
+            cut, more = _round(job, graph, cut, number, progress)
+            rows += more
+            if last and not (job.workdir / _FILE).exists():
+                _write(job, graph, cut.keep, rows)
+            meta = {"keep": _text(cut.keep), "path": more}
+            store.save(number, {"variables": cut.variables}, meta, force=True)
         if not last:
             cut = _recover(job, graph, cut, number, progress)
     _card(graph, cut.keep, progress)
@@ -75,13 +79,19 @@ def _carried(job: Job, opt_state: PyTree) -> PyTree:
     return opt_state if job.config.prune.carry_optimizer else None
 
 
-def _round(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
-    """One cut of what the rounds before have left, and its validation row."""
+def _text(keep: Keep) -> dict[str, str]:
+    return {n: "".join("01"[int(c)] for c in k) for n, k in keep.items()}
+
+
+def _round(
+    job: Job, graph: Graph, cut: Cut, number: int, progress: Progress
+) -> tuple[Cut, list[dict[str, Any]]]:
+    """One cut of what the rounds before have left, its validation row, and its path."""
     prune = job.config.prune
     smaller = shrink_graph(graph, cut.keep)
     here = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
     keep = _decided(job, cut.keep) if number == prune.rounds else None
-    rows = None
+    rows: list[dict[str, Any]] | None = None
     if keep is None:
         # Equal factors: each round leaves the same fraction of the one before.
         whole = measure(graph, prune.budget, sizes(graph))
@@ -102,9 +112,8 @@ def _round(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) ->
     progress.rewind("prune", number - 1)
     progress.append({"stage": "prune", "step": number, "split": "val", **found})
     progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")
-    if number == prune.rounds and not (job.workdir / _FILE).exists():
-        _write(job, graph, keep, rows)
-    return Cut(keep, variables, carried)
+    cut = Cut(keep, variables, carried)
+    return cut, [{**row, "round": number} for row in rows or []]
 
 
 def _decided(job: Job, before: Keep) -> dict[str, np.ndarray] | None:
@@ -166,8 +175,8 @@ def _restore(store: checkpoint.Store, number: int, graph: Graph, before: Cut) ->
     return Cut(keep, jax.tree.map(np.asarray, tree["variables"]), small[1])
 
 
-def _write(job: Job, graph: Graph, keep: Keep, rows: Any) -> None:
-    """prune.json: the keep, widths before and after, what is frozen, the path."""
+def _write(job: Job, graph: Graph, keep: Keep, rows: list[dict[str, Any]]) -> None:
+    """prune.json: the keep, widths before and after, what is frozen, rounds' paths."""
     full, dense = graph.full(), cost(graph).flops
     groups = []
     for name, group in graph.groups.items():
@@ -183,12 +192,12 @@ def _write(job: Job, graph: Graph, keep: Keep, rows: Any) -> None:
         )
     document = {
         "method": _described(job),
-        "keep": {n: "".join("01"[int(c)] for c in k) for n, k in keep.items()},
+        "keep": _text(keep),
         "groups": groups,
         "frozen": [
             {**dataclasses.asdict(f), "path": path_str(f.path)} for f in graph.frozen
         ],
-        "path": rows,
+        "path": rows or None,
     }
     write_json(job.workdir / _FILE, document)
 
