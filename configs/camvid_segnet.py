@@ -4,9 +4,9 @@
     JAXPRUNE_CAMVID=.../CamVid jaxprune run configs/camvid_segnet.py
 
 Hardware: one GPU of 24 GiB or more, or a TPU slice of up to 8 devices (more: set
-train.batch and retrain.batch to a multiple). Minutes and numbers to expect: (to be
-measured). Unlike the paper's recipe (SGD at a constant rate from VGG-16's weights) it
-starts from random weights, with Adam and a cosine. A first look at it, in minutes:
+train.batch and retrain.batch to a multiple). Nobody has run it whole yet. Unlike the
+paper's recipe (SGD at a constant rate from VGG-16's weights) it starts from random
+weights, with Adam and a cosine. A first look at it, in minutes:
 
     --set train.epochs=2 --set retrain.epochs=2 --set scratch=no --workdir runs/look
 """

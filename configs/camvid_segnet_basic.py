@@ -3,7 +3,7 @@
 
     JAXPRUNE_CAMVID=.../CamVid jaxprune run configs/camvid_segnet_basic.py
 
-Hardware: one GPU of 8 GiB or more. Minutes and numbers to expect: (to be measured).
+Hardware: one GPU of 8 GiB or more. Nobody has run it whole yet.
 Stochastic gradient descent with momentum 0.9, rate 0.1, weight decay 5e-4, 4 images a
 step, median-frequency class weights, 10,000 steps (109 epochs); retraining ends in a
 cosine from a tenth of that rate. Each of several devices needs a batch of its own: set

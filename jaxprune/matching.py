@@ -34,13 +34,15 @@ Cuts = tuple[tuple[int, tuple[tuple[str, Slot], ...]], ...]
 class _Index:
     """`cuts`: per leaf, per axis, the (group, slot) pairs; `by_path`: leaf numbers.
 
-    `collections`: the variables are {'params': ..., ...}, as linen's are.
+    `collections`: the variables are {'params': ..., ...}, as linen's are. `named`: the
+    collections' names, as fields (of a TrainState) are called, and None.
     """
 
     cuts: tuple[Cuts, ...]
     by_path: dict[Path, int]
     longest: int
     collections: bool
+    named: frozenset[str | None]
 
 
 @functools.lru_cache(maxsize=32)
@@ -65,7 +67,8 @@ def index_of(graph: Graph) -> _Index:
                 by_path[leaf.path[1:]] = i
     by_path.pop((), None)
     longest = max((len(p) for p in by_path), default=0)
-    return _Index(cuts, by_path, longest, collections)
+    firsts = {leaf.path[0] for leaf in graph.leaves if collections}
+    return _Index(cuts, by_path, longest, collections, frozenset({None, *firsts}))
 
 
 def map_leaves(
@@ -89,7 +92,7 @@ def map_leaves(
         leaf, cuts = graph.leaves[number], index.cuts[number]
         context = _context(index, path, leaf)
         found.setdefault(context, set()).add(number)
-        if any(hasattr(k, "name") for k in keys):
+        if any(getattr(k, "name", None) not in index.named for k in keys):
             partial.add(context)
         shape = tuple(np.shape(x))
         leaf, cuts = _stacked(*_statistic(leaf, cuts, path, len(shape)), shape)
@@ -224,8 +227,8 @@ def _check_strange(graph: Graph, flat: list[tuple[Any, Any]]) -> None:
 def _check_complete(graph: Graph, index: _Index, found: dict[Path, set[int]]) -> None:
     """A tree of variables has every leaf that a group touches, in each collection.
 
-    Optimiser states and nnx states (key paths that hold named fields) may lack some:
-    optax masks them, and gradients are of nnx.Param alone.
+    Optimiser states and nnx states (key paths that hold other named fields) may lack
+    some: optax masks them, and gradients are of nnx.Param alone.
     """
     for context, numbers in found.items():
         collections = {graph.leaves[n].path[0] for n in numbers}

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import flax.linen as nn
@@ -256,3 +258,28 @@ KINDS = (
 def drawn(ops: tuple[tuple[str, int, int], ...], seed: int = 0) -> tuple[Any, Any, Any]:
     """(apply, variables, images) of a random network."""
     return linen(lambda: Drawn(ops), seed)
+
+
+def multiply_adds(jaxpr, *, valid=False):
+    """Of all convolutions: output elements x kernel taps, padding counted.
+
+    valid: only taps that lie on the image, for odd kernels of stride 1 padded to SAME:
+    k n - (k // 2) (k // 2 + 1) of k n along an axis of n.
+    """
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            dims = eqn.params["dimension_numbers"]
+            kernel = eqn.invars[1].aval.shape
+            taps = math.prod(kernel) // kernel[dims.rhs_spec[0]]
+            out = eqn.outvars[0].aval.shape
+            share = Fraction(1)
+            for a, b in zip(dims.rhs_spec[2:], dims.out_spec[2:], strict=True):
+                k, n = kernel[a], out[b]
+                share *= Fraction(k * n - (k // 2) * (k // 2 + 1), k * n)
+            total += math.prod(out) * taps * (share if valid else 1)
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                total += multiply_adds(inner, valid=valid)
+    return total

@@ -96,8 +96,25 @@ def test_cost_is_that_of_the_plain_smaller_module(seed: int) -> None:
     plain = models.rebuild(net, small)
     again = jp.trace(plain.apply, small, x)
     assert jp.cost(again) == jp.cost(graph, keep)
+    jaxpr = jax.make_jaxpr(plain.apply)(small, x).jaxpr
+    assert jp.cost(graph, keep).flops == 2 * networks.multiply_adds(jaxpr)
     counted = sum(math.prod(p.shape) for p in jax.tree.leaves(small["params"]))
     assert counted == jp.cost(graph, keep).params
+
+
+def test_cost_of_segnet_agrees_with_xla() -> None:
+    net = SegNet(11)
+    x = jax.ShapeDtypeStruct((1, 45, 60, 3), jnp.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    graph = jp.trace(net.apply, variables, x)
+    keep = {n: np.arange(g.size) % 2 == 0 for n, g in graph.groups.items()}
+    small = jax.eval_shape(lambda v: jp.shrink(graph, keep, v), variables)
+    slim = jp.slim(net.apply, graph, keep)
+    jaxpr = jax.make_jaxpr(slim)(small, x).jaxpr
+    whole, valid = (networks.multiply_adds(jaxpr, valid=v) for v in (False, True))
+    seen = jax.jit(slim).lower(small, x).cost_analysis()["flops"]
+    want = jp.cost(graph, keep).flops * float(valid / whole)
+    np.testing.assert_allclose(seen, want, rtol=0.01)
 
 
 def test_transposed_and_depthwise_convolutions() -> None:

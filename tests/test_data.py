@@ -290,6 +290,7 @@ def test_class_weights_by_hand():
     np.testing.assert_array_equal(data.class_weights(split, 0.0), np.ones(3))
 
 
+@pytest.mark.camvid
 @needs_camvid
 def test_camvid_counts_shares_and_weights():
     shares = [0.1685, 0.2326, 0.0098, 0.3166, 0.0449, 0.0972]

@@ -7,6 +7,7 @@ import math
 import chex
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import pytest
 
@@ -50,25 +51,6 @@ def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def multiply_adds(jaxpr):
-    """Of all convolutions: output elements x kernel taps, padding counted."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            dims = eqn.params["dimension_numbers"]
-            kernel = eqn.invars[1].aval.shape
-            taps = math.prod(kernel) // kernel[dims.rhs_spec[0]]
-            total += math.prod(eqn.outvars[0].aval.shape) * taps
-        for value in eqn.params.values():
-            total += sum(multiply_adds(inner) for inner in inner_jaxprs(value))
-    return total
-
-
-def inner_jaxprs(value):
-    jaxpr = getattr(value, "jaxpr", value)
-    return [jaxpr] if hasattr(jaxpr, "eqns") else []
-
-
 @pytest.mark.parametrize(
     ("name", "classes", "widths", "trained"),
     [
@@ -107,7 +89,7 @@ def test_published_multiply_adds(name, widths, want):
     net, shapes = abstract(name, 11, widths=widths)
     images = jax.ShapeDtypeStruct((1, 360, 480, 3), jnp.float32)
     jaxpr = jax.make_jaxpr(net.apply)(shapes, images).jaxpr
-    seen = multiply_adds(jaxpr)
+    seen = networks.multiply_adds(jaxpr)
     if want % 1_000_000:
         assert seen == want
     else:  # published to five digits

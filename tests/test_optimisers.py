@@ -8,6 +8,7 @@ import networks
 import numpy as np
 import optax
 import pytest
+from flax.training.train_state import TrainState
 
 import jaxprune as jp
 from jaxprune.base import GraphError
@@ -206,3 +207,16 @@ def test_trees_without_arrays_of_numbers_pass(tree):
 def test_keeps_that_do_not_compose(second, words):
     with pytest.raises(GraphError, match=words):
         jp.compose({"a": np.array([1, 1, 0], bool)}, second)
+
+
+def test_a_train_state_that_lacks_a_parameter_is_an_error():
+    apply, variables, x = networks.linen(networks.ResNet)
+    graph = jp.trace(apply, variables, x)
+    whole = TrainState.create(
+        apply_fn=apply, params=variables["params"], tx=optax.adam(0.1)
+    )
+    jp.shrink(graph, graph.full(), whole)
+    missing = next(iter(whole.params))
+    rest = {k: v for k, v in whole.params.items() if k != missing}
+    with pytest.raises(GraphError, match=f"lacks the leaf params/{missing}"):
+        jp.shrink(graph, graph.full(), whole.replace(params=rest))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import jax
@@ -25,11 +24,10 @@ def segnet() -> tuple[Any, Any, Any]:
 
 def test_segnet_has_the_published_groups_and_costs() -> None:
     """21 groups: un-pooling ties four encoder stages to the decoder."""
+    arguments = segnet()
     before = len(jax.live_arrays())
-    start = time.perf_counter()
-    graph = jp.trace(*segnet(), train=False)
-    assert time.perf_counter() - start < 60  # a hang, not a speed
-    assert len(jax.live_arrays()) <= before + 1
+    graph = jp.trace(*arguments, train=False)
+    assert len(jax.live_arrays()) == before  # no weights are allocated
     assert len(graph.groups) == 21
     assert graph.channels == 6976
     assert all(g.exact for g in graph.groups.values())

@@ -19,9 +19,10 @@ import pytest
 import tinyrun
 from jax.experimental import multihost_utils
 
+import jaxprune as jp
 from jaxprune import checkpoint
 from jaxprune.base import CheckpointError
-from jaxprune.graph_io import bar
+from jaxprune.graph_io import bar, graph_to_json
 from jaxprune.train import loop, stopping
 from jaxprune.train import step as steps
 from jaxprune.train.config import Distill, Fit
@@ -232,11 +233,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_parameter(tmp_path):
     kernel = np.array(bad["params"]["last"]["kernel"]) * 1e38
     bad["params"]["last"]["kernel"] = kernel
     assert images.dtype == np.uint8
+    graph = jp.trace(job.apply, bad, jnp.zeros((1, *tinyrun.SIZE, 3)), train=False)
+    (tmp_path / "graph.json").write_text(graph_to_json(graph))
     with pytest.raises(loop.NonFinite) as caught:
         loop.train(tinyrun.job(tmp_path, 4, stage="retrain"), bad, Progress(tmp_path))
     message = str(caught.value)
     assert "retrain" in message and "step 1 " in message
-    assert "no checkpoint yet" in message and "last/kernel" in message
+    assert "no checkpoint yet" in message
+    assert "last/kernel (of the group first)" in message
 
 
 def test_a_damaged_checkpoint_is_an_error_that_names_it(whole, tmp_path):

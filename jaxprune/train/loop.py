@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from jaxprune import checkpoint, data
-from jaxprune.base import Apply, CheckpointError, JaxpruneError, PyTree
+from jaxprune.base import Apply, CheckpointError, JaxpruneError, PyTree, path_str
+from jaxprune.graph_io import graph_from_json
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config, Fit
 from jaxprune.train.metrics import measures
@@ -242,6 +243,17 @@ def _non_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> Non
     saved = "there is no checkpoint yet" if good is None else f"step {good} is saved"
     return NonFinite(
         f"{job.stage}: the loss or its gradient is not finite at step {step} "
-        f"({saved}); the parameter with the largest norm is {largest}, "
-        f"{norms[largest]:.4g}. Start anew with a lower learning rate (lr), or clip"
+        f"({saved}); the parameter with the largest norm is {largest}"
+        f"{_whose(job, largest)}, {norms[largest]:.4g}. Start anew with a lower learning rate (lr), or clip"
     )
+
+
+def _whose(job: Job, parameter: str) -> str:
+    """The groups whose channels a parameter holds, where the graph is there."""
+    file = job.workdir / "graph.json"
+    if not file.exists():
+        return ""
+    groups = graph_from_json(file.read_text("utf-8")).groups.values()
+    path = f"params/{parameter}"
+    names = [g.name for g in groups if any(path_str(s.path) == path for s in g.slots)]
+    return f" (of the group {', '.join(names)})" if names else ""
