@@ -17,6 +17,7 @@ from jaxprune.criteria import (
     per_cost,
     score,
 )
+from jaxprune.features import activation, reconstruction
 from jaxprune.keeps import compose
 from jaxprune.measures import (
     bn_scale,
@@ -30,6 +31,7 @@ from jaxprune.measures import (
 from jaxprune.modules import to_nnx
 from jaxprune.path import prune_path
 from jaxprune.prune import prune
+from jaxprune.reconstruct import reconstruct
 from jaxprune.rules import register_rule
 from jaxprune.select import select
 from jaxprune.slim import slim, verify
@@ -63,6 +65,7 @@ __all__ = [
     "Pruned",
     "Slot",
     "Step",
+    "activation",
     "base",
     "bn_scale",
     "bytes",
@@ -96,6 +99,8 @@ __all__ = [
     "prune_path",
     "random",
     "report",
+    "reconstruct",
+    "reconstruction",
     "register_rule",
     "save",
     "score",

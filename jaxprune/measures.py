@@ -168,7 +168,7 @@ def taylor(
 
     def update(scores: Scores, state: PyTree, evidence: Evidence):
         del scores
-        loss, batch = _needed(evidence, "taylor")
+        loss, batch = needed(evidence, "taylor")
         products = _gradient_times_weight(loss, evidence.variables, batch)
         sums = trees.channel_sum(evidence.graph, products, roles=roles)
         new = {n: jnp.abs(s) ** power for n, s in sums.items()}
@@ -203,7 +203,7 @@ def fisher(*, roles: tuple[Role, ...] = ("out", "in")) -> Criterion:
 
     def update(scores: Scores, state: PyTree, evidence: Evidence):
         del scores
-        loss, batch = _needed(evidence, "fisher")
+        loss, batch = needed(evidence, "fisher")
         lengths = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
         if len(lengths) != 1 or lengths <= {(), (0,)}:
             raise ConfigError(
@@ -278,7 +278,7 @@ def lamp(*, roles: tuple[Role, ...] = ("out",)) -> Criterion:
     return Criterion(_trained("lamp"), update)
 
 
-def _needed(evidence: Evidence, name: str) -> tuple[Any, Any]:
+def needed(evidence: Evidence, name: str) -> tuple[Any, Any]:
     """The loss and the batch; ConfigError for a criterion that lacks one."""
     loss, batch = evidence.loss, evidence.batch
     if loss is None or batch is None:

@@ -214,6 +214,8 @@ def prepared(folder: Path, **fields):
         {"criterion": "bn_scale", "normalize": "none"},
         {"criterion": "fisher"},
         {"criterion": "lamp"},
+        {"criterion": "activation"},
+        {"criterion": "reconstruction", "reconstruct": 2},
         {"criterion": "random", "scope": "local"},
         {"method": "path", "block": 0.1},
         {"method": "lasso", "lasso_epochs": 1.0, "strength": 30.0},

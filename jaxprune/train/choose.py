@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import budget as budgets
-from jaxprune import criteria, data, measures, path, sparsity
+from jaxprune import criteria, data, features, measures, path, sparsity
 from jaxprune.base import Graph, Keep, PyTree, Scores
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
@@ -82,7 +82,7 @@ def _measured(graph: Graph, keep: Keep, budget: Budget) -> float:
 def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
     prune = job.config.prune
     name = "magnitude" if prune.sparse else prune.criterion
-    looks = name in ("taylor", "fisher")
+    looks = name in ("taylor", "fisher", "activation", "reconstruction")
     return score(
         _criterion(prune, name),
         graph,
@@ -98,6 +98,8 @@ def _criterion(prune: Prune, name: str) -> Criterion:
         "taylor": measures.taylor,
         "fisher": measures.fisher,
         "geometric_median": measures.geometric_median,
+        "activation": features.activation,
+        "reconstruction": features.reconstruction,
         "lamp": measures.lamp,
         "magnitude": _magnitude(prune),
         "bn_scale": measures.bn_scale,

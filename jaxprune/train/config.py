@@ -54,14 +54,14 @@ class Data:
 class Fit:
     """One training. lr: the highest rate, after `warmup` epochs of linear increase.
 
-    optimizer: 'muon' orthogonalises the updates of kernels, at Adam's rates; it needs
-    about half of Adam's epochs here. schedule: 'cosine' falls to 0. weight_decay: of
-    kernels alone; part of the gradient with sgd, else decoupled. momentum: of sgd. class_weights: the power of the
-    median-frequency weights; 0: none. jaccard: the weight of the soft Jaccard loss, one
-    minus the mean IoU of a batch's probabilities, added to the cross entropy. ema: the
-    decay of the moving average of the weights that is evaluated and kept; 0: the last
-    weights. clip: the largest norm of a gradient; 0: none. augment: a factor of
-    `data.augment`'s strengths; a network that is trained already bears more of it.
+    optimizer: 'muon' orthogonalises the updates of kernels, at Adam's rates; it learns
+    in fewer epochs. schedule: 'cosine' falls to 0. weight_decay: of kernels alone; part
+    of the gradient with sgd, else decoupled. momentum: of sgd. class_weights: the power
+    of the median-frequency weights; 0: none. jaccard: the weight of the soft Jaccard
+    loss, one minus the mean IoU of a batch's probabilities, added to the cross entropy.
+    ema: the decay of the moving average of the weights that is evaluated and kept; 0:
+    the last weights. clip: the largest norm of a gradient; 0: none. augment: a factor
+    of `data.augment`'s strengths; a network that is trained already bears more of it.
     """
 
     epochs: float = 80.0
@@ -81,7 +81,15 @@ class Fit:
 
 
 Criterion = Literal[
-    "magnitude", "taylor", "fisher", "bn_scale", "geometric_median", "lamp", "random"
+    "magnitude",
+    "taylor",
+    "fisher",
+    "bn_scale",
+    "geometric_median",
+    "activation",
+    "reconstruction",
+    "lamp",
+    "random",
 ]
 
 
@@ -100,8 +108,10 @@ class Prune:
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
     of it, with every method; where fewer are not 0, zeros fill it up. rounds: the cut
     in so many equal factors, `recovery_epochs` of retraining behind each but the last.
-    carry_optimizer: retraining goes on with the cut state of the optimiser. statistics:
-    batches that re-estimate batch statistics after a cut.
+    carry_optimizer: retraining goes on with the cut state of the optimiser.
+    reconstruct: training batches to refit kernels that read what is cut by least
+    squares; 0: they stay. statistics: batches that re-estimate batch statistics after a
+    cut.
     """
 
     method: Literal["criterion", "lasso", "gates", "path"] = "criterion"
@@ -121,6 +131,7 @@ class Prune:
     block: float = 0.05
     choose: Literal["budget", "1se", "min"] = "budget"
     carry_optimizer: bool = False
+    reconstruct: int = 0
     statistics: int = 40
 
     @property
@@ -307,6 +318,7 @@ def _check_prune(prune: Prune) -> None:
         ("lasso_epochs", prune.lasso_epochs >= 0, "0 or more"),
         ("strength", prune.strength >= 0, "0 or more"),
         ("block", 0 <= prune.block < 1, "in [0, 1)"),
+        ("reconstruct", prune.reconstruct >= 0, "0 or more"),
         ("statistics", prune.statistics >= 0, "0 or more"),
         ("carry_optimizer", not carried, "false where the method is 'gates'"),
     ]

@@ -16,6 +16,7 @@ from jaxprune.base import EDGES, CheckpointError, Graph, Keep, PyTree, path_str
 from jaxprune.budget import Budget, measure, sizes
 from jaxprune.cost import cost
 from jaxprune.keeps import check_keep, compose
+from jaxprune.reconstruct import reconstruct
 from jaxprune.slim import slim
 from jaxprune.train import choose
 from jaxprune.train import step as steps
@@ -99,7 +100,8 @@ def _round(
         ratio = min(prune.ratio ** (number / prune.rounds) * float(whole / now), 1.0)
         budget = Budget(prune.budget, ratio)
         keep, rows = choose.choose(here, smaller, cut.variables, budget, progress)
-    variables, carried = shrink(smaller, keep, (cut.variables, cut.carried))
+    refitted = _refitted(here, smaller, keep, cut.variables)
+    variables, carried = shrink(smaller, keep, (refitted, cut.carried))
     keep = compose(cut.keep, keep)
     slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, keep))
     variables = _restated(slimmed, variables)
@@ -129,6 +131,15 @@ def _decided(job: Job, before: Keep) -> dict[str, np.ndarray] | None:
         raise CheckpointError(
             f"{file} is damaged ({error}); delete it to prune again"
         ) from error
+
+
+def _refitted(job: Job, graph: Graph, keep: Keep, variables: PyTree) -> PyTree:
+    """The variables before the cut, what reads the removed channels refitted."""
+    count = job.config.prune.reconstruct
+    if not count or all(k.all() for k in keep.values()):
+        return variables
+    images = [steps.scaled(b["image"]) for b in choose.estimates(job, count)]
+    return reconstruct(job.apply, graph, keep, variables, images, train=False)
 
 
 def _restated(job: Job, variables: PyTree) -> PyTree:

@@ -244,7 +244,8 @@ def _non_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> Non
     return NonFinite(
         f"{job.stage}: the loss or its gradient is not finite at step {step} "
         f"({saved}); the parameter with the largest norm is {largest}"
-        f"{_whose(job, largest)}, {norms[largest]:.4g}. Start anew with a lower learning rate (lr), or clip"
+        f"{_whose(job, largest)}, {norms[largest]:.4g}. Start anew with a lower "
+        "learning rate (lr), or clip"
     )
 
 

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The criteria that look at features: what the readers of a channel find in it.
+
+They run the loss's own program (see `taps`), in which loops, branches and grouped
+convolutions are not looked into: what only those read has no score, which is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.base import ConfigError, Graph, GraphError, Path, PyTree, Scores, Slot
+from jaxprune.criteria import Criterion, Evidence
+from jaxprune.measures import needed
+from jaxprune.taps import Reading, taps
+
+Found = dict[Path, list[dict[int, jax.Array]]]  # by leaf, by reading, by kernel axis
+
+
+def activation() -> Criterion:
+    """The mean of |feature| over images and positions, where the channel is read.
+
+    The mean over its readers and the batches, each weighing the same; what a consumer
+    reads lies behind normalisation and activation function. Raises ConfigError for a
+    missing loss or batch, GraphError naming the groups that no convolution or matrix
+    product reads plainly.
+
+    Source: Molchanov et al., "Pruning convolutional neural networks for resource
+    efficient inference", 2017, section 2.2 (mean activation).
+    """
+
+    def look(reading: Reading) -> dict[int, jax.Array]:
+        return {kernel: _mean(reading.features, axis) for kernel, axis in reading.pairs}
+
+    def init(graph: Graph, variables: PyTree) -> PyTree:
+        del variables
+        return jnp.zeros(()), {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        del scores
+        seen = _seen(evidence, "activation", look)
+        new = {
+            name: sum(
+                values[axis][slot.indices].mean(axis=1)
+                for slot, axis, values in readers
+            )
+            / len(readers)
+            for name, readers in _readers(evidence.graph, seen, "activation").items()
+        }
+        count, average = state
+        count = count + 1
+        average = {n: a + (new[n] - a) / count for n, a in average.items()}
+        return average, (count, average)
+
+    return Criterion(init, update)
+
+
+def _mean(features: jax.Array, axis: int) -> jax.Array:
+    others = tuple(a for a in range(features.ndim) if a != axis)
+    return jnp.abs(features.astype(jnp.float32)).mean(axis=others)
+
+
+def reconstruction(positions: int = 128, steps: int = 48) -> Criterion:
+    """How long a channel lasts as the LASSO selects those that rebuild what is read.
+
+    With z[c] what channel c adds to its readers' outputs at `positions` sampled ones of
+    each batch, beta minimises ||sum z[c] - sum beta[c] z[c]||^2 / 2 + lambda ||beta||_1
+    for `steps` values of lambda, in equal factors from the largest that keeps any
+    channel to a thousandth of it. The score is the share of them at which beta[c] is
+    not 0, plus a thousandth of its mean size there, which settles ties. It ranks the
+    channels of a group; for ratios by group take select's scope='local'. Keeps [C, C]
+    numbers a group. Behind it, `jaxprune.reconstruct` refits the readers.
+
+    Raises ConfigError for a missing loss, batch or key, or numbers under 1; GraphError
+    naming the groups that no convolution or matrix product reads plainly.
+
+    Source: He et al., "Channel pruning for accelerating very deep neural networks",
+    2017, eq. 2, all channels of the layers by their order instead of one lambda each.
+    """
+    if positions < 1 or steps < 2:
+        raise ConfigError(
+            f"reconstruction(positions={positions!r}, steps={steps!r}): at least 1, 2"
+        )
+
+    def init(graph: Graph, variables: PyTree) -> PyTree:
+        del variables
+        sizes = {n: g.size for n, g in graph.groups.items()}
+        return jnp.zeros((), int), {n: jnp.zeros((c, c)) for n, c in sizes.items()}
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        del scores
+        count, grams = state
+        if evidence.key is None:
+            raise ConfigError(
+                "reconstruction needs a key: score(..., key=jax.random.key(0))"
+            )
+        key = jax.random.fold_in(evidence.key, count)
+
+        def look(reading: Reading) -> dict[int, jax.Array]:
+            return {k: _added(reading, k, positions, key) for k, _ in reading.pairs}
+
+        seen = _seen(evidence, "reconstruction", look)
+        readers = _readers(evidence.graph, seen, "reconstruction")
+        new = {}
+        for name, mine in readers.items():
+            # [n, C, outputs]; a channel of several indices adds what they all add.
+            added = [v[a][:, slot.indices].sum(axis=2) for slot, a, v in mine]
+            new[name] = sum(jnp.einsum("nco,ndo->cd", z, z) for z in added)
+        grams = {n: g + new[n] for n, g in grams.items()}
+        return {n: _lasting(g, steps) for n, g in grams.items()}, (count + 1, grams)
+
+    return Criterion(init, update)
+
+
+def _added(reading: Reading, axis: int, positions: int, key: Any) -> jax.Array:
+    """[n, length of the kernel's axis, outputs]: what each of its indices adds."""
+    rows = reading.rows(positions, key).astype(jnp.float32)
+    kernel = reading.kernel.astype(jnp.float32)
+    # Which index of the axis each row of the kernel's matrix belongs to.
+    shape = [1] * kernel.ndim
+    shape[axis] = kernel.shape[axis]
+    line = np.broadcast_to(np.arange(kernel.shape[axis]).reshape(shape), kernel.shape)
+    place = np.asarray(reading.matrix(line))[:, 0]
+    order = np.argsort(place, kind="stable").reshape(kernel.shape[axis], -1)
+    return jnp.einsum("nck,cko->nco", rows[:, order], reading.matrix(kernel)[order])
+
+
+def _lasting(gram: jax.Array, steps: int) -> jax.Array:
+    betas = lasso_path(gram, steps)
+    size = jnp.abs(betas).mean(axis=0)
+    return (betas != 0).mean(axis=0) + 1e-3 * size / (1 + size)
+
+
+def lasso_path(gram: jax.Array, steps: int, sweeps: int = 100) -> jax.Array:
+    """beta[steps, C] of (1 - beta)' G (1 - beta) / 2 + lambda[s] ||beta||_1.
+
+    lambda falls from max |G 1| to a thousandth of it, the largest excluded; by
+    coordinate descent (Friedman et al., 2010), each from the solution before.
+    """
+    whole = gram.sum(axis=1)
+    diagonal = jnp.diagonal(gram)
+    safe = jnp.where(diagonal > 0, diagonal, 1)
+    top = jnp.maximum(jnp.abs(whole).max(), jnp.finfo(gram.dtype).tiny)
+    lambdas = top * 1e-3 ** (jnp.arange(1, steps + 1) / steps)
+
+    def coordinate(c: Any, carry: Any) -> Any:
+        beta, product, strength = carry  # product = G beta
+        rest = whole[c] - product[c] + diagonal[c] * beta[c]
+        new = jnp.sign(rest) * jnp.maximum(jnp.abs(rest) - strength, 0) / safe[c]
+        new = jnp.where(diagonal[c] > 0, new, 0)
+        product = product + gram[:, c] * (new - beta[c])
+        return beta.at[c].set(new), product, strength
+
+    def sweep(_: Any, carry: Any) -> Any:
+        return jax.lax.fori_loop(0, len(gram), coordinate, carry)
+
+    def step(beta: Any, strength: Any) -> Any:
+        # The product anew, lest rounding adds up.
+        start = beta, gram @ beta, strength
+        beta, _, _ = jax.lax.fori_loop(0, sweeps, sweep, start)
+        return beta, beta
+
+    return jax.lax.scan(step, jnp.zeros_like(whole), lambdas)[1]
+
+
+def _seen(evidence: Evidence, name: str, look: Callable[[Reading], Any]) -> Found:
+    loss, batch = needed(evidence, name)
+    _, seen = taps(loss, look)(evidence.variables, batch)
+    return seen
+
+
+def _readers(
+    graph: Graph, seen: Found, name: str
+) -> dict[str, list[tuple[Slot, int, dict[int, jax.Array]]]]:
+    """Per group (slot, axis of the kernel, what was seen along its axes)."""
+    readers = {
+        group.name: [
+            (slot, slot.axis, values)
+            for slot in group.slots
+            for values in seen.get(slot.path, [])
+            if slot.axis in values
+        ]
+        for group in graph.groups.values()
+    }
+    bare = [n for n, found in readers.items() if not found]
+    if bare:
+        raise GraphError(
+            f"{name}: nothing reads {', '.join(map(repr, bare))} but loops, branches, "
+            "grouped convolutions or products of features; take another criterion"
+        )
+    return readers

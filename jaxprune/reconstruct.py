@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`reconstruct`: consumers of what is cut, refitted by least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import keeps, trees
+from jaxprune.base import (
+    Apply,
+    ConfigError,
+    DataError,
+    Graph,
+    GraphError,
+    Keep,
+    Path,
+    PyTree,
+    key_path,
+    path_str,
+)
+from jaxprune.taps import Reading, taps
+
+
+def reconstruct(
+    apply: Apply,
+    graph: Graph,
+    keep: Keep,
+    variables: PyTree,
+    batches: Iterable[Any],
+    *,
+    positions: int | None = 256,
+    ridge: float = 1e-4,
+    seed: int = 0,
+    **kwargs: Any,
+) -> PyTree:
+    """The masked variables, kernels that read a cut group refitted; of dense shapes.
+
+    batches: inputs of apply, each an array or a tuple of several; kwargs go to apply
+    (`train=False`). One after the other, in the order in which the program reads them,
+    each kernel W that reads a group of which something is cut becomes the minimum of
+
+        mean ||X W + b - Y||^2 + ridge * mean(X^2) ||W - W0||^2
+
+    over `positions` random outputs of each batch (None: all), X being what the masked
+    network reads there, with the kernels before refitted, Y the dense network's
+    outputs, W0 the old kernel. A bias b beside the kernel ('bias' for 'kernel') takes
+    the mean along. What loops, branches and grouped convolutions read stays as it is.
+    Then: `shrink(graph, keep, reconstruct(...))`. Holds every consumer's rows of a
+    batch, and solves in float64 on the host.
+
+    Raises GraphError for a keep or variables that do not fit, or where nothing that is
+    cut has a consumer that can be refitted; DataError for empty batches; ConfigError
+    for positions or a ridge out of range.
+
+    Source: He et al., "Channel pruning for accelerating very deep neural networks",
+    2017, eq. 2 (step ii) and section 3.2.
+    """
+    if positions is not None and positions < 1:
+        raise ConfigError(f"reconstruct: positions={positions!r} must be at least 1")
+    if not ridge >= 0:
+        raise ConfigError(f"reconstruct: ridge={ridge!r} must not be negative")
+    keep = keeps.check_keep(graph, keep, concrete=True)
+    given = [b if isinstance(b, tuple) else (b,) for b in batches]
+    if not given:
+        raise DataError("reconstruct: batches is empty (or was used up before)")
+    masked = trees.mask(graph, keep, variables)
+    if all(k.all() for k in keep.values()):
+        return masked
+    wanted = _consumers(graph, keep)
+    order: dict[Path, Reading] = {}  # as the program reads them
+
+    @jax.jit
+    def collect(tree: PyTree, inputs: Any, key: Any) -> dict[str, Any]:
+        def look(reading: Reading) -> Any:
+            if reading.path not in wanted:
+                return None
+            own = jax.random.fold_in(key, wanted.index(reading.path))
+            abstract = jax.ShapeDtypeStruct(reading.kernel.shape, reading.kernel.dtype)
+            order.setdefault(
+                reading.path, reading._replace(features=None, kernel=abstract)
+            )
+            return reading.rows(positions, own)
+
+        _, seen = taps(apply, look)(tree, *inputs, **kwargs)
+        return {path_str(path): jnp.concatenate(x) for path, x in seen.items()}
+
+    keys = jax.random.split(jax.random.key(seed), len(given))
+    dense = {path_str(p): np.asarray(x, np.float64) for p, x in _leaves(variables)}
+    targets: dict[str, list[np.ndarray]] = {}
+    for inputs, key in zip(given, keys, strict=True):
+        for name, x in collect(variables, inputs, key).items():
+            reading = next(r for p, r in order.items() if path_str(p) == name)
+            made = np.asarray(x, np.float64) @ reading.matrix(dense[name])
+            targets.setdefault(name, []).append(made)
+    if not targets:
+        raise GraphError(
+            "reconstruct: what is cut is read by loops, branches, grouped convolutions "
+            "or products of features alone; none of them can be refitted"
+        )
+    stays = {
+        p: np.asarray(x) > 0
+        for p, x in _leaves(trees.mask(graph, keep, jax.tree.map(np.ones_like, masked)))
+    }
+    for path, reading in order.items():
+        name = path_str(path)
+        read = [collect(masked, i, k)[name] for i, k in zip(given, keys, strict=True)]
+        x = np.concatenate([np.asarray(r, np.float64) for r in read])
+        y = np.concatenate(targets[name])
+        bias = (*path[:-1], "bias")
+        biased = path[-1] == "kernel" and dense.get(path_str(bias), x).ndim == 1
+        alive = reading.matrix(stays[path])
+        old = reading.matrix(dense[name]) * alive
+        new = _refitted(x, y, old, alive, ridge, centred=biased)
+        changed = {path: reading.kernel_of(new)}
+        if biased:
+            moved = (y.mean(axis=0) - x.mean(axis=0) @ new) * stays[bias]
+            changed[bias] = dense[path_str(bias)] + moved
+        masked = _replaced(masked, changed)
+    return masked
+
+
+def _consumers(graph: Graph, keep: Keep) -> list[Path]:
+    """The leaves that read a group of which something is cut, in the graph's order."""
+    return list(
+        dict.fromkeys(
+            slot.path
+            for name, group in graph.groups.items()
+            for slot in group.slots
+            if slot.role == "in" and not keep[name].all()
+        )
+    )
+
+
+def _refitted(
+    x: np.ndarray,
+    y: np.ndarray,
+    old: np.ndarray,
+    alive: np.ndarray,
+    ridge: float,
+    *,
+    centred: bool,
+) -> np.ndarray:
+    """The least-squares W [read, made] near `old`; 0 where it is not alive."""
+    if centred:
+        x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    lines = np.flatnonzero(alive.any(axis=1))
+    part = x[:, lines]
+    gram = part.T @ part / len(x)
+    # At least what keeps dead and repeated features from making it singular.
+    weight = max(ridge * np.trace(gram) / max(len(lines), 1), 1e-12)
+    rest = part.T @ (y - part @ old[lines]) / len(x)
+    step = np.linalg.solve(gram + weight * np.eye(len(lines)), rest)
+    new = old.copy()
+    new[lines] += step
+    return new * alive
+
+
+def _leaves(tree: PyTree) -> list[tuple[Path, Any]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(key_path(keys), x) for keys, x in flat]
+
+
+def _replaced(tree: PyTree, changed: dict[Path, np.ndarray]) -> PyTree:
+    """The tree with new numbers at some key paths, of the leaves' own dtypes."""
+
+    def of(keys: Any, x: Any) -> Any:
+        new = changed.get(key_path(keys))
+        return x if new is None else jnp.asarray(new, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(of, tree)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What convolutions and matrix products read while a network runs.
+
+`taps` runs a function's own program equation by equation and shows each product of a
+variable with features to a `look`. Programs that are called (jit, remat, functions with
+derivatives of their own) are run in place; loops and branches are run unseen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import jaxpr as jx
+from jaxprune.base import Apply, Path, PyTree, key_path
+from jaxprune.trace import abstract_inputs, is_arraylike, struct
+
+# Equations that call a program, and the parameter that holds it.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "call_jaxpr",
+}
+
+
+class Reading(NamedTuple):
+    """One product: the leaf at `path`, as it is or cast, is the `kernel` of `eqn`."""
+
+    path: Path
+    eqn: jx.Eqn
+    features: Any
+    kernel: Any
+    first: bool = True  # whether the features are the first operand
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(axis of the kernel, axis of the features) that are summed over together."""
+        p = self.eqn.params
+        if self.eqn.primitive.name == "dot_general":
+            features, kernel = p["dimension_numbers"][0][:: 1 if self.first else -1]
+            return list(zip(kernel, features, strict=True))
+        dims = p["dimension_numbers"]
+        return [(dims.rhs_spec[1], dims.lhs_spec[1])]
+
+    def matrix(self, kernel: Any) -> Any:
+        """A kernel as [all that is read, made]; `rows` has the same order."""
+        axes, inner = self._order()
+        shape = np.shape(kernel)
+        read = math.prod(shape[a] for a in axes[:inner])
+        return kernel.transpose(axes).reshape(read, -1)
+
+    def kernel_of(self, matrix: Any) -> Any:
+        """The inverse of `matrix`."""
+        axes, _ = self._order()
+        shape = tuple(self.kernel.shape[a] for a in axes)
+        return matrix.reshape(shape).transpose(np.argsort(axes))
+
+    def _order(self) -> tuple[tuple[int, ...], int]:
+        read = [k for k, _ in self.pairs]
+        if self.eqn.primitive.name != "dot_general":
+            to, of, *window = self.eqn.params["dimension_numbers"].rhs_spec
+            return (*window, of, to), len(window) + 1
+        made = [a for a in range(self.kernel.ndim) if a not in read]
+        return (*read, *made), len(read)
+
+    def rows(self, count: int | None = None, key: Any = None) -> jax.Array:
+        """[n, read]: what makes the outputs at `count` random positions, or at all.
+
+        rows() @ matrix(kernel) are the outputs there. With the same key, of arrays of
+        the same shape, positions are the same.
+        """
+        if self.eqn.primitive.name == "dot_general":
+            summed = [f for _, f in self.pairs]
+            x = jnp.moveaxis(self.features, summed, range(-len(summed), 0))
+            read = math.prod(self.features.shape[a] for a in summed)
+            x = x.reshape(-1, read)
+            return x[_drawn(len(x), count, key)]
+        p = self.eqn.params
+        dims = p["dimension_numbers"]
+        batch, feature, *space = dims.lhs_spec
+        x = self.features.transpose((batch, *space, feature))
+        sides = zip(p["padding"], p["lhs_dilation"], strict=True)
+        wide = [(low, high, dilation - 1) for (low, high), dilation in sides]
+        zero = jnp.zeros((), x.dtype)
+        x = jax.lax.pad(x, zero, [(0, 0, 0), *wide, (0, 0, 0)])
+        out = self.eqn.outvars[0].aval.shape
+        grid = (out[dims.out_spec[0]], *(out[a] for a in dims.out_spec[2:]))
+        chosen = _drawn(math.prod(grid), count, key)
+        first, *corner = jnp.unravel_index(chosen, grid)
+        ndim = len(space)
+        index: list[Any] = [first.reshape(-1, *[1] * ndim)]
+        for i, (at, stride) in enumerate(zip(corner, p["window_strides"], strict=True)):
+            taps = self.kernel.shape[dims.rhs_spec[2 + i]]
+            reach = jnp.arange(taps) * p["rhs_dilation"][i]
+            place = (at * stride)[:, None] + reach
+            index.append(place.reshape(-1, *[1] * i, taps, *[1] * (ndim - 1 - i)))
+        return x[tuple(index)].reshape(len(chosen), -1)
+
+
+def _drawn(length: int, count: int | None, key: Any) -> jax.Array:
+    if count is None:
+        return jnp.arange(length)
+    return jax.random.randint(key, (count,), 0, length)
+
+
+def taps(
+    f: Apply, look: Callable[[Reading], Any]
+) -> Callable[..., tuple[Any, dict[Path, list[Any]]]]:
+    """g(variables, *inputs) -> (f(variables, *inputs), {path: [look(reading), ...]}).
+
+    In the order in which the program reads. A look of None is left out. Convolutions
+    in groups, and products with an axis of batches, are not shown.
+    """
+
+    def run(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
+        flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
+        paths = [key_path(keys) for keys, _ in flat]
+        arrays = [x for _, x in flat]
+        abstract, rebuild = abstract_inputs((inputs, kwargs))
+        given = [x for x in jax.tree.leaves((inputs, kwargs)) if is_arraylike(x)]
+
+        def plain(flat_variables: list[Any], flat_inputs: list[Any]) -> Any:
+            args, more = rebuild(flat_inputs)
+            return f(jax.tree.unflatten(treedef, flat_variables), *args, **more)
+
+        program, out = jx.trace(plain, [struct(x) for x in arrays], abstract)
+        seen: dict[Path, list[Any]] = {}
+
+        def show(number: int, eqn: jx.Eqn, *rest: Any) -> None:
+            found = look(Reading(paths[number], eqn, *rest))
+            if found is not None:
+                seen.setdefault(paths[number], []).append(found)
+
+        origins = [*range(len(arrays)), *(None for _ in given)]
+        values, _ = _run(program, [*map(jnp.asarray, arrays), *given], origins, show)
+        return jax.tree.unflatten(jax.tree.structure(out), values), seen
+
+    return run
+
+
+def _run(
+    program: jx.Program,
+    args: Sequence[Any],
+    origins: Sequence[int | None],
+    show: Callable[..., None],
+) -> tuple[list[Any], list[int | None]]:
+    """The program's outputs, and for each the number of the leaf that it is."""
+    env = dict(zip(program.invars, args, strict=True))
+    env.update(zip(program.constvars, program.consts, strict=True))
+    leaf = dict(zip(program.invars, origins, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if jx.is_literal(atom) else env[atom]
+
+    def number(atom: Any) -> int | None:
+        return None if jx.is_literal(atom) else leaf.get(atom)
+
+    for eqn in program.eqns:
+        name = eqn.primitive.name
+        values, numbers = [list(map(g, eqn.invars)) for g in (read, number)]
+        of: list[int | None] = [None] * len(eqn.outvars)
+        if name in _CALLS:
+            inner = jx.program(eqn.params[_CALLS[name]])
+            outs, of = _run(inner, values, numbers, show)
+        else:
+            outs = jx.bind(eqn, *values)
+            if name == "convert_element_type":
+                of = numbers
+            elif _shown(eqn, numbers):
+                k = 1 if numbers[0] is None else 0
+                show(numbers[k], eqn, values[1 - k], values[k], k == 1)
+        env.update(zip(eqn.outvars, outs, strict=True))
+        leaf.update(zip(eqn.outvars, of, strict=True))
+    return [read(a) for a in program.outvars], [number(a) for a in program.outvars]
+
+
+def _shown(eqn: jx.Eqn, numbers: Sequence[int | None]) -> bool:
+    """Whether exactly one operand is a variable, and the product is a plain one."""
+    p = eqn.params
+    if eqn.primitive.name == "conv_general_dilated":
+        groups = p["feature_group_count"], p["batch_group_count"]
+        return numbers[0] is None and numbers[1] is not None and groups == (1, 1)
+    if eqn.primitive.name == "dot_general":
+        (_, batch) = p["dimension_numbers"]
+        return (numbers[0] is None) != (numbers[1] is None) and not any(batch)
+    return False

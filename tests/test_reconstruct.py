@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features that are read, least-squares refits, and the criteria that look at them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune.base import ConfigError, DataError, GraphError
+from jaxprune.features import lasso_path
+from jaxprune.taps import taps
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "SAME"},
+        {"padding": ((2, 0), (1, 3)), "strides": (2, 3)},
+        {"padding": "VALID", "kernel_dilation": (2, 1)},
+        {"padding": ((1, 1), (2, 0)), "input_dilation": (2, 3)},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_rows_times_kernel_are_a_convolutions_outputs(options: dict[str, Any]) -> None:
+    conv = nn.Conv(5, (3, 2), use_bias=False, **options)
+    x = normal(2, 9, 8, 4)
+    variables = conv.init(jax.random.key(0), x)
+    out, seen = taps(conv.apply, lambda r: r.rows() @ r.matrix(r.kernel))(variables, x)
+    ((path, (found,)),) = seen.items()
+    assert path == ("params", "kernel")
+    np.testing.assert_allclose(out, conv.apply(variables, x), rtol=1e-6)
+    np.testing.assert_allclose(found, out.reshape(-1, 5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [("NCHW", "OIHW", "NHWC"), ("CHWN", "HWIO", "NCHW")])
+def test_rows_in_any_layout(dims: tuple[str, str, str]) -> None:
+    x, w = normal(2, 5, 6, 3), normal(3, 2, 3, 4)  # NHWC, HWIO
+    x = x.transpose(["NHWC".index(c) for c in dims[0]])
+    w = w.transpose(["HWIO".index(c) for c in dims[1]])
+
+    def apply(variables: Any, x: Any) -> Any:
+        return jax.lax.conv_general_dilated(
+            x, variables["w"], (1, 2), "SAME", dimension_numbers=dims
+        )
+
+    out, seen = taps(apply, lambda r: r.rows() @ r.matrix(r.kernel))({"w": w}, x)
+    last = jnp.asarray(out).transpose([dims[2].index(c) for c in "NHWC"])
+    np.testing.assert_allclose(seen["w",][0], last.reshape(-1, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_matrix_products_of_either_order_and_in_called_programs() -> None:
+    variables = {"a": normal(3, 4, 5), "b": normal(6, 5)}
+
+    @jax.jit
+    def first(w: Any, x: Any) -> Any:
+        return jnp.einsum("nij,ijk->nk", x, w.astype(jnp.float32))
+
+    def apply(variables: Any, x: Any) -> Any:
+        hidden = jax.nn.relu(jax.checkpoint(first)(variables["a"], x))
+        return variables["b"] @ hidden.T
+
+    x = normal(7, 3, 4)
+    look = taps(apply, lambda r: (r.rows() @ r.matrix(r.kernel), r.kernel_of))
+    out, seen = look(variables, x)
+    assert list(seen) == [("a",), ("b",)]
+    hidden = np.einsum("nij,ijk->nk", x, variables["a"])
+    np.testing.assert_allclose(seen["a",][0][0], hidden, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen["b",][0][0], out.T, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dense_layer_is_refitted_as_by_lstsq() -> None:
+    apply, variables, x = networks.two_layers(jax.nn.relu)
+    x = normal(64, 3)
+    graph = jp.trace(apply, variables, x)
+    (name,) = graph.groups
+    keep = {name: np.arange(6) < 4}
+    found = jp.reconstruct(
+        apply, graph, keep, variables, [x[:32], (x[32:],)], positions=None, ridge=0
+    )
+    hidden = np.maximum(np.float64(x) @ variables["a"], 0)
+    want = np.linalg.lstsq(hidden[:, :4], hidden @ variables["b"], rcond=None)[0]
+    np.testing.assert_allclose(found["b"][:4], want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(found["b"][4:], 0)
+    np.testing.assert_array_equal(found["a"], jp.mask(graph, keep, variables)["a"])
+
+
+class Twice(nn.Module):
+    """Convolutions, the first one's channels each made twice."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.relu(nn.Conv(8, (3, 3), name="one")(x))
+        x = nn.relu(nn.Conv(6, (3, 3), (2, 2), name="two")(x))
+        return nn.Dense(4, name="three")(x.mean(axis=(1, 2)))
+
+
+def test_copies_of_channels_can_go_without_a_loss() -> None:
+    x = normal(8, 12, 10, 3)
+    variables = Twice().init(jax.random.key(0), x)
+    one = variables["params"]["one"]
+    one["kernel"] = one["kernel"].at[..., 4:].set(one["kernel"][..., :4])
+    graph = jp.trace(Twice().apply, variables, x)
+    keep = {**graph.full(), "one": np.arange(8) < 4}
+    found = jp.reconstruct(Twice().apply, graph, keep, variables, [x], ridge=1e-9)
+    want = Twice().apply(variables, x)
+    masked = Twice().apply(jp.mask(graph, keep, variables), x)
+    assert np.abs(masked - want).max() > 0.05 * np.abs(want).max()
+    small = jp.slim(Twice().apply, graph, keep)(jp.shrink(graph, keep, found), x)
+    np.testing.assert_allclose(small, want, atol=1e-4 * np.abs(want).max())
+
+
+def test_each_layer_is_as_good_as_the_best_linear_one_on_what_it_reads() -> None:
+    """With the mean in the bias, as an intercept by lstsq, behind a refitted layer."""
+    x = normal(16, 8, 8, 3)
+    variables = Twice().init(jax.random.key(1), x)
+    graph = jp.trace(Twice().apply, variables, x)
+    keep = {"one": np.arange(8) % 2 == 0, "two": np.arange(6) < 4}
+    found = jp.reconstruct(
+        Twice().apply, graph, keep, variables, [x], positions=None, ridge=0
+    )
+
+    def read(tree: Any) -> np.ndarray:
+        _, seen = taps(Twice().apply, lambda r: r.rows())(tree, x)
+        return np.float64(seen["params", "three", "kernel"][0])
+
+    dense = variables["params"]["three"]
+    y = read(variables) @ np.float64(dense["kernel"]) + dense["bias"]
+    seen = np.concatenate([read(found)[:, :4], np.ones((16, 1))], axis=1)
+    want = np.linalg.lstsq(seen, y, rcond=None)[0]
+    three = found["params"]["three"]
+    fitted = np.concatenate([three["kernel"][:4], three["bias"][None]])
+    np.testing.assert_allclose(seen @ fitted, seen @ want, atol=1e-3)
+
+
+def test_what_is_asked_of_reconstruct_is_checked() -> None:
+    apply, variables, x = networks.two_layers(jax.nn.relu)
+    graph = jp.trace(apply, variables, x)
+    (name,) = graph.groups
+    keep = {name: np.arange(6) < 4}
+    for more, error, match in (
+        ({"positions": 0}, ConfigError, "positions=0"),
+        ({"ridge": -1}, ConfigError, "ridge=-1"),
+        ({"batches": []}, DataError, "batches is empty"),
+    ):
+        with pytest.raises(error, match=match):
+            jp.reconstruct(apply, graph, keep, variables, **{"batches": [x], **more})
+
+    def looped(variables: Any, x: Any) -> Any:
+        return jax.lax.map(lambda row: apply(variables, row[None])[0], x)
+
+    with pytest.raises(GraphError, match="alone"):
+        jp.reconstruct(looped, jp.trace(looped, variables, x), keep, variables, [x])
+    with pytest.raises(GraphError, match=f"activation: nothing reads '{name}'"):
+        jp.score(
+            jp.activation(),
+            jp.trace(looped, variables, x),
+            variables,
+            loss=lambda v, b: looped(v, b).sum(),
+            batches=[x],
+        )
+
+
+def test_activation_is_the_mean_of_what_is_read() -> None:
+    apply, variables, x = networks.two_layers(jnp.tanh)
+    graph = jp.trace(apply, variables, x)
+    (name,) = graph.groups
+    batches = [normal(5, 3), normal(5, 3)]
+    found = jp.score(
+        jp.activation(),
+        graph,
+        variables,
+        loss=lambda v, b: apply(v, b).sum(),
+        batches=batches,
+    )
+    hidden = np.tanh(np.concatenate(batches) @ variables["a"])
+    np.testing.assert_allclose(found[name], np.abs(hidden).mean(axis=0), rtol=1e-5)
+
+
+def test_the_lasso_path_meets_its_subgradient_conditions() -> None:
+    z = normal(40, 7)
+    z[:, 6] = z[:, 0] + 1e-3 * z[:, 5]  # nearly twice the same
+    gram = np.float64(z.T @ z)
+    betas = np.float64(lasso_path(jnp.asarray(gram, jnp.float32), 20, 2000))
+    top = np.abs(gram.sum(axis=1)).max()
+    strengths = top * 1e-3 ** (np.arange(1, 21) / 20)
+    for beta, strength in zip(betas, strengths, strict=True):
+        slope = gram @ (1 - beta)  # of what is minimised, with the sign turned
+        assert (np.abs(slope) <= strength + 2e-3 * top).all()
+        on = beta != 0
+        np.testing.assert_allclose(
+            slope[on], strength * np.sign(beta[on]), atol=2e-3 * top
+        )
+
+
+def test_reconstruction_ranks_by_what_readers_miss() -> None:
+    """Channels that do not overlap go by their energy, a faint copy goes first."""
+    energy = np.array([3.0, 1.0, 5.0, 2.0, 4.0, 0.5], np.float32)
+    variables = {"a": np.eye(6, dtype=np.float32), "b": np.diag(energy)}
+    x = np.repeat(np.eye(6, dtype=np.float32), 4, axis=0)
+
+    def apply(variables: Any, x: Any) -> Any:
+        return jax.nn.relu(x @ variables["a"]) @ variables["b"]
+
+    graph = jp.trace(apply, variables, x)
+    (name,) = graph.groups
+    found = jp.score(
+        jp.reconstruction(positions=512),
+        graph,
+        variables,
+        loss=lambda v, b: apply(v, b).sum(),
+        batches=[x, x],
+        key=jax.random.key(0),
+    )
+    assert (np.argsort(found[name]) == np.argsort(energy)).all()
+
+
+def test_convolutional_networks_are_scored() -> None:
+    x = normal(2, 8, 8, 3)
+    variables = Twice().init(jax.random.key(0), x)
+    graph = jp.trace(Twice().apply, variables, x)
+    more = {"loss": lambda v, b: Twice().apply(v, b).sum(), "batches": [x]}
+    first = jp.score(jp.activation(), graph, variables, **more)
+    params = variables["params"]
+    want = nn.relu(nn.Conv(8, (3, 3)).apply({"params": params["one"]}, x))
+    np.testing.assert_allclose(first["one"], want.mean(axis=(0, 1, 2)), rtol=1e-5)
+    second = jp.score(
+        jp.reconstruction(), graph, variables, **more, key=jax.random.key(0)
+    )
+    assert all(np.ptp(s) > 0 for s in second.values())
+    with pytest.raises(ConfigError, match="key"):
+        jp.score(jp.reconstruction(), graph, variables, **more)
+    with pytest.raises(ConfigError, match="positions=0"):
+        jp.reconstruction(positions=0)
