@@ -19,6 +19,7 @@ from jaxprune.criteria import (
 )
 from jaxprune.features import activation, reconstruction
 from jaxprune.keeps import compose
+from jaxprune.lowrank import Factorized, factorize, factorized
 from jaxprune.measures import (
     bn_scale,
     fisher,
@@ -57,6 +58,7 @@ __all__ = [
     "Cost",
     "Criterion",
     "Evidence",
+    "Factorized",
     "Frozen",
     "Graph",
     "Group",
@@ -77,6 +79,8 @@ __all__ = [
     "dead",
     "ema",
     "expand",
+    "factorize",
+    "factorized",
     "fisher",
     "flops",
     "flops_weights",

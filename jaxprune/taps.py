@@ -8,8 +8,9 @@ derivatives of their own) are run in place; loops and branches are run unseen.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jaxprune.base import Apply, Path, PyTree, key_path
 from jaxprune.trace import abstract_inputs, is_arraylike, struct
 
 # Equations that call a program, and the parameter that holds it.
-_CALLS = {
+CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -29,6 +30,8 @@ _CALLS = {
     "remat": "jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
+}
+DERIVED = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "call_jaxpr",
@@ -144,19 +147,28 @@ def taps(
                 seen.setdefault(paths[number], []).append(found)
 
         origins = [*range(len(arrays)), *(None for _ in given)]
-        values, _ = _run(program, [*map(jnp.asarray, arrays), *given], origins, show)
+        values = [*map(jnp.asarray, arrays), *given]
+        values, _ = run_products(program, values, origins, show, CALLS | DERIVED)
         return jax.tree.unflatten(jax.tree.structure(out), values), seen
 
     return run
 
 
-def _run(
+def run_products(
     program: jx.Program,
     args: Sequence[Any],
     origins: Sequence[int | None],
-    show: Callable[..., None],
+    product: Callable[..., list[Any] | None],
+    calls: Mapping[str, str] = CALLS,
 ) -> tuple[list[Any], list[int | None]]:
-    """The program's outputs, and for each the number of the leaf that it is."""
+    """The program's outputs, and for each the number of the variable that it is.
+
+    origins: the number of each input that is a variable, which may be a function that
+    makes it, called where the array itself is needed. At a product of one of them with
+    features, product(number, eqn, features, kernel, whether the features come first)
+    gives the outputs, or None for the usual ones. Of the equations that call a program,
+    `calls` that take a variable are run in place.
+    """
     env = dict(zip(program.invars, args, strict=True))
     env.update(zip(program.constvars, program.consts, strict=True))
     leaf = dict(zip(program.invars, origins, strict=True))
@@ -171,19 +183,26 @@ def _run(
         name = eqn.primitive.name
         values, numbers = [list(map(g, eqn.invars)) for g in (read, number)]
         of: list[int | None] = [None] * len(eqn.outvars)
-        if name in _CALLS:
-            inner = jx.program(eqn.params[_CALLS[name]])
-            outs, of = _run(inner, values, numbers, show)
-        else:
-            outs = jx.bind(eqn, *values)
-            if name == "convert_element_type":
-                of = numbers
-            elif _shown(eqn, numbers):
-                k = 1 if numbers[0] is None else 0
-                show(numbers[k], eqn, values[1 - k], values[k], k == 1)
+        outs = None
+        if name in calls and any(n is not None for n in numbers):
+            inner = jx.program(eqn.params[calls[name]])
+            outs, of = run_products(inner, values, numbers, product, calls)
+        elif name == "convert_element_type":
+            of = numbers
+            if callable(values[0]):
+                outs = [functools.partial(_cast, eqn, values[0])]
+        elif _shown(eqn, numbers):
+            k = 1 if numbers[0] is None else 0
+            outs = product(numbers[k], eqn, values[1 - k], values[k], k == 1)
+        if outs is None:
+            outs = jx.bind(eqn, *(v() if callable(v) else v for v in values))
         env.update(zip(eqn.outvars, outs, strict=True))
         leaf.update(zip(eqn.outvars, of, strict=True))
     return [read(a) for a in program.outvars], [number(a) for a in program.outvars]
+
+
+def _cast(eqn: jx.Eqn, make: Callable[[], Any]) -> Any:
+    return jx.bind(eqn, make())[0]
 
 
 def _shown(eqn: jx.Eqn, numbers: Sequence[int | None]) -> bool:

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels as chains of thinner ones, and the function that runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune import factors as by
+from jaxprune.base import ConfigError, DataError, GraphError
+from jaxprune.factors import largest_rank
+from jaxprune.models.segnet import SegNet
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def chain(method: str, kernel: tuple[int, ...], rank: int) -> dict[str, np.ndarray]:
+    kh, kw, read, out = kernel
+    shapes = {
+        "svd": [(kh, kw, read, rank), (1, 1, rank, out)],
+        "separable": [(kh, 1, read, rank), (1, kw, rank, out)],
+        "cp": [
+            (1, 1, read, rank),
+            (kh, 1, 1, rank),
+            (1, kw, 1, rank),
+            (1, 1, rank, out),
+        ],
+    }
+    return {f"factor{i}": normal(*s) for i, s in enumerate(shapes[method])}
+
+
+def product(method: str, factors: dict[str, np.ndarray]) -> np.ndarray:
+    """The kernel that they stand for, by its definition."""
+    f = [np.float64(x) for x in factors.values()]
+    if method == "svd":
+        return np.einsum("hwir,ro->hwio", f[0], f[1][0, 0])
+    if method == "separable":
+        return np.einsum("hir,wro->hwio", f[0][:, 0], f[1][0])
+    parts = f[0][0, 0], f[1][:, 0, 0], f[2][0, :, 0], f[3][0, 0]
+    return np.einsum("ir,hr,wr,ro->hwio", *parts)
+
+
+@pytest.mark.parametrize("method", ["svd", "separable", "cp"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strides": (2, 3), "padding": ((2, 0), (1, 3))},
+        {"kernel_dilation": (2, 1), "padding": "SAME"},
+        {"input_dilation": (2, 3), "padding": ((1, 1), (2, 0))},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_chain_computes_what_its_product_does(
+    method: str, options: dict[str, Any]
+) -> None:
+    conv = nn.Conv(5, (3, 2), **options)
+    x = normal(2, 9, 8, 4)
+    factors = chain(method, (3, 2, 4, 5), 3)
+    whole = {"params": {"kernel": product(method, factors), "bias": normal(5)}}
+    thin = {"params": {**whole["params"], "kernel": factors}}
+    want = conv.apply(jax.tree.map(jnp.float32, whole), x)
+    got = jp.factorized(conv.apply)(thin, x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+def one_layer(layer: nn.Module, x: np.ndarray) -> tuple[Any, Any, jp.Graph]:
+    variables = layer.init(jax.random.key(0), x)
+    return layer.apply, variables, jp.trace(layer.apply, variables, x)
+
+
+def test_svd_leaves_out_the_smallest_singular_values() -> None:
+    x = normal(1, 6, 6, 8)
+    apply, variables, graph = one_layer(nn.Conv(12, (3, 3)), x)
+    found = jp.factorize(apply, graph, variables, x, method="svd", ratio=0.5)
+    factors = found.variables["params"]["kernel"]
+    rank = 72 * 12 // 2 // (72 + 12)  # half of the multiply-adds of a position
+    assert factors["factor0"].shape == (3, 3, 8, rank)
+    kernel = np.float64(variables["params"]["kernel"])
+    left_out = np.linalg.svd(kernel.reshape(72, 12), compute_uv=False)[rank:]
+    error = np.sum((product("svd", factors) - kernel) ** 2)
+    np.testing.assert_allclose(error, np.sum(left_out**2), rtol=1e-4)
+
+
+def test_separable_filters_are_the_nearest() -> None:
+    x = normal(1, 6, 6, 8)
+    apply, variables, graph = one_layer(nn.Conv(12, (3, 3)), x)
+    found = jp.factorize(apply, graph, variables, x, method="separable", ratio=0.5)
+    factors = found.variables["params"]["kernel"]
+    rank = 9 * 8 * 12 // 2 // (3 * 8 + 3 * 12)
+    assert factors["factor1"].shape == (1, 3, rank, 12)
+    kernel = np.float64(variables["params"]["kernel"])
+    matrix = np.moveaxis(kernel, 2, 1).reshape(24, 36)
+    left_out = np.linalg.svd(matrix, compute_uv=False)[rank:]
+    error = np.sum((product("separable", factors) - kernel) ** 2)
+    np.testing.assert_allclose(error, np.sum(left_out**2), rtol=1e-4)
+
+
+def test_cp_finds_a_kernel_that_has_the_rank() -> None:
+    kernel = product("cp", chain("cp", (3, 3, 8, 12), 4))
+    found = by.by_cp(kernel, 4, 0)
+    error = product("cp", dict(enumerate(found))) - kernel
+    assert np.linalg.norm(error) < 1e-2 * np.linalg.norm(kernel)
+    assert [f.shape for f in found] == [
+        (1, 1, 8, 4),
+        (3, 1, 1, 4),
+        (1, 3, 1, 4),
+        (1, 1, 4, 12),
+    ]
+
+
+def test_responses_of_low_rank_are_kept_whole() -> None:
+    """Features in a plane have answers in one, though the kernel is of full rank."""
+    x = (normal(2, 6, 6, 2) @ normal(2, 8) + normal(8)).astype(np.float32)
+    apply, variables, graph = one_layer(nn.Conv(12, (1, 1)), x)
+    variables["params"]["bias"] = normal(12)
+    more = {"method": "responses", "batches": [x[:1], (x[1:],)]}
+    found = jp.factorize(apply, graph, variables, x, **more, ratio=0.5)
+    rank = found.variables["params"]["kernel"]["factor0"].shape[-1]
+    assert rank == 8 * 12 // 2 // 20 == 2
+    want = apply(variables, x)
+    plain = jp.factorize(apply, graph, variables, x, method="svd", ratio=0.5)
+    np.testing.assert_allclose(found.apply(found.variables, x), want, atol=2e-4)
+    assert np.abs(plain.apply(plain.variables, x) - want).max() > 0.05
+
+
+def test_the_ranks_are_the_largest_that_fit() -> None:
+    for shape, strides, method, rank in (
+        ((3, 3, 64, 64), (1, 1), "svd", 9 * 64 * 64 // 4 // (9 * 64 + 64)),
+        (
+            (3, 3, 64, 64),
+            (2, 2),
+            "separable",
+            9 * 64 * 64 // 4 // (3 * 64 * 2 + 3 * 64),
+        ),
+        ((3, 3, 64, 64), (1, 1), "cp", 9 * 64 * 64 // 4 // (64 + 3 + 3 + 64)),
+        ((1, 1, 64, 64), (1, 1), "cp", 0),
+        ((256, 10), (), "svd", 256 * 10 // 4 // 266),
+        ((4, 4), (), "svd", 0),
+    ):
+        assert largest_rank(shape, strides, method, 0.25) == rank
+
+
+def test_segnet_runs_trains_and_is_pruned_on() -> None:
+    net = SegNet(3, widths=(8, 8, 16, 16, 16))
+    x = normal(2, 17, 20, 3)
+    variables = net.init(jax.random.key(0), x)
+    graph = jp.trace(net.apply, variables, x)
+    found = jp.factorize(net.apply, graph, variables, x, method="separable", ratio=0.4)
+    thin = jp.trace(found.apply, found.variables, x)
+    # The first layer and the classifier are too thin to gain.
+    assert jp.cost(thin).flops < 0.5 * jp.cost(graph).flops
+    keep = networks.random_keep(thin, 0)
+    assert len(keep) > 21  # the ranks are channels, too
+    assert jp.verify(found.apply, thin, keep, found.variables, x) < 1e-4
+
+    def loss(variables: Any) -> Any:
+        out, _ = found.apply(variables, x, train=True, mutable=["batch_stats"])
+        return jnp.mean(out**2)
+
+    slopes = jax.jit(jax.grad(loss))(found.variables)
+    chex.assert_tree_all_finite(slopes)
+    first = slopes["params"]["encoder3_conv2"]["kernel"]
+    assert all(np.abs(g).max() > 0 for g in first.values())
+
+
+def test_derivatives_of_ones_own_and_other_uses_are_kept() -> None:
+    def apply(variables: Any, x: Any) -> Any:
+        hidden = jax.nn.relu(jax.jit(jnp.dot)(x, variables["w"].astype(jnp.float32)))
+        return hidden + jnp.sum(variables["w"] ** 2)
+
+    parts = {"factor0": normal(3, 2), "factor1": normal(2, 4)}
+    thin = jp.factorized(apply)
+    whole = parts["factor0"] @ parts["factor1"]
+    x = normal(5, 3)
+    np.testing.assert_allclose(thin({"w": parts}, x), apply({"w": whole}, x), rtol=1e-5)
+    zero = np.zeros_like(x)
+    slope = jax.grad(lambda x: thin({"w": parts}, x).sum())(zero)
+    np.testing.assert_array_equal(slope, 0)  # relu'(0) = 0
+
+
+def test_what_cannot_be_is_said() -> None:
+    x = normal(1, 6, 6, 8)
+    apply, variables, graph = one_layer(nn.Conv(12, (3, 3)), x)
+    for more, error, match in (
+        ({"method": "tucker"}, ConfigError, "one of svd, separable, cp, responses"),
+        ({"ratio": 1.0}, ConfigError, "ratio=1.0"),
+        ({"method": "responses"}, DataError, "needs batches"),
+        ({"method": "responses", "batches": []}, DataError, "batches is empty"),
+        ({"only": ["head*"]}, GraphError, "no kernel of head"),
+    ):
+        with pytest.raises(error, match=match):
+            jp.factorize(apply, graph, variables, x, **more)
+    with pytest.raises(GraphError, match="not the graph's"):
+        jp.factorize(apply, graph, {"params": {"kernel": np.ones((3, 3, 8, 9))}}, x)
+    bad = {"factor0": normal(3, 3, 8, 2), "factor1": normal(1, 1, 3, 12)}
+    with pytest.raises(GraphError, match="params/kernel.*make no chain"):
+        jp.factorized(apply)({"params": {**variables["params"], "kernel": bad}}, x)
+    bad = {"factor0": normal(3, 3, 8, 2), "other": normal(1, 1, 2, 12)}
+    with pytest.raises(GraphError, match="factors are factor0, factor1"):
+        jp.factorized(apply)({"params": {**variables["params"], "kernel": bad}}, x)
