@@ -19,6 +19,7 @@ from jaxprune.criteria import (
 )
 from jaxprune.features import activation, reconstruction
 from jaxprune.keeps import compose
+from jaxprune.latency import Timings, latency, timings
 from jaxprune.lowrank import Factorized, factorize, factorized
 from jaxprune.measures import (
     bn_scale,
@@ -67,6 +68,7 @@ __all__ = [
     "Pruned",
     "Slot",
     "Step",
+    "Timings",
     "activation",
     "base",
     "bn_scale",
@@ -90,6 +92,7 @@ __all__ = [
     "group_lasso",
     "init_gates",
     "lamp",
+    "latency",
     "load",
     "magnitude",
     "mask",
@@ -113,6 +116,7 @@ __all__ = [
     "shrink_graph",
     "slim",
     "taylor",
+    "timings",
     "to_nnx",
     "trace",
     "train",

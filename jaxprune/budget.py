@@ -3,14 +3,25 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
 from jaxprune.base import BudgetError, Graph
 from jaxprune.cost import at
 
-Kind = Literal["flops", "params", "channels", "bytes"]
+Name = Literal["flops", "params", "channels", "bytes"]
+
+
+class Measured(Protocol):
+    """A cost of one's own, such as `latency.Timings`; growing with every count."""
+
+    def at(self, groups: Sequence[str], kept: Any) -> np.ndarray:
+        """The cost at numbers of kept channels of these, int[..., G] -> [...]."""
+
+
+Kind = Name | Measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +64,12 @@ def bytes(ratio: float) -> Budget:
     return Budget("bytes", ratio)
 
 
-def check_kind(kind: str) -> None:
+def check_kind(kind: Any) -> None:
     """Raises BudgetError for a kind of cost that cannot be measured."""
-    if kind not in get_args(Kind):
+    if not hasattr(kind, "at") and kind not in get_args(Name):
         raise BudgetError(
-            f"no budget kind {kind!r}; there are {', '.join(get_args(Kind))}"
+            f"no budget kind {kind!r}; there are {', '.join(get_args(Name))}, and what "
+            "jaxprune.timings measures"
         )
 
 
@@ -66,6 +78,8 @@ def measure(graph: Graph, kind: Kind, kept: Any) -> np.ndarray:
     check_kind(kind)
     if kind == "channels":
         return np.asarray(kept).sum(axis=-1)
+    if not isinstance(kind, str):
+        return kind.at(list(graph.groups), kept)
     field = "activation_bytes" if kind == "bytes" else kind
     return np.asarray(getattr(at(graph, kept), field))
 

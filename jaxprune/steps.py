@@ -88,9 +88,12 @@ class Path:
             raise DataError(f"this is not a pruning path: {error!r}") from error
 
 
-def _cost(step: Step, kind: budgets.Kind) -> int:
+def _cost(step: Step, kind: budgets.Kind) -> float:
+    counts = [int(k.sum()) for k in step.keep.values()]
     if kind == "channels":
-        return sum(int(k.sum()) for k in step.keep.values())
+        return sum(counts)
+    if not isinstance(kind, str):
+        return float(kind.at(list(step.keep), counts))
     return getattr(step.cost, "activation_bytes" if kind == "bytes" else kind)
 
 

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured milliseconds of a network's own convolutions and products, as a cost.
+
+`timings` runs each of them, alone, at a grid of widths on the device at hand; between
+grid points time is interpolated. `latency(0.5, timings)` is then a budget like any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import jaxpr as jx
+from jaxprune.base import Apply, BudgetError, Graph, GraphError, PyTree
+from jaxprune.base import Path as KeyPath
+from jaxprune.budget import Budget
+from jaxprune.taps import Reading, taps
+from jaxprune.trace import struct
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """One product: milliseconds `ms` [R, M] at numbers of `read` [R], `made` [M].
+
+    `reads`, `makes`: (what stays, {group: how often}), the lengths of the kernel's two
+    axes as the keep changes them.
+    """
+
+    path: KeyPath
+    read: np.ndarray
+    made: np.ndarray
+    ms: np.ndarray
+    reads: tuple[int, Mapping[str, int]]
+    makes: tuple[int, Mapping[str, int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Timings:
+    """What `timings` measured on `device`; a kind of cost, see `latency`."""
+
+    device: str
+    products: tuple[Product, ...]
+
+    def __str__(self) -> str:
+        return f"latency on {self.device}"
+
+    def at(self, groups: Sequence[str], kept: Any) -> np.ndarray:
+        """Milliseconds, float[...], at numbers of kept channels, int[..., G]."""
+        column = {name: i for i, name in enumerate(groups)}
+        kept = np.asarray(kept, np.float64)
+        total = np.zeros(kept.shape[:-1])
+        for product in self.products:
+            lengths = []
+            for fixed, times in (product.reads, product.makes):
+                missing = [n for n in times if n not in column]
+                if missing:
+                    raise GraphError(
+                        f"{self} was measured for a graph with the group "
+                        f"{missing[0]!r}, which this one lacks"
+                    )
+                line = np.full(kept.shape[:-1], float(fixed))
+                for name, count in times.items():
+                    line = line + count * kept[..., column[name]]
+                lengths.append(line)
+            total = total + _between(product, *lengths)
+        return total
+
+
+def latency(ratio: float, timings: Timings) -> Budget:
+    """At most `ratio` of the dense network's measured milliseconds stay.
+
+    Those of the convolutions and matrix products that `timings` found. Raises
+    BudgetError for a ratio outside (0, 1].
+    """
+    if not isinstance(timings, Timings):
+        raise BudgetError(
+            f"latency({ratio!r}, {timings!r}): the second is what jaxprune.timings("
+            "apply, graph, variables, images) measured"
+        )
+    return Budget(timings, ratio)
+
+
+def timings(
+    apply: Apply,
+    graph: Graph,
+    variables: PyTree,
+    *inputs: Any,
+    points: int = 4,
+    multiple_of: int = 8,
+    repeats: int = 5,
+    cache: str | os.PathLike | None = None,
+    **kwargs: Any,
+) -> Timings:
+    """Measure each plain convolution and matrix product with a kernel in the graph.
+
+    inputs, kwargs: as of `trace`; arrays or jax.ShapeDtypeStruct, of the batch that is
+    to be fast. Each runs jitted on zeros, at up to `points` widths of what it reads and
+    of what it makes, evenly spaced and multiples of `multiple_of` (the full ones
+    besides); the median of `repeats` bursts of at least 2 ms counts. Times that fall as
+    a width grows are raised to those of the smaller width. Convolutions in groups, and
+    all that is no product, do not count. cache: a JSON file of earlier measurements on
+    this kind of device, read and added to.
+
+    Raises GraphError where there is nothing to measure, BudgetError for a cache that
+    cannot be read or written.
+    """
+    known = _Known(None if cache is None else Path(cache))
+    products = []
+    for reading in _readings(apply, variables, inputs, kwargs):
+        axes = _axes(reading)
+        if axes is None:
+            continue
+        lengths = [_length(graph, reading, axis) for axis in axes]
+        if not any(times for _, times in lengths):
+            continue
+        grid = [_grid(reading.kernel.shape[a], points, multiple_of) for a in axes]
+        ms = np.array(
+            [[known.ms(reading, (r, m), repeats) for m in grid[1]] for r in grid[0]]
+        )
+        for axis in (0, 1):
+            ms = np.maximum.accumulate(ms, axis=axis)
+        products.append(Product(reading.path, grid[0], grid[1], ms, *lengths))
+    known.write()
+    if not products:
+        raise GraphError(
+            "timings: no plain convolution or matrix product reads or makes a group; "
+            "is the graph this function's?"
+        )
+    return Timings(_device(), tuple(products))
+
+
+def _device() -> str:
+    return jax.devices()[0].device_kind
+
+
+def _readings(
+    apply: Apply, variables: PyTree, inputs: Any, kwargs: Mapping[str, Any]
+) -> list[Reading]:
+    """Every product of a kernel, without its numbers."""
+    found: list[Reading] = []
+
+    def look(reading: Reading) -> None:
+        features, kernel = struct(reading.features), struct(reading.kernel)
+        found.append(reading._replace(features=features, kernel=kernel))
+
+    jax.eval_shape(
+        lambda tree, args: taps(apply, look)(tree, *args, **kwargs), variables, inputs
+    )
+    return found
+
+
+def _axes(reading: Reading) -> tuple[int, int] | None:
+    """The kernel's axes that are read along and made; None if there are others."""
+    if reading.eqn.primitive.name == "dot_general":
+        plain = reading.kernel.ndim == 2 and len(reading.pairs) == 1
+        return (reading.pairs[0][0], 1 - reading.pairs[0][0]) if plain else None
+    dims = reading.eqn.params["dimension_numbers"]
+    return dims.rhs_spec[1], dims.rhs_spec[0]
+
+
+def _length(graph: Graph, reading: Reading, axis: int) -> tuple[int, dict[str, int]]:
+    """(indices that stay, {group: indices of each of its channels}) of a kernel."""
+    times: dict[str, int] = {}
+    loose = 0
+    for group in graph.groups.values():
+        for slot in group.slots:
+            if (slot.path, slot.axis) == (reading.path, axis):
+                count = slot.indices.shape[1]
+                times[group.name] = times.get(group.name, 0) + count
+                loose += count * group.size
+    return reading.kernel.shape[axis] - loose, times
+
+
+def _grid(length: int, points: int, multiple_of: int) -> np.ndarray:
+    """Up to `points` widths from about length / points to length."""
+    even = length * np.arange(1, points) / points
+    rounded = np.maximum(np.rint(even / multiple_of), 1).astype(int) * multiple_of
+    return np.unique(np.append(rounded[rounded < length], length))
+
+
+def _between(product: Product, read: np.ndarray, made: np.ndarray) -> np.ndarray:
+    """Bilinear between grid points; below the least ones, in proportion to them."""
+    place, share = [], np.ones_like(read)
+    for grid, at in ((product.read, read), (product.made, made)):
+        share = share * np.minimum(at / grid[0], 1)
+        at = np.clip(at, grid[0], grid[-1])
+        low = np.clip(np.searchsorted(grid, at, "right") - 1, 0, max(len(grid) - 2, 0))
+        high = np.minimum(low + 1, len(grid) - 1)
+        wide = np.where(high > low, grid[high] - grid[low], 1)
+        place.append((low, high, (at - grid[low]) / wide))
+    (r0, r1, a), (m0, m1, b) = place
+    ms = product.ms
+    first = ms[r0, m0] * (1 - b) + ms[r0, m1] * b
+    second = ms[r1, m0] * (1 - b) + ms[r1, m1] * b
+    return share * (first * (1 - a) + second * a)
+
+
+class _Known:
+    """Milliseconds by what was run where, from a file and from this session."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.found: dict[str, float] = {}
+        if file is not None and file.exists():
+            try:
+                self.found = {
+                    k: float(v) for k, v in json.loads(file.read_text()).items()
+                }
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                raise BudgetError(
+                    f"{file} is no cache of timings ({error}); delete it, or name "
+                    "another as cache"
+                ) from error
+
+    def ms(self, reading: Reading, widths: tuple[int, int], repeats: int) -> float:
+        features, kernel = _shapes(reading, widths)
+        p = {k: str(v) for k, v in sorted(reading.eqn.params.items())}
+        what = (_device(), jax.__version__, reading.eqn.primitive.name, p)
+        text = json.dumps([*what, str(features), str(kernel), reading.first])
+        key = hashlib.sha256(text.encode()).hexdigest()[:24]
+        if key not in self.found:
+            self.found[key] = _timed(reading, features, kernel, repeats)
+        return self.found[key]
+
+    def write(self) -> None:
+        if self.file is None:
+            return
+        partial = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(self.found, indent=0, sort_keys=True))
+            os.replace(partial, self.file)
+        except OSError as error:
+            raise BudgetError(f"{self.file}: cannot be written: {error}") from error
+
+
+def _shapes(reading: Reading, widths: tuple[int, int]) -> tuple[Any, Any]:
+    """Features and kernel where so many channels are read and made."""
+    axes = _axes(reading)
+    assert axes is not None
+    kernel, features = list(reading.kernel.shape), list(reading.features.shape)
+    for axis, width in zip(axes, widths, strict=True):
+        kernel[axis] = width
+    features[reading.pairs[0][1]] = widths[0]
+    return (
+        jax.ShapeDtypeStruct(tuple(features), reading.features.dtype),
+        jax.ShapeDtypeStruct(tuple(kernel), reading.kernel.dtype),
+    )
+
+
+def _timed(reading: Reading, features: Any, kernel: Any, repeats: int) -> float:
+    """Milliseconds of one product, jitted."""
+
+    @jax.jit
+    def run(x: Any, w: Any) -> Any:
+        pair = (x, w) if reading.first else (w, x)
+        return jx.bind(reading.eqn, *pair)[0]
+
+    x, w = (jnp.zeros(s.shape, s.dtype) for s in (features, kernel))
+    once = functools.partial(run, x, w)
+    jax.block_until_ready(once())
+    count = max(1, math.ceil(2e-3 / max(_seconds(once, 1), 1e-9)))
+    return 1e3 * statistics.median(_seconds(once, count) for _ in range(repeats))
+
+
+def _seconds(once: Callable[[], Any], count: int) -> float:
+    """Of each of so many calls in a row."""
+    start = time.perf_counter()
+    for _ in range(count):
+        out = once()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / count

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latency as a budget: tables of milliseconds, and what lies between their points."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune import budget
+from jaxprune.base import BudgetError, GraphError
+from jaxprune.latency import Product
+
+
+class Net(nn.Module):
+    """Two convolutions whose outputs are joined, a depthwise one, a dense layer."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        a = nn.relu(nn.Conv(24, (3, 3), name="a")(x))
+        b = nn.relu(nn.Conv(16, (1, 1), name="b")(x))
+        y = nn.Conv(40, (3, 3), feature_group_count=40, name="c")(
+            jnp.concatenate([a, b], -1)
+        )
+        return nn.Dense(5, name="d")(y.mean(axis=(1, 2)))
+
+
+@pytest.fixture(scope="module")
+def net() -> tuple[Any, Any, Any, jp.Graph]:
+    x = jnp.ones((2, 6, 7, 3))
+    variables = Net().init(jax.random.key(0), x)
+    return Net().apply, variables, x, jp.trace(Net().apply, variables, x)
+
+
+def made_up(graph: jp.Graph) -> jp.Timings:
+    """Milliseconds that are multiply-adds: linear in what is read and what is made."""
+    grid = [np.array([8, 16, 24]), np.array([8, 16]), np.array([8, 24, 40])]
+    return jp.Timings(
+        "paper",
+        (
+            Product(
+                ("a",),
+                np.array([3]),
+                grid[0],
+                27.0 * grid[0][None],
+                (3, {}),
+                (0, {"a": 1}),
+            ),
+            Product(
+                ("b",),
+                np.array([3]),
+                grid[1],
+                3.0 * grid[1][None],
+                (3, {}),
+                (0, {"b": 1}),
+            ),
+            Product(
+                ("d",),
+                grid[2],
+                np.array([5]),
+                5.0 * grid[2][:, None],
+                (0, {"a": 1, "b": 1}),
+                (5, {}),
+            ),
+        ),
+    )
+
+
+def test_between_points_time_is_linear_and_below_them_in_proportion(net) -> None:
+    graph = net[3]
+    assert {n: g.size for n, g in graph.groups.items()} == {"a": 24, "b": 16}
+    for a, b in ((24, 16), (13, 9), (3, 2), (1, 1)):
+        found = made_up(graph).at(list(graph.groups), np.array([[a, b], [24, 16]]))
+        want = 27 * a + 3 * b + 5 * (a + b)
+        np.testing.assert_allclose(found, [want, 27 * 24 + 3 * 16 + 5 * 40], rtol=1e-12)
+
+
+def test_a_budget_of_milliseconds_is_met(net) -> None:
+    apply, variables, x, graph = net
+    table = made_up(graph)
+    scores = jp.score(jp.magnitude(), graph, variables)
+    keep = jp.select(graph, scores, jp.latency(0.5, table))
+    kept = np.array([k.sum() for k in keep.values()])
+    dense = table.at(list(graph.groups), budget.sizes(graph))
+    assert table.at(list(graph.groups), kept) <= 0.5 * dense
+    for name in range(2):  # not one more fits
+        more = kept + np.eye(2, dtype=int)[name]
+        assert (
+            more[name] > (24, 16)[name]
+            or table.at(list(graph.groups), more) > 0.5 * dense
+        )
+    per_ms = jp.score(jp.chain(jp.magnitude(), jp.per_cost(table)), graph, variables)
+    share = (27 + 5) / dense
+    np.testing.assert_allclose(per_ms["a"], scores["a"] / share, rtol=1e-5)
+
+
+def test_a_path_is_walked_in_milliseconds(net) -> None:
+    apply, variables, x, graph = net
+    table = made_up(graph)
+    walked = jp.prune_path(
+        graph,
+        variables,
+        lambda v, b: jnp.mean(apply(v, b) ** 2),
+        [x],
+        until=jp.latency(0.4, table),
+        kind=table,
+    )
+    chosen = walked.select(jp.latency(0.6, table))
+    counts = [int(k.sum()) for k in chosen.keep.values()]
+    dense = table.at(list(graph.groups), budget.sizes(graph))
+    assert table.at(list(graph.groups), counts) <= 0.6 * dense
+
+
+def test_the_table_is_measured_and_kept(net, tmp_path) -> None:
+    apply, variables, x, graph = net
+    cache = tmp_path / "folder" / "times.json"
+    more = {"cache": cache, "repeats": 1, "points": 2}
+    found = jp.timings(apply, graph, variables, x, **more)
+    assert [p.path[-2] for p in found.products] == ["a", "b", "d"]  # c is depthwise
+    assert [p.ms.shape for p in found.products] == [(1, 2), (1, 2), (2, 1)]
+    for product in found.products:
+        assert (product.ms > 0).all()
+        assert (np.diff(product.ms, axis=0) >= 0).all()
+        assert (np.diff(product.ms, axis=1) >= 0).all()
+    # What is in the file is not measured again.
+    known = json.loads(cache.read_text())
+    assert len(known) == 6
+    cache.write_text(json.dumps(dict.fromkeys(known, 7.0)))
+    again = jp.timings(apply, graph, variables, jax.eval_shape(lambda: x), **more)
+    np.testing.assert_allclose(again.at(list(graph.groups), budget.sizes(graph)), 21.0)
+
+
+def test_what_cannot_be_measured_is_said(net, tmp_path) -> None:
+    apply, variables, x, graph = net
+    with pytest.raises(BudgetError, match="jaxprune.timings"):
+        jp.latency(0.5, 3.0)
+    with pytest.raises(BudgetError, match="latency on paper"):
+        jp.latency(1.5, made_up(graph))
+    scores = jp.score(jp.magnitude(), graph, variables)
+    with pytest.raises(BudgetError, match="cannot be met"):
+        jp.select(graph, scores, jp.latency(0.01, made_up(graph)))
+    other = jp.trace(*networks.linen(networks.ResNet))
+    with pytest.raises(GraphError, match="the group 'a', which this one lacks"):
+        made_up(graph).at(list(other.groups), budget.sizes(other))
+    cache = tmp_path / "times.json"
+    cache.write_text("[1, 2")
+    with pytest.raises(BudgetError, match="no cache of timings"):
+        jp.timings(apply, graph, variables, x, cache=cache)
+    with pytest.raises(GraphError, match="is the graph this function's"):
+        jp.timings(apply, other, variables, x)
