@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Functions that are named as the file that they lie in.
-_FUNCTIONS = ("cost", "latency", "prune", "reconstruct", "select", "slim", "trace")
+_FUNCTIONS = (
+    "cost",
+    "export",
+    "latency",
+    "prune",
+    "reconstruct",
+    "select",
+    "slim",
+    "trace",
+)
 
 if TYPE_CHECKING:
     from jaxprune.api import *  # noqa: F403

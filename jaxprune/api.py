@@ -17,6 +17,7 @@ from jaxprune.criteria import (
     per_cost,
     score,
 )
+from jaxprune.export import export, load_export
 from jaxprune.features import activation, reconstruction
 from jaxprune.keeps import compose
 from jaxprune.latency import Timings, latency, timings
@@ -81,6 +82,7 @@ __all__ = [
     "dead",
     "ema",
     "expand",
+    "export",
     "factorize",
     "factorized",
     "fisher",
@@ -94,6 +96,7 @@ __all__ = [
     "lamp",
     "latency",
     "load",
+    "load_export",
     "magnitude",
     "mask",
     "models",

@@ -119,8 +119,8 @@ class Labels:
     constants: set[int] = dataclasses.field(default_factory=set)
 
     def fresh(self, length: int) -> Axis:
-        """New labels for an axis; an axis of one index is never cut."""
-        if length <= 1:
+        """New labels for an axis; one of one index, or a symbol's, is never cut."""
+        if not isinstance(length, int | np.integer) or length <= 1:
             return None
         self.count += length
         return np.arange(self.count - length, self.count)

@@ -68,7 +68,7 @@ def unpool(y: jax.Array, code: jax.Array, size: Size) -> jax.Array:
             f"unpool: size ({height}, {width}) pools to ({-(-height // 2)}, "
             f"{-(-width // 2)}), which does not fit values of shape {list(y.shape)}"
         )
-    return _unpool(y, code, (int(height), int(width)))
+    return _unpool(y, code, (height, width))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

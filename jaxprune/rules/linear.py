@@ -48,9 +48,12 @@ def _add_terms(
     eqn: jx.Eqn,
     value: Value,
     summed: list[tuple[int, Axis]],
-    scale: float = 1.0,
 ) -> None:
     """2 x (output elements) x (summed indices) FLOPs; the output's bytes."""
+    shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
+    if not all(isinstance(n, int) for shape in shapes for n in shape):
+        return  # sizes are symbols where a function is exported; none counts it
+    scale = 1.0 if eqn.primitive.name == "dot_general" else _positions(eqn)
     out = eqn.outvars[0].aval
     written = list(zip(out.shape, value.labels))
     for flops, factor, axes in (
@@ -125,7 +128,7 @@ def _conv(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     kernel_shape = eqn.invars[1].aval.shape
     taps = [(kernel_shape[a], None) for a in window]
     terms = [*taps, (kernel_shape[of], summed)]
-    _add_terms(context, eqn, out, terms, _positions(eqn))
+    _add_terms(context, eqn, out, terms)
     return [out]
 
 

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`export`: a pruned network as one StableHLO program, weights and all.
+
+    FOLDER/  model.stablehlo  export.json  manifest.sha256.json
+
+`model.stablehlo` runs with JAX alone: `jax.export.deserialize(bytes).call(images)`. JAX
+promises to read it for six months; `jaxprune.save` is the archive.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxprune import integrity
+from jaxprune.base import CheckpointError, GraphError
+from jaxprune.pruned import Pruned
+from jaxprune.trace import struct
+
+_PROGRAM, _CARD = "model.stablehlo", "export.json"
+
+
+def export(
+    pruned: Pruned,
+    path: str | os.PathLike,
+    *inputs: Any,
+    shapes: Sequence[str | None] = (),
+    platforms: Sequence[str] | None = None,
+    overwrite: bool = False,
+    **kwargs: Any,
+) -> Path:
+    """Write `pruned.apply(pruned.variables, *inputs, **kwargs)` as a program.
+
+    inputs: arrays or jax.ShapeDtypeStruct, whose shapes the program takes. shapes: for
+    each input in turn, None or a shape with symbols, 'b, 360, 480, 3' for any batch,
+    'b, 32*h, 32*w, 3' for any size in multiples of 32. platforms: 'cpu', 'cuda',
+    'tpu' ..., of which one program may serve several; the present one by default.
+    Returns the folder's path.
+
+    Raises CheckpointError for a path that is taken, or without the package flatbuffers;
+    GraphError for shapes that do not fit the inputs, or that the network cannot take.
+    """
+    folder = Path(os.path.abspath(path))
+    if folder.exists() and not (overwrite and (folder / _PROGRAM).is_file()):
+        hint = (
+            "pass overwrite=True" if (folder / _PROGRAM).is_file() else "name another"
+        )
+        raise CheckpointError(f"{folder} exists; {hint}")
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise CheckpointError(
+            "jax.export needs the package flatbuffers: pip install 'jaxprune[export]'"
+        )
+    structs = [struct(x) for x in inputs]
+    try:
+        specs = _symbolic(structs, shapes)
+        run = jax.jit(lambda *images: pruned.apply(pruned.variables, *images, **kwargs))
+        program = jax.export.export(run, platforms=platforms)(*specs)
+        content = program.serialize()
+    except (ValueError, TypeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise GraphError(
+            f"export with shapes {list(shapes) or [s.shape for s in structs]}: "
+            f"{lines[0]}"
+        ) from error
+    card = {
+        "inputs": [f"{s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs],
+        "outputs": [str(a) for a in program.out_avals],
+        "platforms": list(program.platforms),
+        "jax": jax.__version__,
+        "info": dict(pruned.info),
+    }
+    partial = integrity.begin(folder)
+    (partial / _PROGRAM).write_bytes(content)
+    (partial / _CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+    integrity.commit(partial, folder)
+    return folder
+
+
+def load_export(path: str | os.PathLike) -> Callable[..., Any]:
+    """The program that `export` wrote, as a function of the inputs, jitted by JAX.
+
+    Raises CheckpointError that names the missing or damaged file.
+    """
+    folder = integrity.resolve(Path(os.path.abspath(path)))
+    integrity.verify(folder)
+    file = folder / _PROGRAM
+    try:
+        return jax.export.deserialize(bytearray(file.read_bytes())).call
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _symbolic(structs: Sequence[Any], shapes: Sequence[str | None]) -> list[Any]:
+    if len(shapes) > len(structs):
+        raise ValueError(f"{len(shapes)} shapes for {len(structs)} inputs")
+    scope = jax.export.SymbolicScope()
+    given = [*shapes, *(None for _ in structs)]
+    return [
+        jax.ShapeDtypeStruct(
+            jax.export.symbolic_shape(text, scope=scope, like=s.shape), s.dtype
+        )
+        if text
+        else s
+        for text, s in zip(given, structs, strict=False)
+    ]
