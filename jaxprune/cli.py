@@ -32,7 +32,7 @@ RUN = (
 INSPECT = (
     "show a network's channel groups and costs, and what cannot be cut",
     (
-        "TARGET is a shipped network (segnet, segnet_basic, unet), a work folder, a "
+        "TARGET is a shipped network (segnet, unet, deeplab, ...), a work folder, a "
         "saved network, or pkg.module:function, where the function returns (apply, "
         "variables, *inputs) or (module, *inputs); inputs are arrays, "
         "jax.ShapeDtypeStruct or shapes."

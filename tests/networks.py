@@ -261,7 +261,7 @@ def drawn(ops: tuple[tuple[str, int, int], ...], seed: int = 0) -> tuple[Any, An
 
 
 def multiply_adds(jaxpr, *, valid=False):
-    """Of all convolutions: output elements x kernel taps, padding counted.
+    """Of all convolutions (outputs x kernel taps, padding counted) and products.
 
     valid: only taps that lie on the image, for odd kernels of stride 1 padded to SAME:
     k n - (k // 2) (k // 2 + 1) of k n along an axis of n.
@@ -278,6 +278,10 @@ def multiply_adds(jaxpr, *, valid=False):
                 k, n = kernel[a], out[b]
                 share *= Fraction(k * n - (k // 2) * (k // 2 + 1), k * n)
             total += math.prod(out) * taps * (share if valid else 1)
+        if eqn.primitive.name == "dot_general":
+            (summed, _), _ = eqn.params["dimension_numbers"]
+            read = [eqn.invars[0].aval.shape[a] for a in summed]
+            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(read)
         for value in eqn.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

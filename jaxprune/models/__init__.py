@@ -9,13 +9,27 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import base
-from jaxprune.models import layers, segnet, segnet_basic, unet
+from jaxprune.models import (
+    deeplab,
+    fcn,
+    layers,
+    refinenet,
+    segnet,
+    segnet_basic,
+    unet,
+)
+from jaxprune.models.deeplab import DeepLabV3Plus
+from jaxprune.models.fcn import FCN
 from jaxprune.models.pooling import max_pool, unpool
+from jaxprune.models.refinenet import RefineNet
 from jaxprune.models.segnet import SegNet
 from jaxprune.models.segnet_basic import SegNetBasic
 from jaxprune.models.unet import UNet
 
 __all__ = [
+    "FCN",
+    "DeepLabV3Plus",
+    "RefineNet",
     "SegNet",
     "SegNetBasic",
     "UNet",
@@ -26,26 +40,39 @@ __all__ = [
     "unpool",
 ]
 
-_NAMES = ("segnet", "segnet_basic", "unet")
+_KINDS: dict[str, Any] = {
+    "segnet": SegNet,
+    "segnet_basic": SegNetBasic,
+    "unet": UNet,
+    "fcn": FCN,
+    "deeplab": DeepLabV3Plus,
+    "refinenet": RefineNet,
+}
+_REBUILD: dict[Any, Any] = {
+    SegNet: segnet.rebuild,
+    SegNetBasic: segnet_basic.rebuild,
+    UNet: unet.rebuild,
+    FCN: fcn.rebuild,
+    DeepLabV3Plus: deeplab.rebuild,
+    RefineNet: refinenet.rebuild,
+}
 
 
 def build(name: str, args: Mapping[str, Any]) -> nn.Module:
     """The network called `name` with the fields `args`.
 
-    name: 'segnet', 'segnet_basic' or 'unet'.
+    name: 'segnet', 'segnet_basic', 'unet', 'fcn', 'deeplab' or 'refinenet'.
     args: e.g. `{'num_classes': 11, 'widths': [16, 32, 64, 128, 128]}`; a dtype may be
     given by name.
 
     Raises:
       ConfigError: no such network or field, or a field's value is out of range.
     """
-    if name == "segnet":
-        return _construct(SegNet, name, args)
-    if name == "segnet_basic":
-        return _construct(SegNetBasic, name, args)
-    if name == "unet":
-        return _construct(UNet, name, args)
-    raise base.ConfigError(f"no network {name!r}; choose one of {', '.join(_NAMES)}")
+    if name not in _KINDS:
+        raise base.ConfigError(
+            f"no network {name!r}; choose one of {', '.join(_KINDS)}"
+        )
+    return _construct(_KINDS[name], name, args)
 
 
 def init(net: nn.Module, key: jax.Array, size: tuple[int, int]) -> dict[str, Any]:
@@ -63,15 +90,11 @@ def rebuild(net: nn.Module, variables: Mapping[str, Any]) -> nn.Module:
     Raises:
       GraphError: the variables do not belong to such a network.
     """
-    if isinstance(net, SegNet):
-        return segnet.rebuild(net, variables)
-    if isinstance(net, SegNetBasic):
-        return segnet_basic.rebuild(net, variables)
-    if isinstance(net, UNet):
-        return unet.rebuild(net, variables)
-    raise base.GraphError(
-        f"cannot rebuild a {type(net).__name__}: not a shipped network"
-    )
+    if type(net) not in _REBUILD:
+        raise base.GraphError(
+            f"cannot rebuild a {type(net).__name__}: not a shipped network"
+        )
+    return _REBUILD[type(net)](net, variables)
 
 
 def _construct(kind: Any, name: str, args: Mapping[str, Any]) -> nn.Module:
@@ -84,8 +107,9 @@ def _construct(kind: Any, name: str, args: Mapping[str, Any]) -> nn.Module:
     if "num_classes" not in args:
         raise base.ConfigError(f"{name} needs the field 'num_classes'")
     values = dict(args)
-    if "widths" in values:
-        values["widths"] = tuple(values["widths"])
+    for field in ("widths", "depths"):
+        if field in values:
+            values[field] = tuple(values[field])
     if isinstance(values.get("dtype"), str):
         try:
             values["dtype"] = jnp.dtype(values["dtype"])

@@ -22,40 +22,86 @@ def conv_bn(
     index: int,
     features: int,
     *,
-    kernel: int = 3,
     train: bool,
     relu: bool = True,
     norm: bool = True,
     dtype: Any = None,
+    **geometry: Any,
 ) -> jax.Array:
     """Convolution `<stage>_conv<index>`, batch norm `<stage>_bn<index>` and ReLU.
 
-    To be called inside a compact method. x: [B, H, W, C] -> [B, H, W, features].
+    To be called inside a compact method. x: [B, H, W, C] -> [B, H, W, features];
+    geometry: as of `conv`.
     """
-    x = conv(x, f"{stage}_conv{index}", features, kernel=kernel, dtype=dtype)
+    x = conv(x, f"{stage}_conv{index}", features, dtype=dtype, **geometry)
     if norm:
-        x = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=dtype,
-            name=f"{stage}_bn{index}",
-        )(x)
+        x = batch_norm(x, f"{stage}_bn{index}", train=train, dtype=dtype)
     return nn.relu(x) if relu else x
 
 
+def batch_norm(x: jax.Array, name: str, *, train: bool, dtype: Any = None) -> jax.Array:
+    """Batch norm over all axes but the last, with running statistics."""
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        name=name,
+    )(x)
+
+
 def conv(
-    x: jax.Array, name: str, features: int, *, kernel: int = 3, dtype: Any = None
+    x: jax.Array,
+    name: str,
+    features: int,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    dilation: int = 1,
+    depthwise: bool = False,
+    dtype: Any = None,
 ) -> jax.Array:
-    """A square convolution with bias that keeps the size, He-normal ('msra') init."""
+    """A square convolution with bias, He-normal ('msra') init.
+
+    The size stays but for the stride, by which it is divided, rounding up.
+    """
     return nn.Conv(
         features,
         (kernel, kernel),
-        padding=kernel // 2,
+        strides=stride,
+        kernel_dilation=dilation,
+        padding=dilation * (kernel // 2),
+        feature_group_count=features if depthwise else 1,
         kernel_init=he_normal,
         dtype=dtype,
         name=name,
     )(x)
+
+
+def separable(
+    x: jax.Array,
+    name: str,
+    features: int,
+    *,
+    dilation: int = 1,
+    train: bool,
+    dtype: Any = None,
+) -> jax.Array:
+    """Depthwise 3x3 `<name>_depth` and pointwise `<name>_point`, each normed, ReLU."""
+    own = f"{name}_depth"
+    x = conv(x, own, x.shape[-1], dilation=dilation, depthwise=True, dtype=dtype)
+    x = nn.relu(batch_norm(x, f"{own}_bn", train=train, dtype=dtype))
+    own = f"{name}_point"
+    x = conv(x, own, features, kernel=1, dtype=dtype)
+    return nn.relu(batch_norm(x, f"{own}_bn", train=train, dtype=dtype))
+
+
+def resize(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Bilinear, to the height and width of `like`."""
+    if x.shape[1:3] == like.shape[1:3]:
+        return x
+    shape = (x.shape[0], *like.shape[1:3], x.shape[-1])
+    return jax.image.resize(x, shape, "bilinear")
 
 
 def draw(key: jax.Array, shapes: Any) -> Any:
@@ -132,13 +178,18 @@ def check_widths(
             )
 
 
-def check_ties(net: str, widths: Mapping[str, int], ties: Mapping[str, str]) -> None:
+def check_ties(
+    net: str,
+    widths: Mapping[str, int],
+    ties: Mapping[str, str],
+    why: str = "the locations of one place the values of the other",
+) -> None:
     """Raises ConfigError unless the convolutions of each tie have one width."""
     for a, b in ties.items():
         if widths[a] != widths[b]:
             raise base.ConfigError(
                 f"{net}: widths of {a} ({widths[a]}) and {b} ({widths[b]}) must be "
-                "equal: the locations of one place the values of the other"
+                f"equal: {why}"
             )
 
 

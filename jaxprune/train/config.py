@@ -26,7 +26,9 @@ class Network:
     batch statistics and logits stay float32.
     """
 
-    name: Literal["segnet", "segnet_basic", "unet"] = "segnet"
+    name: Literal["segnet", "segnet_basic", "unet", "fcn", "deeplab", "refinenet"] = (
+        "segnet"
+    )
     widths: tuple[int, ...] = ()
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
