@@ -50,6 +50,14 @@ PREDICT = (
         "jaxprune.load(DIR, apply=model.apply), files, out)."
     ),
 )
+COMPARE = (
+    "prune one network by several methods, and tabulate",
+    (
+        "Trains the config's dense network once a seed, then runs each method to each "
+        "budget with the config's retraining. Writes comparison.md and frontier.png; "
+        "the same command resumes a stopped study."
+    ),
+)
 REPORT = (
     "draw DIR/report/index.html anew from the run's files",
     "Needs no accelerator; a run that has not ended gives a report of what is there.",
@@ -93,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name, (short, more), function, add_arguments in (
         ("run", RUN, _run, _add_run),
+        ("compare", COMPARE, _compare, _add_compare),
         ("inspect", INSPECT, _inspect, _add_inspect),
         ("eval", EVAL, _eval, _add_eval),
         ("predict", PREDICT, _predict, _add_predict),
@@ -109,6 +118,23 @@ def _add_run(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", metavar="CONFIG", help="a file like those in configs/")
     verb.add_argument(
         "--workdir", metavar="DIR", help="where to work (runs/NAME-OF-CONFIG)"
+    )
+    _add_settings(verb, "A.B=VALUE", "change a field of the config; repeatable")
+
+
+def _add_compare(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", metavar="CONFIG", help="a file like those in configs/")
+    verb.add_argument(
+        "--methods", default="path,l1,taylor", metavar="A,B,..", help="path,l1,taylor"
+    )
+    verb.add_argument(
+        "--budgets", default="0.25", metavar="R,..", help="fractions that stay (0.25)"
+    )
+    verb.add_argument(
+        "--seeds", type=_positive, default=1, metavar="N", help="networks each (1)"
+    )
+    verb.add_argument(
+        "--workdir", metavar="DIR", help="where to work (runs/NAME-OF-CONFIG-compare)"
     )
     _add_settings(verb, "A.B=VALUE", "change a field of the config; repeatable")
 
@@ -180,6 +206,24 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    import jax
+
+    from jaxprune import report
+    from jaxprune.train import config, study
+
+    settings = config.load_config(args.config, args.settings)
+    name = f"{Path(args.config).stem}-compare"
+    workdir = Path(args.workdir or Path("runs") / name)
+    budgets = [_ratio(text) for text in args.budgets.split(",")]
+    methods = [m.strip() for m in args.methods.split(",") if m.strip()]
+    rows = study.study(settings, workdir, methods, budgets, range(args.seeds))
+    if jax.process_index() == 0:
+        print(study.as_markdown(rows))
+        print(f"plot: {report.frontier(rows, workdir / 'frontier.png')}")
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from jaxprune import inspection
 
@@ -246,6 +290,15 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _ratio(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise base.ConfigError(
+            f"--budgets: {text!r} is no number; write fractions, 0.5,0.25"
+        ) from error
 
 
 def _share(text: str) -> float:

@@ -13,12 +13,14 @@ from jaxprune.report.pictures import (
     strips,
     with_legend,
 )
+from jaxprune.report.plots import frontier
 from jaxprune.report.sections import write
 from jaxprune.report.tables import results_rows, results_table
 
 __all__ = [
     "Record",
     "colorize",
+    "frontier",
     "legend",
     "overlay",
     "read",

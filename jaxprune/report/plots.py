@@ -26,6 +26,7 @@ STAGES = {  # colour, line style, what it is called
     "retrain": (PRUNED, "-", "retraining"),
     "scratch": (SCRATCH, "--", "from scratch"),
 }
+_MANY = (PRUNED, DENSE, SCRATCH, "#E69F00", "#56B4E9", "#CC79A7", INK, "#8C6D31")
 WIDTH = 6.4  # inches; at 160 dpi a phone's screen still shows 9 point text
 
 
@@ -168,6 +169,41 @@ def path(
             ax.legend(frameon=False, fontsize=9)
         ax.set_ylabel(label)
     axes[-1].set_xlabel(f"FLOPs that stay (% of {words.quantity(whole)}FLOPs)")
+    return _save(figure, file)
+
+
+def frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
+    """A comparison's test mIoU against the FLOPs and the milliseconds that stay.
+
+    rows: as of comparison.json. A line a method, with bars of its deviation over seeds.
+    """
+    figure, axes = _figure(6.4, 2)
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    dense = next((r for r in rows if r["method"] == "dense"), None)
+    markers = "osD^vP*X<>"
+    for ax, field, label in (
+        (axes[0], "flops", "FLOPs that stay (%)"),
+        (axes[1], "ms", "milliseconds, one image"),
+    ):
+        scale = 100 if field == "flops" else 1
+        for i, method in enumerate(m for m in methods if m != "dense"):
+            mine = [r for r in rows if r["method"] == method]
+            mine.sort(key=lambda r: r[field])
+            ax.errorbar(
+                [scale * r[field] for r in mine],
+                [r["test"] for r in mine],
+                [r["test_deviation"] or 0.0 for r in mine],
+                marker=markers[i % len(markers)],
+                markersize=5,
+                capsize=2,
+                color=_MANY[i % len(_MANY)],
+                label=method,
+            )
+        if dense is not None:
+            ax.axhline(dense["test"], color=GREY, linestyle="--", label="dense")
+        ax.set_xlabel(label)
+        ax.set_ylabel("test mIoU")
+    axes[0].legend(frameon=False, fontsize=8, ncols=3)
     return _save(figure, file)
 
 

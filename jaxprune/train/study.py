@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods side by side: one dense network a seed, cut and retrained alike by each.
+
+Every method, budget and seed is a run of its own in a folder of its own, so that a
+study that was stopped goes on where it was. The first run of a seed trains the dense
+network; the others take it over. All see the same number of epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprune.base import ConfigError
+from jaxprune.train import stages
+from jaxprune.train.config import Config, check, to_json
+from jaxprune.train.folder import CONFIG, write_json, write_text
+
+# What of `Prune` makes a method; its other fields are the config's.
+METHODS: dict[str, dict[str, Any]] = {
+    "path": {"method": "path"},
+    "l1": {"criterion": "magnitude", "normalize": "none", "scope": "local"},
+    "magnitude": {"criterion": "magnitude"},
+    "taylor": {"criterion": "taylor"},
+    "fisher": {"criterion": "fisher"},
+    "bn_scale": {"criterion": "bn_scale"},
+    "geometric_median": {"criterion": "geometric_median"},
+    "activation": {"criterion": "activation"},
+    "reconstruction": {
+        "criterion": "reconstruction",
+        "scope": "local",
+        "reconstruct": 8,
+    },
+    "lamp": {"criterion": "lamp", "normalize": "none"},
+    "random": {"criterion": "random"},
+    "lasso": {"method": "lasso"},
+    "gates": {"method": "gates"},
+}
+
+
+def study(
+    config: Config,
+    workdir: str | Path,
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    seeds: Sequence[int] = (0,),
+) -> list[dict[str, Any]]:
+    """Run all, and write comparison.json and comparison.md; the table's rows.
+
+    Methods that train under a penalty before the cut retrain that much shorter. Where
+    the config asks for a network from scratch, it is of the first method's widths.
+    Raises ConfigError for an unknown method, before any work, and what `run` does.
+    """
+    workdir = Path(os.path.abspath(workdir))
+    plans = [
+        (method, budget, seed, planned(config, method, budget, seed, methods[0]))
+        for seed in seeds
+        for budget in budgets
+        for method in methods
+    ]
+    if not plans:
+        raise ConfigError("compare: name at least one method, budget and seed")
+    for _, _, _, plan in plans:
+        check(plan)
+    found = []
+    for method, budget, seed, plan in plans:
+        folder = workdir / f"{method}-{budget:g}-seed{seed}"
+        first = workdir / f"{methods[0]}-{budgets[0]:g}-seed{seed}"
+        if folder != first:
+            _take_over(first, folder, plan)
+        networks = stages.run(plan, folder)["networks"]
+        found.append({"method": method, "budget": budget, "seed": seed, **networks})
+    rows = table(found)
+    write_json(workdir / "comparison.json", {"rows": rows})
+    write_text(workdir / "comparison.md", as_markdown(rows))
+    return rows
+
+
+def planned(
+    config: Config, method: str, budget: float, seed: int, first: str
+) -> Config:
+    """The config of one run of the study."""
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, 1, 0.5)
+        hint = f"is {near[0]!r} meant?" if near else f"there are {', '.join(METHODS)}"
+        raise ConfigError(f"compare: no method {method!r}; {hint}")
+    prune = dataclasses.replace(
+        config.prune, method="criterion", ratio=budget, choose="budget"
+    )
+    prune = dataclasses.replace(prune, **METHODS[method])
+    retrain = config.retrain
+    if prune.sparse:
+        spent = min(prune.lasso_epochs, retrain.epochs)
+        retrain = dataclasses.replace(
+            retrain,
+            epochs=retrain.epochs - spent,
+            warmup=min(retrain.warmup, retrain.epochs - spent),
+        )
+        prune = dataclasses.replace(prune, carry_optimizer=False)
+    return dataclasses.replace(
+        config,
+        name=f"{config.name}_{method}",
+        seed=config.seed + seed,
+        prune=prune,
+        retrain=retrain,
+        scratch=config.scratch and method == first,
+    )
+
+
+def _take_over(first: Path, folder: Path, plan: Config) -> None:
+    """Begin a run with the dense network that another one trained."""
+    trained = folder / "checkpoints" / "train"
+    if trained.exists():
+        return
+    partial = folder / "checkpoints" / ".train.taken"
+    shutil.rmtree(partial, ignore_errors=True)
+    if not (folder / CONFIG).exists():
+        # As `run` would begin; it finds its own config, and a training that is done.
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, to_json(plan))
+    rows = (first / "metrics.jsonl").read_text("utf-8").splitlines()
+    mine = [row for row in rows if json.loads(row).get("stage") == "train"]
+    write_text(folder / "metrics.jsonl", "".join(f"{row}\n" for row in mine))
+    shutil.copytree(first / "checkpoints" / "train", partial)
+    partial.rename(trained)
+
+
+def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method and budget, with the mean and deviation over seeds."""
+    runs: dict[tuple[str, float], list[Any]] = {}
+    for run in found:
+        runs.setdefault(("dense", 1.0), []).append(run["dense"])
+        runs.setdefault((run["method"], run["budget"]), []).append(run["pruned"])
+        if "scratch" in run:
+            runs.setdefault(("from scratch", run["budget"]), []).append(run["scratch"])
+    dense = runs["dense", 1.0]
+    rows = []
+    for (method, budget), networks in runs.items():
+        # The dense network of a seed is in each of its runs.
+        unique = list({json.dumps(n, sort_keys=True): n for n in networks}.values())
+        row: dict[str, Any] = {"method": method, "budget": budget}
+        row["seeds"] = len(unique)
+        for field in ("flops", "params"):
+            share = [n["cost"][field] / dense[0]["cost"][field] for n in unique]
+            row[field] = statistics.fmean(share)
+        for split in ("val", "test"):
+            scores = [n["splits"][split]["miou"] for n in unique]
+            row[split] = statistics.fmean(scores)
+            row[f"{split}_deviation"] = (
+                statistics.stdev(scores) if len(scores) > 1 else None
+            )
+        row["ms"] = statistics.fmean(n["latency_ms"]["1"] for n in unique)
+        row["epochs"] = statistics.fmean(n["epochs"] for n in unique)
+        rows.append(row)
+    return sorted(rows, key=lambda r: (-r["budget"], -r["val"]))
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table; deviations over seeds behind ±."""
+
+    def score(row: Mapping[str, Any], split: str) -> str:
+        spread = row[f"{split}_deviation"]
+        return f"{row[split]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+    lines = [
+        "| method | budget | FLOPs | parameters | mIoU val | mIoU test | ms | epochs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = [
+            row["method"],
+            f"{row['budget']:.0%}",
+            f"{row['flops']:.1%}",
+            f"{row['params']:.1%}",
+            score(row, "val"),
+            score(row, "test"),
+            f"{row['ms']:.1f}",
+            f"{row['epochs']:g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods side by side: what is shared, what differs, and the table."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxprune import cli, train
+from jaxprune.base import ConfigError
+from jaxprune.train import study
+
+FIT = train.Fit(epochs=1, batch=4, ema=0.5)
+CONFIG = train.Config(
+    name="tiny",
+    network=train.Network("unet", widths=(4, 4, 4, 4, 4)),
+    data=train.Data("synthetic", size=(16, 16), stored=(24, 24), counts=(8, 4, 4)),
+    train=FIT,
+    prune=train.Prune(
+        multiple_of=1, min_channels=1, batches=1, statistics=1, lasso_epochs=0.5
+    ),
+    retrain=FIT,
+    scratch=True,
+    evaluate=train.Evaluate(repeats=1, samples=1),
+)
+
+
+def test_plans_differ_in_the_method_alone_and_train_as_long():
+    plans = {m: study.planned(CONFIG, m, 0.5, 3, "l1") for m in study.METHODS}
+    for method, plan in plans.items():
+        assert plan.train == CONFIG.train
+        assert plan.prune.ratio == 0.5
+        assert plan.seed == CONFIG.seed + 3
+        assert plan.scratch == (method == "l1")
+        assert train.stages.pruned_epochs(plan) == 2
+    assert plans["lasso"].retrain.epochs == 0.5
+    with pytest.raises(ConfigError, match="no method 'tailor'; is 'taylor' meant"):
+        study.planned(CONFIG, "tailor", 0.5, 0, "l1")
+
+
+def network(val, test, flops, ms):
+    return {
+        "splits": {"val": {"miou": val}, "test": {"miou": test}},
+        "cost": {"flops": flops, "params": flops},
+        "latency_ms": {"1": ms},
+        "epochs": 2.0,
+    }
+
+
+def test_the_table_is_of_means_and_deviations():
+    found = [
+        {
+            "method": "l1",
+            "budget": 0.5,
+            "seed": seed,
+            "dense": network(0.5 + seed / 10, 0.4, 100, 8.0),
+            "pruned": network(0.3 + seed / 10, 0.2, 50, 4.0),
+        }
+        for seed in (0, 2)
+    ]
+    again = {**found[0], "method": "path", "pruned": network(0.45, 0.3, 49, 4.0)}
+    dense, path, l1 = study.table([*found, again])
+    assert [r["method"] for r in (dense, path, l1)] == ["dense", "path", "l1"]
+    assert (dense["seeds"], path["seeds"], l1["seeds"]) == (2, 1, 2)
+    np.testing.assert_allclose([dense["val"], l1["val"]], [0.6, 0.4])
+    np.testing.assert_allclose(l1["val_deviation"], np.std([0.3, 0.5], ddof=1))
+    assert path["val_deviation"] is None
+    text = study.as_markdown([dense, path, l1])
+    assert "| l1 | 50% | 50.0% | 50.0% | 0.400 ± 0.141 | 0.200 ± 0.000 |" in text
+    assert "| path | 50% | 49.0% | 49.0% | 0.450 | 0.300 |" in text
+
+
+@pytest.mark.slow
+def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
+    config = tmp_path / "tiny.py"
+    config.write_text(
+        "import test_study\n\n\ndef get_config():\n    return test_study.CONFIG\n"
+    )
+    folder = tmp_path / "study"
+    command = ["compare", str(config), "--workdir", str(folder), "--budgets", "0.6"]
+    assert cli.main([*command, "--methods", "l1,lasso"]) == 0
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    assert {r["method"] for r in rows} == {"dense", "l1", "lasso", "from scratch"}
+    assert all(r["flops"] <= 0.6 for r in rows if r["method"] != "dense")
+    assert (folder / "comparison.md").read_text().count("\n") == 6
+    assert (folder / "frontier.png").stat().st_size > 10_000
+    one, other = (folder / f"{m}-0.6-seed0" for m in ("l1", "lasso"))
+    kept = "checkpoints/train/2/manifest.sha256.json"
+    assert (one / kept).read_bytes() == (other / kept).read_bytes()
+    # What is there is not run again; one more method is.
+    trained = []
+    loop = train.loop.train
+
+    def counted(job, *rest):
+        trained.append((job.workdir.name, job.stage))
+        return loop(job, *rest)
+
+    monkeypatch.setattr(train.stages, "train", counted)
+    monkeypatch.setattr(train.cut, "train", counted)
+    assert cli.main([*command, "--methods", "l1,lasso,random"]) == 0
+    new = [(where, stage) for where, stage in trained if where.startswith("random")]
+    assert new == [("random-0.6-seed0", "train"), ("random-0.6-seed0", "retrain")]
+    rows = (folder / "random-0.6-seed0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(r)["stage"] for r in rows].count("train") >= 1
+
+
+def test_bad_requests_are_named(tmp_path, capsys):
+    config = tmp_path / "tiny.py"
+    config.write_text(
+        "import test_study\n\n\ndef get_config():\n    return test_study.CONFIG\n"
+    )
+    for more, match in (
+        (["--methods", "l2"], "no method 'l2'"),
+        (["--budgets", "half"], "'half' is no number"),
+        (["--budgets", "1.5"], "prune.ratio = 1.5"),
+        (["--methods", ","], "at least one method"),
+    ):
+        command = ["compare", str(config), "--workdir", str(tmp_path / "new"), *more]
+        assert cli.main(command) == 2
+        assert match in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert dataclasses.asdict(CONFIG)["scratch"]
