@@ -29,6 +29,7 @@ INPUT = "the network's input"
 OUTPUT = "the network's output"
 SINGLE = "a single channel"
 WINDOW = "a convolution's window"
+UNREAD = "nothing reads it"
 # Those at its edges: they tell nothing of its inside, and are not shown to people.
 EDGES = (INPUT, OUTPUT, WINDOW)
 

@@ -120,9 +120,19 @@ def scalar(value: Any) -> float | None:
     if isinstance(value, jax.core.Tracer) or np.ndim(value):
         return None
     try:
-        return float(value)
+        number = float(value)
+        whole = np.asarray(value).dtype.kind in "iu"
+        exact = not whole or int(number) == int(value)
     except TypeError:
         return None
+    return number if exact else None  # integers beyond 2^53 are not all floats
+
+
+def is_finite(value: Any) -> bool:
+    """Whether all numbers of a constant are finite; of a tracer, that is assumed."""
+    if isinstance(value, jax.core.Tracer) or not is_array(value):
+        return True
+    return value.dtype.kind not in "fc" or bool(np.isfinite(np.asarray(value)).all())
 
 
 # Frames that are not the user's: of JAX, of this package, of Flax and Optax.

@@ -26,9 +26,9 @@ class Value(NamedTuple):
 
     labels: per axis, int[length], or None where every index is fixed. fill: per axis,
     the number that the masked network holds at removed indices (carried through
-    functions such as logistic, where 0 becomes 1/2), None if unknown, but finite.
-    const: the number that the whole array is, if it is one. leaf: the variable that the
-    array is a mere rearrangement of.
+    functions such as logistic, where 0 becomes 1/2), None if unknown, but finite; nan
+    if it may be anything. const: the number that the whole array is, if it is one.
+    leaf: the variable that the array is a mere rearrangement of.
     """
 
     labels: tuple[Axis, ...]
@@ -46,7 +46,7 @@ class Value(NamedTuple):
 
 
 def unknown(*numbers: float | None) -> float | None:
-    """What is computed of these: nan if one is infinite or nan, else not known."""
+    """What is computed of these: nan (anything) if one is not finite, else None."""
     known = [n for n in numbers if n is not None]
     return None if all(map(math.isfinite, known)) else math.nan
 

@@ -13,6 +13,7 @@ import jax
 from jaxprune import jaxpr as jx
 from jaxprune.base import (
     OUTPUT,
+    UNREAD,
     Apply,
     Graph,
     GraphError,
@@ -67,6 +68,9 @@ def trace(
             leaf_value(labels, i, leaf.shape, x)
             for i, (leaf, x) in enumerate(zip(leaves, structs))
         ]
+        for i in _unread(program, len(ins)):
+            for axis in ins[i].labels:
+                labels.freeze(axis, UNREAD)
         given = [fixed(len(v.aval.shape)) for v in program.invars[len(ins) :]]
         given = [value._replace(leaf=FROM_INPUT) for value in given]
         tape = analyse(Context(labels, RULES), program, [*ins, *given])
@@ -195,6 +199,13 @@ def _nnx_statistics(variables: PyTree) -> list[Path]:
         for keys, x in flat
         if isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param)
     ]
+
+
+def _unread(program: jx.Program, count: int) -> list[int]:
+    """Of the first `count` inputs, those that no equation and no output has."""
+    atoms = [a for eqn in program.eqns for a in eqn.invars]
+    read = {a for a in (*atoms, *program.outvars) if not jx.is_literal(a)}
+    return [i for i, var in enumerate(program.invars[:count]) if var not in read]
 
 
 def _finish(

@@ -7,6 +7,7 @@ Behaviour per primitive lives in `rules/`; nothing here knows any of them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -205,7 +206,8 @@ def const_value(labels: Labels, x: Any) -> Value:
     if not jx.is_array(x) and shape:
         return fixed(len(shape))
     axes = tuple(labels.fresh_constant(n) for n in shape)
-    return Value(axes, (None,) * len(shape), None if shape else jx.scalar(x))
+    fill = None if jx.is_finite(x) else math.nan
+    return Value(axes, (fill,) * len(shape), None if shape else jx.scalar(x))
 
 
 def freeze_all(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:

@@ -98,16 +98,20 @@ def _rewrite_custom_vjp(cut: Cut) -> list[Any]:
     (cut, operands), node = cut.parts(), cut.node
     avals = [v.aval for v in node.eqn.invars]
     tree: list[Any] = []
+    # Arrays that the function closes over come first; JAX derives by none of them.
+    closed = node.eqn.params.get("num_consts", 0)
 
     def dense_forward(*args: Any) -> Any:
-        out, pull = jax.vjp(lambda *a: jx.bind(node.eqn, *a), *args)
+        held = args[:closed]
+        out, pull = jax.vjp(lambda *a: jx.bind(node.eqn, *held, *a), *args[closed:])
         residuals, treedef = jax.tree.flatten(pull)
         tree[:] = [treedef]
         return out, residuals
 
     def dense_backward(*args: Any) -> Any:
         count = len(args) - len(node.outs)
-        return jax.tree.unflatten(tree[0], args[:count])(list(args[count:]))
+        pulled = jax.tree.unflatten(tree[0], args[:count])(list(args[count:]))
+        return (*map(_no_cotangent, avals[:closed]), *pulled)
 
     forward: list[tuple[Tape, Any, Any]] = []
 
@@ -138,6 +142,12 @@ def _rewrite_custom_vjp(cut: Cut) -> list[Any]:
 
     f.defvjp(f_forward, f_backward)
     return f(*operands)
+
+
+def _no_cotangent(aval: Any) -> Any:
+    if jnp.issubdtype(aval.dtype, jnp.inexact):
+        return jnp.zeros(aval.shape, aval.dtype)
+    return np.zeros(aval.shape, jax.dtypes.float0)
 
 
 def _is_float(x: Any) -> bool:

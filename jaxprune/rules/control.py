@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import Axis, Labels, RawTerm, Value
+from jaxprune.labels import Axis, Labels, RawTerm, Value, unknown
 from jaxprune.walk import Context, Cut, Rule, Tape
 
 
@@ -142,7 +142,7 @@ def _one_of(labels: Labels, eqn: jx.Eqn, values: Sequence[Value]) -> Value:
 def _agreed(values: Sequence[Value]) -> tuple[float | None, ...]:
     """Per axis, the number that all of them hold at removed indices."""
     numbers = zip(*(v.held() for v in values))
-    return tuple(n[0] if len(set(n)) == 1 else None for n in numbers)
+    return tuple(n[0] if len(set(n)) == 1 else unknown(*n) for n in numbers)
 
 
 def _cond(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:

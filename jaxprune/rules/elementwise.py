@@ -21,6 +21,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "add": np.add,
     "add_any": np.add,
+    "and": np.bitwise_and,
     "asinh": np.arcsinh,
     "atan": np.arctan,
     "atan2": np.arctan2,
@@ -52,13 +53,14 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "mul": np.multiply,
     "ne": np.not_equal,
     "neg": np.negative,
+    "not": np.invert,
     "one_minus_square": lambda x: 1 - x * x,
-    "or": lambda x, y: x if x == y else math.nan,
+    "or": np.bitwise_or,
     "pow": np.power,
     "real": np.real,
     "rem": np.fmod,
     # Which way halves go depends on a parameter; whole numbers stay.
-    "round": lambda x: x if x == np.floor(x) else math.nan,
+    "round": lambda x: x if x == np.floor(x) else None,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "select_n": lambda which, *cases: cases[int(which)],
     "sign": np.sign,
@@ -69,7 +71,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "sub": np.subtract,
     "tan": np.tan,
     "tanh": np.tanh,
-    "xor": lambda x, y: 0.0 if x == y else math.nan,
+    "xor": np.bitwise_xor,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
 }
 _SAME = ("convert_element_type", "copy", "name", "reduce_precision", "stop_gradient")
@@ -79,13 +81,15 @@ _EACH = (
     "sharding_constraint",
 )
 _OPAQUE = (
-    *("acos", "acosh", "and", "asin", "atanh", "bessel_i0e", "bessel_i1e", "clz"),
+    *("acos", "acosh", "asin", "atanh", "bessel_i0e", "bessel_i1e", "clz"),
     *("complex", "digamma", "eq_to", "erf_inv", "igamma", "igamma_grad_a", "igammac"),
-    *("integer_pow", "le_to", "lgamma", "lt_to", "mulhi", "nextafter", "not"),
+    *("integer_pow", "le_to", "lgamma", "lt_to", "mulhi", "nextafter"),
     *("polygamma", "polynomial", "population_count", "random_gamma_grad"),
     *("regularized_incomplete_beta", "shift_left", "shift_right_arithmetic"),
     *("shift_right_logical", "zeta"),
 )
+# Those of them that are finite wherever their operands are.
+_ENTIRE = ("asin", "acos", "bessel_i0e", "bessel_i1e", "complex", "polynomial")
 
 
 def _analyse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -127,37 +131,113 @@ def _at(eqn: jx.Eqn, i: int, value: Value, axis: int, length: int) -> float | No
 def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
     """The primitive at known numbers; None where the result is not known.
 
-    Numbers that are not known are taken for finite ones.
+    Numbers that are not known are taken for finite ones; nan may be anything.
     """
-    name = eqn.primitive.name
-    if name in ("mul", "and") and zero_product(*numbers):
-        return 0.0
-    if name == "div" and numbers[0] == 0 and numbers[1] != 0:
-        return 0.0
-    if name == "select_n" and None not in numbers[1:] and len(set(numbers[1:])) == 1:
-        return numbers[1]
-    if None in numbers:
-        # The larger of -inf and a finite number is that number.
-        return None if name in ("max", "min", "select_n") else unknown(*numbers)
-    if name in _SAME:
-        number: Any = numbers[0]
-    elif name == "integer_pow":
-        number = np.float64(numbers[0]) ** eqn.params["y"]
-    elif name in _NUMPY:
-        with np.errstate(all="ignore"):
-            number = _NUMPY[name](*numbers)
-    else:
-        return None
-    if name == "convert_element_type":
-        number = np.asarray(number).astype(eqn.params["new_dtype"])
-    dtype = np.dtype(eqn.outvars[0].aval.dtype)
-    if dtype.kind in "iu" and not _holds(dtype, number):
-        return None
-    if np.imag(number) != 0:
-        return None
-    number = float(np.real(number))
+    name, dtype = eqn.primitive.name, np.dtype(eqn.outvars[0].aval.dtype)
+    number = _absorbed(name, dtype, numbers)
+    if number is None:
+        number = _unknown(name, numbers)
+        if number is None and None not in numbers:
+            number = _evaluated(eqn, numbers)
+    if dtype.kind in "iub":  # has no number that is not finite
+        return None if number is None or not math.isfinite(number) else float(number)
     # The one object, so that what is nan equals itself where loops compare.
-    return math.nan if math.isnan(number) else number
+    return math.nan if number is not None and math.isnan(number) else number
+
+
+def _absorbed(
+    name: str, dtype: np.dtype, numbers: Sequence[float | None]
+) -> float | None:
+    """The result where some operands alone decide it."""
+    if name in ("mul", "and") and zero_product(*numbers):
+        # Which zero depends on signs; `_evaluated` lets nothing depend on that.
+        return 0.0
+    if name == "or" and dtype.kind == "b" and 1.0 in numbers:
+        return 1.0
+    if name == "div" and numbers[0] == 0 and numbers[1] is None:
+        return 0.0 if dtype.kind in "fc" else None  # XLA's integer 0 / 0 is -1
+    if name == "select_n":
+        which, *cases = numbers
+        if which is not None and math.isfinite(which):
+            return cases[int(which)]
+        if len(set(cases)) == 1:
+            return cases[0]
+    if name in ("max", "min"):
+        end = math.inf if name == "max" else -math.inf
+        if end in numbers and not any(n is not None and math.isnan(n) for n in numbers):
+            return end
+    return None
+
+
+def _unknown(name: str, numbers: Sequence[float | None]) -> float | None:
+    """nan where the result may be infinite or nan; None where nothing says so."""
+    if any(n is not None and math.isnan(n) for n in numbers):
+        return math.nan
+    if name in ("div", "rem") and numbers[1] == 0:
+        return math.nan  # the sign of the zero is not known
+    if name == "pow" and numbers[0] == 0 and (numbers[1] is None or numbers[1] < 0):
+        return math.nan
+    if None not in numbers or name in ("max", "min", "select_n"):
+        # The larger of -inf and a finite number is finite; and what chooses between
+        # -inf and another is taken to be a mask that leaves something.
+        return None
+    return unknown(*numbers)
+
+
+def _evaluated(eqn: jx.Eqn, numbers: Sequence[Any]) -> float | None:
+    """The primitive at numbers that are all known, none of them nan, in its dtypes."""
+    name, dtype = eqn.primitive.name, np.dtype(eqn.outvars[0].aval.dtype)
+    if name == "integer_pow":
+        power = eqn.params["y"]
+        if numbers[0] == 0 and power < 0:
+            return math.nan
+        exact = _plain(np.float64(numbers[0]) ** power)
+        return exact if exact in (0.0, 1.0) else unknown(exact)
+    if name in _OPAQUE:
+        return unknown(*numbers) if name in _ENTIRE else math.nan
+    if name == "rsqrt" and numbers[0] == 0:
+        return math.nan
+    if name == "atan2" and numbers[0] == 0:
+        return 0.0 if numbers[1] > 0 else None
+    if name in ("reduce_precision", "convert_element_type"):
+        return _cast(eqn, numbers[0])
+    if name in _SAME:
+        return numbers[0]
+    given = []
+    for number, atom in zip(numbers, eqn.invars):
+        own = np.dtype(atom.aval.dtype)
+        if own.kind in "iu" and not _holds(own, number):
+            return None
+        given.append(np.asarray(number).astype(own)[()])
+    with np.errstate(all="ignore"):
+        found = _NUMPY[name](*given)
+        if found is None:
+            return None
+        wide = found
+        if dtype.kind in "iu" and name not in ("and", "or", "xor", "not", "select_n"):
+            # Those beside an integer type's numbers wrap, or are truncated.
+            wide = _NUMPY[name](*map(np.float64, numbers))
+            if not _holds(dtype, wide):
+                return None
+        return _plain(np.asarray(found).astype(dtype)[()])
+
+
+def _cast(eqn: jx.Eqn, number: float) -> float | None:
+    """The number in another precision; None where that depends on the machine."""
+    if eqn.primitive.name == "reduce_precision":
+        return number if number in (0.0, 1.0) else unknown(number)
+    dtype = np.dtype(eqn.params["new_dtype"])
+    if dtype.kind == "b":
+        return float(number != 0)
+    if dtype.kind in "iu":
+        whole = np.trunc(number)
+        return float(whole) if math.isfinite(whole) and _holds(dtype, whole) else None
+    with np.errstate(all="ignore"):
+        return _plain(np.asarray(number).astype(dtype)[()])
+
+
+def _plain(number: Any) -> float | None:
+    return float(np.real(number)) if np.imag(number) == 0 else None
 
 
 def zero_product(*numbers: float | None) -> bool:
@@ -166,9 +246,10 @@ def zero_product(*numbers: float | None) -> bool:
 
 
 def _holds(dtype: np.dtype, number: Any) -> bool:
-    """Whether an integer type has this number: those beside it wrap or truncate."""
+    """Whether an integer type, and a float, have this number exactly."""
     limits = np.iinfo(dtype)
-    return limits.min <= number <= limits.max and number == np.floor(number)
+    inside = limits.min <= number <= limits.max and abs(number) <= 2**53
+    return bool(inside and number == np.floor(number))
 
 
 def _leaf(eqn: jx.Eqn, ins: Sequence[Value]) -> int | None:

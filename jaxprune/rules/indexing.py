@@ -7,6 +7,7 @@ indexed at run time nothing can be cut; the axes that are taken whole pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import Axis, Value, fixed
+from jaxprune.labels import Axis, Value, fixed, unknown
 from jaxprune.walk import Context, Cut, Rule, pick
 
 
@@ -131,8 +132,11 @@ def _written(
             labels[axis] = context.labels.unify(labels[axis], batch[axis], cause)
         known = {value.removed(axis), update.removed(other)}
         # What is set, or is the larger, of two equal numbers is that number.
-        if known == {0.0} or len(known) == 1 and eqn.primitive.name in _CHOOSING:
-            (fill[axis],) = known
+        chosen = len(known) == 1 and eqn.primitive.name in _CHOOSING
+        fill[axis] = known.pop() if known == {0.0} or chosen else unknown(*known)
+        # `x.at[...].apply(f)` is a scatter that says so nowhere else.
+        if eqn.primitive.name == "scatter" and eqn.params["update_jaxpr"] is not None:
+            fill[axis] = math.nan
     for axis, line in enumerate(update.labels):
         if axis not in whole.values():
             context.labels.freeze(line, cause)
@@ -167,7 +171,7 @@ def _gather(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     for axis in dims.collapsed_slice_dims:
         context.labels.freeze(value.labels[axis], cause)
     if "FILL" in str(eqn.params["mode"]).upper():
-        fill = [None] * ndim
+        fill = [unknown(number) for number in fill]
     return [Value(tuple(labels), tuple(fill))]
 
 

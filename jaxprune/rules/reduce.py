@@ -8,7 +8,8 @@ other way fixes that axis; the others pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxprune import jaxpr as jx
@@ -51,11 +52,10 @@ def _reduce(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
 def _window(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """Axes with a window of one index pass; the others are fixed."""
     p, value = eqn.params, ins[0]
-    out = eqn.outvars[0].aval.shape
     labels: list[Axis] = []
     fill: list[float | None] = []
-    for axis, size in enumerate(p["window_dimensions"]):
-        same = size == 1 and out[axis] == eqn.invars[0].aval.shape[axis]
+    for axis in range(len(p["window_dimensions"])):
+        same = _passes(p, axis)
         tied = context.labels.unify_all([v.labels[axis] for v in ins], jx.Site(eqn))
         if not same:
             context.labels.freeze(tied, jx.Site(eqn))
@@ -68,11 +68,19 @@ def _pooled(eqn: jx.Eqn, number: float | None) -> float | None:
     """What a window makes of one number; padding puts the neutral element beside it."""
     p = eqn.params
     if "sum" in eqn.primitive.name:
-        return 0.0 if number == 0 else None
+        return 0.0 if number == 0 else unknown(number)
     # A window that only sees padding would be infinite.
     dilated = any(d > 1 for d in (*p["base_dilation"], *p["window_dilation"]))
     sees = all(max(pad) < n for pad, n in zip(p["padding"], p["window_dimensions"]))
-    return number if sees and not dilated else None
+    return number if sees and not dilated else math.nan
+
+
+def _passes(p: Mapping[str, Any], axis: int) -> bool:
+    """Whether a window leaves an axis as it is."""
+    steps = (p["window_dimensions"][axis], p["window_strides"][axis])
+    dilations = [p[k][axis] for k in ("base_dilation", "window_dilation") if k in p]
+    still = all(n == 1 for n in (*steps, *dilations))
+    return still and tuple(p["padding"][axis]) == (0, 0)
 
 
 def _select_and_scatter(
@@ -81,8 +89,8 @@ def _select_and_scatter(
     """The gradient of max pooling: shaped like the pooled operand."""
     source, operand = ins
     labels = []
-    for axis, size in enumerate(eqn.params["window_dimensions"]):
-        if size == 1:
+    for axis in range(len(eqn.params["window_dimensions"])):
+        if _passes(eqn.params, axis):
             labels.append(
                 context.labels.unify(
                     operand.labels[axis], source.labels[axis], jx.Site(eqn)
@@ -126,7 +134,8 @@ _AXIS = {"sort": "dimension", "approx_top_k": "reduction_dimension"}
 
 def _stays(name: str, number: float | None) -> float | None:
     """What becomes of a number that is all along an axis."""
-    return number if number in _FIXED_POINTS.get(name, (number,)) else None
+    stays = number in _FIXED_POINTS.get(name, (number,))
+    return number if stays else unknown(number)
 
 
 _FIXED_POINTS: dict[str, tuple[float, ...]] = {

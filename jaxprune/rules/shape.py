@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import FROM_INPUT, Axis, Labels, Split, Value, fixed, joined
+from jaxprune.labels import (
+    FROM_INPUT,
+    Axis,
+    Labels,
+    Split,
+    Value,
+    fixed,
+    joined,
+    unknown,
+)
 from jaxprune.walk import Context, Cut, Rule, take
 
 
@@ -70,7 +79,7 @@ def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Va
     for axis in range(len(shape)):
         axes = [v.labels[axis] for v in ins]
         known = {v.removed(axis) for v, a in zip(ins, axes) if a is not None}
-        fill.append(known.pop() if len(known) == 1 else None)
+        fill.append(known.pop() if len(known) == 1 else unknown(*known))
         if axis == along:
             lengths = [atom.aval.shape[axis] for atom in eqn.invars]
             labels.append(joined(list(zip(axes, lengths))))
@@ -91,7 +100,7 @@ def _stack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
         axes = [value.labels[old] for value in ins]
         labels.append(context.labels.unify_all(axes, jx.Site(eqn)))
         known = {value.removed(old) for value in ins}
-        fill.append(known.pop() if len(known) == 1 else None)
+        fill.append(known.pop() if len(known) == 1 else unknown(*known))
     labels.insert(axis % ndim, None)
     fill.insert(axis % ndim, None)
     return [Value(tuple(labels), tuple(fill))]
@@ -135,9 +144,11 @@ def _pad(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     labels: list[Axis] = []
     fill: list[float | None] = []
     for axis, (low, high, inner) in enumerate(config):
-        # What pads one axis also lies at the removed indices of the others.
+        # What pads one axis also lies at the removed indices of the others. Where that
+        # is -inf, for a maximum, something finite is taken to lie beside it.
         known = value.removed(axis)
-        fill.append(None if padded and padding.const != known else known)
+        other = padded and padding.const != known
+        fill.append(unknown(known) if other else known)
         old, length = value.labels[axis], eqn.invars[0].aval.shape[axis]
         if low == high == inner == 0:
             labels.append(old)
