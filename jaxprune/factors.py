@@ -41,6 +41,7 @@ def largest_rank(
 
 
 def by_svd(kernel: np.ndarray, rank: int, seed: int) -> list[np.ndarray]:
+    """[window..., in, rank] and [1..., rank, out], nearest in the Frobenius norm."""
     del seed
     *window, _, out = kernel.shape
     u, s, v = np.linalg.svd(kernel.reshape(-1, out), full_matrices=False)
@@ -50,6 +51,7 @@ def by_svd(kernel: np.ndarray, rank: int, seed: int) -> list[np.ndarray]:
 
 
 def separable(kernel: np.ndarray, rank: int, seed: int) -> list[np.ndarray]:
+    """[kh, 1, in, rank] and [1, kw, rank, out], nearest in the Frobenius norm."""
     del seed
     kh, kw, read, out = kernel.shape
     matrix = kernel.transpose(0, 2, 1, 3).reshape(kh * read, kw * out)

@@ -127,8 +127,12 @@ def timings(
         if not any(times for _, times in lengths):
             continue
         grid = [_grid(reading.kernel.shape[a], points, multiple_of) for a in axes]
+        cut = functools.partial(_shapes, reading, axes)
         ms = np.array(
-            [[known.ms(reading, (r, m), repeats) for m in grid[1]] for r in grid[0]]
+            [
+                [known.ms(reading, *cut((r, m)), repeats) for m in grid[1]]
+                for r in grid[0]
+            ]
         )
         for axis in (0, 1):
             ms = np.maximum.accumulate(ms, axis=axis)
@@ -225,8 +229,7 @@ class _Known:
                     "another as cache"
                 ) from error
 
-    def ms(self, reading: Reading, widths: tuple[int, int], repeats: int) -> float:
-        features, kernel = _shapes(reading, widths)
+    def ms(self, reading: Reading, features: Any, kernel: Any, repeats: int) -> float:
         p = {k: str(v) for k, v in sorted(reading.eqn.params.items())}
         what = (_device(), jax.__version__, reading.eqn.primitive.name, p)
         text = json.dumps([*what, str(features), str(kernel), reading.first])
@@ -247,10 +250,10 @@ class _Known:
             raise BudgetError(f"{self.file}: cannot be written: {error}") from error
 
 
-def _shapes(reading: Reading, widths: tuple[int, int]) -> tuple[Any, Any]:
+def _shapes(
+    reading: Reading, axes: tuple[int, int], widths: tuple[int, int]
+) -> tuple[Any, Any]:
     """Features and kernel where so many channels are read and made."""
-    axes = _axes(reading)
-    assert axes is not None
     kernel, features = list(reading.kernel.shape), list(reading.features.shape)
     for axis, width in zip(axes, widths, strict=True):
         kernel[axis] = width

@@ -30,13 +30,13 @@ TEXTS = sorted(
 
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
-    "base jaxpr",
-    "labels walk rules splits groups trace",
+    "base jaxpr factors",
+    "labels walk rules splits groups trace taps",
     "keeps matching placement",
     "trees slim graph_io modules",
-    "cost budget criteria measures select",
-    "sparsity steps path pruned prune",
-    "integrity leaves storage store checkpoint",
+    "cost budget latency criteria measures features select",
+    "sparsity steps path pruned prune reconstruct lowrank",
+    "integrity leaves storage store checkpoint export",
     "data models",
     "train",
     "report inspection predict",
