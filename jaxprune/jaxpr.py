@@ -6,6 +6,7 @@ Jaxprs are read here and re-run equation by equation; none is ever built by hand
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -79,6 +80,30 @@ def varying(x: Any) -> frozenset[str]:
     aval = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
     kind = getattr(aval, "manual_axis_type", None)
     return getattr(kind, "varying", frozenset())
+
+
+def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
+    """How an array, or aval, lies over a mesh whose axes are part of its type."""
+    found = jax.typeof(x).sharding if isinstance(x, jax.Array) else None
+    found = found or getattr(x, "sharding", None)
+    if not isinstance(found, jax.sharding.NamedSharding):
+        return None
+    if jax.sharding.AxisType.Explicit not in found.mesh.axis_types:
+        return None
+    return jax.sharding.NamedSharding(found.mesh.abstract_mesh, found.spec)
+
+
+def fitted(
+    sharding: jax.sharding.NamedSharding, shape: Sequence[int], cut: Sequence[Any]
+) -> jax.sharding.NamedSharding:
+    """It, without splitting cut axes (not None) whose length no longer divides."""
+    parts = list(sharding.spec)
+    for axis, names in enumerate(parts):
+        names = names if isinstance(names, tuple) else (names,)
+        shards = math.prod(sharding.mesh.shape.get(name, 1) for name in names)
+        if cut[axis] is not None and shape[axis] % shards:
+            parts[axis] = None
+    return sharding.update(spec=jax.sharding.PartitionSpec(*parts))
 
 
 def vary(x: Any, axes: frozenset[str]) -> Any:

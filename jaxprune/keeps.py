@@ -25,7 +25,13 @@ def compose(keep1: Keep, keep2: Keep) -> dict[str, np.ndarray]:
             raise GraphError(f"the {which} keep lacks group {name!r}")
     composed = {}
     for name in keep1:
-        first, second = np.array(keep1[name]), np.asarray(keep2[name])
+        given = keep1[name], keep2[name]
+        if any(isinstance(value, jax.core.Tracer) for value in given):
+            raise GraphError(
+                f"group {name!r}: a keep is traced, but shapes depend on it; compose "
+                "concrete keeps, outside of jit"
+            )
+        first, second = map(np.array, given)
         for value in (first, second):
             if value.dtype != bool or value.ndim != 1:
                 raise GraphError(

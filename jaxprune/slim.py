@@ -24,14 +24,13 @@ from jaxprune.base import (
     Graph,
     GraphError,
     Keep,
-    Leaf,
     PyTree,
     key_path,
     path_str,
 )
 from jaxprune.labels import Value
+from jaxprune.plan import plan
 from jaxprune.rules import RULES
-from jaxprune.rules.calls import plan
 from jaxprune.trace import abstract_inputs, is_arraylike, state_outputs, struct
 from jaxprune.walk import Kept, Tape, run, take
 
@@ -80,7 +79,8 @@ def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
         program, out = jx.trace(dense, structs, abstract)
         states = [None if s is None else kept[s] for s in state_outputs(out, leaves)]
         loose = None if inexact is None else [inexact.get(n, {}) for n in order]
-        tape, resolve = _plan(program, cuts, states, name, loose)
+        paths = [path_str(graph.leaves[number].path) for number in order]
+        tape, resolve = _plan(program, cuts, states, name, paths, loose)
         runner = functools.partial(_run, tape, resolve, jax.tree.structure(out))
         reusable = not any(isinstance(c, jax.core.Tracer) for c in program.consts)
         if key is not None and reusable:
@@ -164,9 +164,9 @@ def _inexact(graph: Graph, keep: Keep) -> dict[int, dict[int, np.ndarray]] | Non
     return found or None
 
 
-def _kind(x: Any) -> tuple[Any, bool]:
+def _kind(x: Any) -> tuple[Any, bool, Any]:
     found = struct(x)
-    return found.dtype, found.weak_type
+    return found.dtype, found.weak_type, found.sharding
 
 
 def _dense_structs(
@@ -183,7 +183,7 @@ def _dense_structs(
             raise GraphError(f"variables hold {path_str(path)}, which the graph lacks")
         order.append(number)
         leaf, x = graph.leaves[number], struct(x)
-        small = _small_shape(leaf, kept[number])
+        small = matching.cut_shape(leaf, kept[number])
         if tuple(x.shape) != small:
             hint = "pass jaxprune.shrink(graph, keep, variables)"
             if tuple(x.shape) != leaf.shape:
@@ -195,7 +195,7 @@ def _dense_structs(
                 f"{path_str(path)} has shape {tuple(x.shape)}, shrunk it is {small} "
                 f"(dense {leaf.shape}); {hint}"
             )
-        structs.append(jax.ShapeDtypeStruct(leaf.shape, x.dtype, weak_type=x.weak_type))
+        structs.append(x.update(shape=leaf.shape))
     given = set(order)
     for i, leaf in enumerate(graph.leaves):
         if i not in given:
@@ -203,15 +203,12 @@ def _dense_structs(
     return structs, order
 
 
-def _small_shape(leaf: Leaf, kept: Kept) -> tuple[int, ...]:
-    return tuple(n if k is None else len(k) for n, k in zip(leaf.shape, kept))
-
-
 def _plan(
     program: jx.Program,
     cuts: Sequence[Kept],
     states: Sequence[Kept | None],
     name: str,
+    paths: Sequence[str],
     inexact: Sequence[Mapping[int, np.ndarray]] | None,
 ) -> tuple[Tape, Callable[[Value], Kept]]:
     """Analyse with the keep at variables and updated variables; all else whole."""
@@ -231,7 +228,15 @@ def _plan(
             for axis, n in enumerate(var.aval.shape)
         }
     return plan(
-        program, kept_in, kept_out, fills, RULES, name, inexact is None, inexact_in
+        program,
+        kept_in,
+        kept_out,
+        fills,
+        RULES,
+        name,
+        exact=inexact is None,
+        inexact_in=inexact_in,
+        inputs=paths,
     )
 
 

@@ -91,7 +91,9 @@ def struct(x: Any) -> jax.ShapeDtypeStruct:
         if jax.numpy.issubdtype(dtype, jax.numpy.number):
             # NumPy's float64 is float32 to JAX, unless told otherwise.
             dtype = jax.dtypes.canonicalize_dtype(dtype)
-        return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=weak)
+        return jax.ShapeDtypeStruct(
+            x.shape, dtype, weak_type=weak, sharding=jx.explicit_sharding(x)
+        )
     return jax.eval_shape(lambda: jax.numpy.asarray(x))
 
 
@@ -164,7 +166,13 @@ def _leaves(
     collections = any(path[:1] == ("params",) for path in paths)
     leaves = []
     for path, (_, x) in zip(paths, flat):
-        x = struct(x)
+        try:
+            x = struct(x)
+        except TypeError as error:
+            raise GraphError(
+                f"{path_str(path)} is no array but {type(x).__name__}; what is no "
+                "number belongs in apply's other arguments, or in a closure"
+            ) from error
         trained = jx.is_array(x) and jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
         trained = trained and (path[:1] == ("params",) or not collections)
         trained = trained and path not in statistics

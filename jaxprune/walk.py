@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxprune import jaxpr as jx
@@ -101,10 +102,19 @@ class Cut:
         return dataclasses.replace(self, args=()), self.args
 
     def bind(self, *args: Any, **changed: Any) -> list[Any]:
+        """The equation on other operands, laid over devices as far as they divide."""
+        for name, value in self.eqn.params.items():
+            if isinstance(value, jax.sharding.NamedSharding):
+                changed[name] = jx.fitted(value, self.shape_out(), self.kept_out())
         return jx.bind(self.eqn, *(args or self.args), **changed)
 
     def run(self, tape: Tape, *args: Any) -> list[Any]:
         return run(tape, self.kept, self.rules, args)
+
+
+def rebind(cut: Cut) -> list[Any]:
+    """The rewrite of equations that are themselves on small operands."""
+    return cut.bind()
 
 
 def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape:
@@ -188,8 +198,6 @@ def take(x: Any, kept: Kept) -> Any:
 
 def pick(x: Any, axis: int, indices: np.ndarray) -> Any:
     """x at static indices of one axis: a slice where they are evenly spaced."""
-    import jax
-
     steps = np.diff(indices)
     if len(indices) and (steps > 0).all() and (steps == steps[:1]).all():
         step = int(steps[0]) if len(steps) else 1

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = """
+MAPPED = """
 import json
 
 import jax
@@ -112,22 +112,85 @@ print(json.dumps(found))
 """
 
 
-def test_programs_that_every_device_runs_on_its_shard():
+LAID = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import jaxprune as jp
+
+rng = np.random.default_rng(0)
+shapes = {"a": (3, 8), "b": (8, 2)}
+variables = {k: jnp.asarray(rng.normal(size=s)) for k, s in shapes.items()}
+x = jnp.asarray(rng.normal(size=(8, 3)))
+keep = {"a": np.arange(8) < 5}  # which no longer divides among the devices
+
+
+def apply(v, x, lay=lambda y: y):
+    return jax.nn.relu(lay(x @ v["a"])) @ v["b"]
+
+
+def numbers(f, x):
+    out = jax.jit(f)(small, x)
+    grads = jax.jit(jax.grad(lambda v: jnp.sum(jnp.sin(f(v, x)))))(small)
+    return jax.tree.map(np.asarray, (out, f(small, x), grads))
+
+
+graph = jp.trace(apply, variables, x)
+small = jp.shrink(graph, keep, variables)
+wanted = numbers(jp.slim(apply, graph, keep), x)
+worst = 0.0
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((4,), ("all",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        if kind == AxisType.Auto:
+            place = NamedSharding(mesh, P(None, "all"))
+            lay = lambda y: jax.lax.with_sharding_constraint(y, place)
+        else:
+            lay = lambda y: jax.sharding.reshard(y, P(None, "all"))
+        laid = lambda v, x: apply(v, x, lay)
+        f = jp.slim(laid, jp.trace(laid, variables, x), keep)
+        given = [numbers(f, x)]
+        if kind == AxisType.Explicit:  # the input's layout is part of its type
+            spread = jax.device_put(x, NamedSharding(mesh, P("all")))
+            small = jax.device_put(small, NamedSharding(mesh, P()))
+            plain = jp.slim(apply, graph, keep)
+            assert jax.typeof(plain(small, spread)).sharding.spec == P("all", None)
+            given.append(numbers(plain, spread))
+        for found in given:
+            errors = jax.tree.map(lambda a, b: np.abs(a - b).max(), found, wanted)
+            worst = max(worst, *jax.tree.leaves(errors))
+print(worst)
+"""
+
+
+def on_four_devices(program: str) -> str:
+    """What the program prints last, in doubles."""
     flags = os.environ.get("XLA_FLAGS", "")
     flags += " --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**environment, "JAX_PLATFORMS": "cpu"},
     )
     assert not done.returncode, done.stderr
-    for row in json.loads(done.stdout.splitlines()[-1]):
+    return done.stdout.splitlines()[-1]
+
+
+def test_programs_that_every_device_runs_on_its_shard():
+    for row in json.loads(on_four_devices(MAPPED)):
         # The columns that lie over devices stay; all else can go.
         assert row["sizes"] == {"a": 8, "b": 6, "w2": 5}
         stuck = [f for f in row["frozen"] if "shard_map" in f[2]]
         assert [f[:2] for f in stuck] == [["w1", 4], ["w2", 4]]
         assert max(row["error"], row["gradients"], row["plain"]) < 1e-12
         assert row["flops"][0] == row["flops"][1]
+
+
+def test_arrays_laid_over_devices_by_constraints_and_by_their_types():
+    """Where a cut axis no longer divides among the devices, it is not split."""
+    assert float(on_four_devices(LAID)) < 1e-12

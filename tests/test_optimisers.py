@@ -209,6 +209,11 @@ def test_keeps_that_do_not_compose(second, words):
         jp.compose({"a": np.array([1, 1, 0], bool)}, second)
 
 
+def test_traced_keeps_do_not_compose():
+    with pytest.raises(GraphError, match="'a': a keep is traced"):
+        jax.jit(lambda k: jp.compose({"a": k}, {"a": k}))(np.ones(3, bool))
+
+
 def test_a_train_state_that_lacks_a_parameter_is_an_error():
     apply, variables, x = networks.linen(networks.ResNet)
     graph = jp.trace(apply, variables, x)

@@ -31,7 +31,7 @@ TEXTS = sorted(
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
     "base jaxpr factors",
-    "labels walk rules splits groups trace taps",
+    "labels walk plan rules splits groups trace taps",
     "keeps matching placement",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",

@@ -124,7 +124,7 @@ def test_another_mode_that_ties_more_is_an_error() -> None:
     keep = {n: np.arange(6) < 3 for n in graph.groups}
     slim, small = jp.slim(apply, graph, keep), jp.shrink(graph, keep, variables)
     assert slim(small, x).shape == (4, 2)
-    with pytest.raises(GraphError, match="removed channels are tied to sort"):
+    with pytest.raises(GraphError, match="tied to sort.*: index 3 along axis 1 of a "):
         slim(small, x, sort=True)
 
 

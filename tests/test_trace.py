@@ -343,3 +343,8 @@ def test_what_is_infinite_at_a_removed_channel_is_no_zero() -> None:
         x,
     )
     assert [g.size for g in graph.groups.values()] == [6]
+
+
+def test_a_leaf_that_is_no_array_is_named() -> None:
+    with pytest.raises(GraphError, match="^b/note is no array but str"):
+        jp.trace(lambda v, x: x @ v["a"], {"a": np.ones((2, 3)), "b": {"note": "hi"}})

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.base import GraphError
-from jaxprune.labels import Labels, Value, kept_indices, longest
-from jaxprune.walk import Context, Cut, Kept, Rule, Tape, analyse, run
+from jaxprune.labels import Value
+from jaxprune.plan import plan
+from jaxprune.walk import Context, Cut, Kept, Rule, Tape, run
 
 
 def _call(name: str) -> Callable[..., Any]:
@@ -185,7 +184,10 @@ def _plan(
     outs: Sequence[Value],
     kept: Sequence[Kept] | None = None,
 ) -> tuple[Tape, Callable[[Value], Kept], Any]:
-    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    structs = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jx.explicit_sharding(a))
+        for a in avals
+    ]
     # An equation under shard_map takes only operands that differ as its own did.
     axes = [jx.varying(a) for a in avals]
 
@@ -198,162 +200,16 @@ def _plan(
     kept_out += [None] * (len(program.outvars) - len(outs))
     fills = [v.held() for v in ins]
     name, exact = str(jx.Site(cut.eqn)), cut.node.aux.exact
-    tape, resolve = plan(program, kept_in, kept_out, fills, cut.rules, name, exact)
-    return tape, resolve, shapes
-
-
-def plan(
-    program: jx.Program,
-    kept_in: Sequence[Kept],
-    kept_out: Sequence[Kept | None],
-    fills: Sequence[tuple[float | None, ...]],
-    rules: Any,
-    name: str,
-    exact: bool = True,
-    inexact_in: Mapping[tuple[int, int], np.ndarray] | None = None,
-) -> tuple[Tape, Callable[[Value], Kept]]:
-    """Analyse a program of which it is known what is kept at its ends.
-
-    kept_out None leaves an output to the analysis. inexact_in: by input and axis, the
-    indices whose removal may differ from masking, where exact is False; None: all.
-    Returns the tape and the function that says what is kept of any value in it. Raises
-    GraphError where the program ties a removed index to one that stays.
-    """
-    labels = Labels(exact=exact)
-    ins: list[Value] = []
-    ends: list[_End] = []
-    for i, (var, kept, fill) in enumerate(zip(program.invars, kept_in, fills)):
-        value, seeds = _seed(labels, var.aval.shape, kept, fill)
-        if inexact_in is not None:
-            seeds = [s._replace(firm=~inexact_in[i, s.number]) for s in seeds]
-        ins.append(value)
-        ends += seeds
-    labels.split = _split_by(ends, labels.count)
-    tape = analyse(Context(labels, rules), program, ins)
-    for var, end, value in zip(program.outvars, kept_out, tape.outs):
-        if end is not None:
-            seed, seeds = _seed(labels, var.aval.shape, end, (None,) * len(end))
-            ends += seeds
-            for a, b in zip(value.labels, seed.labels):
-                labels.unify(a, b, f"an output of {name}")
-    return tape, _resolver(labels, ends, name)
-
-
-def _split_by(
-    ends: Sequence[_End], count: int
-) -> Callable[[int, Sequence[int], np.ndarray], int]:
-    """Split axes along the part that the keep at the ends was cut along.
-
-    Where the labels tell nothing of it, as where an axis of that shape was split last.
-    """
-    goes = np.zeros(count, bool)
-    for end in ends:
-        goes[end.labels] = ~end.kept
-    before: dict[tuple[int, ...], int] = {}
-
-    def split(site: int, sizes: Sequence[int], grid: np.ndarray) -> int:
-        del site
-        gone = goes[np.where(grid < count, grid, 0)]
-        fits = [a for a in range(len(sizes)) if _repeats(gone, a)] if gone.any() else []
-        shape = tuple(sizes)
-        if fits:
-            before[shape] = max(fits, key=lambda a: (sizes[a], a))
-        return before.get(shape, longest(sizes))
-
-    return split
-
-
-def _repeats(grid: np.ndarray, axis: int) -> bool:
-    """Whether a grid is the same along every axis but one."""
-    rows = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
-    return bool((rows == rows[:1]).all())
-
-
-class _End(NamedTuple):
-    """A cut axis of an input or output: its labels, and which indices are kept.
-
-    firm: whose removal must be the same as masking.
-    """
-
-    number: int
-    labels: np.ndarray
-    kept: np.ndarray
-    firm: np.ndarray
-
-
-def _seed(
-    labels: Labels, shape: Sequence[int], kept: Kept, fill: tuple[float | None, ...]
-) -> tuple[Value, list[_End]]:
-    """Labels for the cut axes of an end of the program, with what is kept of them."""
-    axes, seeds = [], []
-    for number, (length, indices) in enumerate(zip(shape, kept)):
-        axis = None if indices is None else labels.fresh(length)
-        if axis is not None:
-            mask = np.zeros(length, bool)
-            mask[indices] = True
-            seeds.append(_End(number, axis, mask, np.zeros(length, bool)))
-        axes.append(axis)
-    return Value(tuple(axes), tuple(fill)), seeds
-
-
-def _resolver(labels: Labels, ends: Sequence[_End], name: str) -> Resolver:
-    solved = labels.solve()
-    number = len(solved.frozen)
-    stays, goes = solved.frozen.copy(), np.zeros(number, bool)
-    for end in ends:
-        component = solved.component[end.labels]
-        stays[component[end.kept]] = True
-        goes[component[~end.kept]] = True
-        wrong = component[~end.kept & end.firm]
-        for found in wrong[solved.inexact[wrong]][:1]:
-            raise GraphError(
-                f"in {name}, {solved.causes[int(found)]} does not do without removed "
-                "channels of an exact group what it does with zeros; keep them, or "
-                "trace the function in this mode"
-            )
-    both = np.flatnonzero(stays & goes)
-    if len(both):
-        cause = solved.causes.get(int(both[0]), "other channels that stay")
-        raise GraphError(
-            f"in {name}, removed channels are tied to {cause}; keep them, or trace "
-            "the function in this mode"
-        )
-    return Resolver(solved.component, goes)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Resolver:
-    """resolver(value): per axis the indices that a plan keeps, or None for all.
-
-    goes: bool[components]. bodies: what was jitted for the plan, by the id of its node.
-    """
-
-    component: np.ndarray
-    goes: np.ndarray
-    bodies: dict[int, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
-    _known: dict[int, tuple[np.ndarray, np.ndarray | None]] = dataclasses.field(
-        default_factory=dict
+    tape, resolve = plan(
+        program, kept_in, kept_out, fills, cut.rules, name, exact=exact
     )
-
-    def __call__(self, value: Value) -> Kept:
-        return tuple(None if axis is None else self._of(axis) for axis in value.labels)
-
-    def _of(self, axis: np.ndarray) -> np.ndarray | None:
-        if id(axis) not in self._known:
-            kept = kept_indices(~self.goes[self.component[axis]])
-            self._known[id(axis)] = axis, kept
-        return self._known[id(axis)][1]
+    return tape, resolve, shapes
 
 
 RULES = {
     "jit": Rule(_call("jaxpr"), _rewrite_jit),
-    "pjit": Rule(_call("jaxpr"), _rewrite_jit),
     "closed_call": Rule(_call("call_jaxpr"), _rewrite_inline),
-    "core_call": Rule(_call("call_jaxpr"), _rewrite_inline),
-    "remat": Rule(_call("jaxpr"), _rewrite_remat),
     "remat2": Rule(_call("jaxpr"), _rewrite_remat),
-    "checkpoint": Rule(_call("jaxpr"), _rewrite_remat),
     "custom_jvp_call": Rule(_call("call_jaxpr"), _rewrite_custom_jvp),
     "custom_vjp_call": Rule(_call("call_jaxpr"), _rewrite_custom_vjp),
-    "custom_vjp_call_jaxpr": Rule(_call("call_jaxpr"), _rewrite_custom_vjp),
 }

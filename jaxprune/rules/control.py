@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Axis, Labels, RawTerm, Value, unknown
-from jaxprune.walk import Context, Cut, Rule, Tape
+from jaxprune.walk import Context, Cut, Rule, Tape, rebind
 
 
 def _scan(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
@@ -181,13 +181,9 @@ def _empty(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     return [Value((), (), 0.0)]
 
 
-def _rewrite_empty(cut: Cut) -> list[Any]:
-    return cut.bind()
-
-
 RULES = {
     "cond": Rule(_cond, _rewrite_cond),
-    "empty2": Rule(_empty, _rewrite_empty),
+    "empty2": Rule(_empty, rebind),
     "scan": Rule(_scan, _rewrite_scan),
     "while": Rule(_while, _rewrite_while),
 }

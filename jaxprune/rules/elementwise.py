@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Value, unknown
-from jaxprune.walk import Context, Cut, Rule, freeze_all
+from jaxprune.walk import Context, Rule, freeze_all, rebind
 
 _NUMPY: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
@@ -76,15 +76,18 @@ _NUMPY: dict[str, Callable[..., Any]] = {
 }
 _SAME = ("convert_element_type", "copy", "name", "reduce_precision", "stop_gradient")
 _EACH = (
-    *("copy_p", "device_put", "layout_constraint", "mesh_cast"),
-    *("optimization_barrier", "pmax", "pmin", "pvary", "reshard"),
+    *("device_put", "layout_constraint", "optimization_barrier", "reshard"),
     "sharding_constraint",
 )
 _OPAQUE = (
     *("acos", "acosh", "asin", "atanh", "bessel_i0e", "bessel_i1e", "clz"),
     *("complex", "digamma", "eq_to", "erf_inv", "igamma", "igamma_grad_a", "igammac"),
     *("integer_pow", "le_to", "lgamma", "lt_to", "mulhi", "nextafter"),
-    *("polygamma", "polynomial", "population_count", "random_gamma_grad"),
+    *(
+        "polygamma",
+        "polynomial",
+        "population_count",
+    ),
     *("regularized_incomplete_beta", "shift_left", "shift_right_arithmetic"),
     *("shift_right_logical", "zeta"),
 )
@@ -275,11 +278,7 @@ def _analyse_bitcast(
     return [value._replace(fill=zero, const=0.0 if value.const == 0 else None)]
 
 
-def _rewrite(cut: Cut) -> list[Any]:
-    return cut.bind()
-
-
-RULES = {name: Rule(_analyse, _rewrite) for name in (*_NUMPY, *_SAME, *_OPAQUE)}
-RULES["bitcast_convert_type"] = Rule(_analyse_bitcast, _rewrite)
+RULES = {name: Rule(_analyse, rebind) for name in (*_NUMPY, *_SAME, *_OPAQUE)}
+RULES["bitcast_convert_type"] = Rule(_analyse_bitcast, rebind)
 for _name in _EACH:
-    RULES[_name] = Rule(_analyse_each, _rewrite)
+    RULES[_name] = Rule(_analyse_each, rebind)

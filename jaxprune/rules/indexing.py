@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Axis, Value, fixed, unknown
-from jaxprune.walk import Context, Cut, Rule, pick
+from jaxprune.walk import Context, Cut, Rule, pick, rebind
 
 
 def _slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -203,18 +203,14 @@ def _scatter(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
     return [_written(context, eqn, value, update, whole, lines)]
 
 
-def _same(cut: Cut) -> list[Any]:
-    return cut.bind()
-
-
 RULES = {
     "dynamic_slice": Rule(_dynamic_slice, _rewrite_dynamic_slice),
-    "dynamic_update_slice": Rule(_dynamic_update_slice, _same),
+    "dynamic_update_slice": Rule(_dynamic_update_slice, rebind),
     "gather": Rule(_gather, _rewrite_gather),
     "slice": Rule(_slice, _rewrite_slice),
     "split": Rule(_split, _rewrite_split),
     **{
-        name: Rule(_scatter, _same)
+        name: Rule(_scatter, rebind)
         for name in (
             *("scatter", "scatter-add", "scatter-sub", "scatter-mul"),
             *("scatter-min", "scatter-max"),

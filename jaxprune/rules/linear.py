@@ -17,7 +17,7 @@ from jaxprune import jaxpr as jx
 from jaxprune.base import INPUT, WINDOW
 from jaxprune.labels import FROM_INPUT, Axis, Labels, RawTerm, Value, unknown
 from jaxprune.rules.elementwise import zero_product
-from jaxprune.walk import Context, Cut, Rule
+from jaxprune.walk import Context, Cut, Rule, rebind
 
 
 def _contract(
@@ -195,11 +195,7 @@ def _rewrite_conv(cut: Cut) -> list[Any]:
     return cut.bind(feature_group_count=groups, batch_group_count=batches)
 
 
-def _rewrite_dot(cut: Cut) -> list[Any]:
-    return cut.bind()
-
-
 RULES = {
     "conv_general_dilated": Rule(_conv, _rewrite_conv),
-    "dot_general": Rule(_dot_general, _rewrite_dot),
+    "dot_general": Rule(_dot_general, rebind),
 }

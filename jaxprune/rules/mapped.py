@@ -16,7 +16,7 @@ import jax
 
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Value, fixed
-from jaxprune.walk import Context, Cut, Rule
+from jaxprune.walk import Context, Cut, Rule, rebind
 
 
 def _shard_map(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
@@ -104,16 +104,12 @@ def _place(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     return [fixed(0)]
 
 
-def _same(cut: Cut) -> list[Any]:
-    return cut.bind()
-
-
 RULES = {
     "shard_map": Rule(_shard_map, _rewrite_shard_map),
-    "all_gather": Rule(_all_gather, _same),
-    "axis_index": Rule(_place, _same),
+    "all_gather": Rule(_all_gather, rebind),
+    "axis_index": Rule(_place, rebind),
     **{
-        name: Rule(_exchange, _same)
+        name: Rule(_exchange, rebind)
         for name in ("pmax", "pmin", "ppermute", "psum", "psum_invariant", "pvary")
     },
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Axis, Value, unknown
-from jaxprune.walk import Context, Cut, Rule
+from jaxprune.walk import Context, Rule, rebind
 
 _NEUTRAL = {
     "reduce_sum": 0.0,
@@ -146,28 +146,24 @@ _FIXED_POINTS: dict[str, tuple[float, ...]] = {
 }
 
 
-def _rewrite(cut: Cut) -> list[Any]:
-    return cut.bind()
-
-
 RULES = {
     **{
-        name: Rule(_reduce, _rewrite)
+        name: Rule(_reduce, rebind)
         for name in (
             *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"),
             *("reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin"),
         )
     },
     **{
-        name: Rule(_window, _rewrite)
+        name: Rule(_window, rebind)
         for name in ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
     },
     **{
-        name: Rule(_along, _rewrite)
+        name: Rule(_along, rebind)
         for name in (
             *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
             *("approx_top_k", "fft", "sort", "top_k"),
         )
     },
-    "select_and_scatter_add": Rule(_select_and_scatter, _rewrite),
+    "select_and_scatter_add": Rule(_select_and_scatter, rebind),
 }

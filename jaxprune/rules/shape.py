@@ -21,7 +21,7 @@ from jaxprune.labels import (
     joined,
     unknown,
 )
-from jaxprune.walk import Context, Cut, Rule, take
+from jaxprune.walk import Context, Cut, Rule, rebind, take
 
 
 def _broadcast(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -65,10 +65,6 @@ def _reverse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
         for a, axis in enumerate(value.labels)
     )
     return [value._replace(labels=labels, leaf=None)]
-
-
-def _same(cut: Cut) -> list[Any]:
-    return cut.bind()
 
 
 def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -299,21 +295,21 @@ def _rewrite_source(cut: Cut) -> list[Any]:
 
 RULES = {
     "broadcast_in_dim": Rule(_broadcast, _rewrite_broadcast),
-    "concatenate": Rule(_concatenate, _same),
+    "concatenate": Rule(_concatenate, rebind),
     "pad": Rule(_pad, _rewrite_pad),
     "reshape": Rule(_reshape, _rewrite_reshape),
-    "rev": Rule(_reverse, _same),
-    "stack": Rule(_stack, _same),
-    "squeeze": Rule(_squeeze, _same),
+    "rev": Rule(_reverse, rebind),
+    "stack": Rule(_stack, rebind),
+    "squeeze": Rule(_squeeze, rebind),
     "tile": Rule(_tile, _rewrite_tile),
-    "unstack": Rule(_unstack, _same),
-    "transpose": Rule(_transpose, _same),
+    "unstack": Rule(_unstack, rebind),
+    "transpose": Rule(_transpose, rebind),
     **{
         name: Rule(_source, _rewrite_source)
         for name in ("iota", "random_bits", "rng_uniform", "rng_bit_generator")
     },
     **{
-        name: Rule(_source, _same)
+        name: Rule(_source, rebind)
         for name in (
             "random_clone",
             "random_fold_in",
