@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 # Functions that are named as the file that they lie in.
 _FUNCTIONS = (
+    "bench",
     "cost",
     "export",
     "latency",

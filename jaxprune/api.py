@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from jaxprune import base, data
 from jaxprune.base import Cost, Frozen, Graph, Group, Leaf, Slot
+from jaxprune.bench import Speed, bench
 from jaxprune.budget import Budget, bytes, channels, flops, params
 from jaxprune.checkpoint import Pruned, load, save
 from jaxprune.cost import cost
@@ -68,10 +69,12 @@ __all__ = [
     "Path",
     "Pruned",
     "Slot",
+    "Speed",
     "Step",
     "Timings",
     "activation",
     "base",
+    "bench",
     "bn_scale",
     "bytes",
     "chain",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ from jaxprune.pruned import Pruned
 from jaxprune.slim import slim
 from jaxprune.store import Store, open_store
 
-__all__ = ["Pruned", "Store", "is_saved", "load", "open_store", "read_card", "save"]
+__all__ = [
+    "Pruned",
+    "Store",
+    "dense_network",
+    "is_saved",
+    "load",
+    "open_store",
+    "read_card",
+    "save",
+]
 
 _CARD, _GRAPH = "jaxprune.json", "graph.json"
 _PACKAGES = ("jaxprune", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -80,7 +90,7 @@ def load(
     Raises CheckpointError that names the missing or damaged file, or what to pass.
     """
     card = read_card(path)
-    dense = apply if apply is not None else _shipped(path, card.info.get("network"))
+    dense = apply if apply is not None else dense_network(path, card.info).apply
     folder = integrity.resolve(Path(os.path.abspath(path)))
     records = storage.read_record(folder, _CARD, "info", verified=True)["leaves"]
     variables = storage.read_as_saved(folder, records, sharding, like)
@@ -127,7 +137,12 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _shipped(path: str | Path, network: Any) -> Apply:
+def dense_network(path: str | Path, info: Mapping[str, Any]) -> Any:
+    """The shipped module, at its dense widths, that a saved network was cut from.
+
+    info: the saved network's. Raises CheckpointError for a network that is not shipped.
+    """
+    network = info.get("network")
     if not network:
         raise CheckpointError(
             f"{path} is of no network that jaxprune ships: load it in Python, with the "
@@ -137,7 +152,7 @@ def _shipped(path: str | Path, network: Any) -> Apply:
         raise CheckpointError(f"{path}: network = {network} is not {{name, args}}")
     from jaxprune import models
 
-    return models.build(network["name"], network["args"]).apply
+    return models.build(network["name"], network["args"])
 
 
 def _check_variables(graph: Graph, keep: Any, variables: PyTree) -> None:

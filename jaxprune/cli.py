@@ -58,6 +58,14 @@ COMPARE = (
         "the same command resumes a stopped study."
     ),
 )
+BENCH = (
+    "time the pruned network against the dense one",
+    (
+        "Percentiles of milliseconds, images a second, compile time and memory, at "
+        "each batch, on the devices that JAX finds. For a network of your own, in "
+        "Python: jaxprune.bench({'dense': (apply, variables), ...}, images)."
+    ),
+)
 REPORT = (
     "draw DIR/report/index.html anew from the run's files",
     "Needs no accelerator; a run that has not ended gives a report of what is there.",
@@ -105,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
         ("inspect", INSPECT, _inspect, _add_inspect),
         ("eval", EVAL, _eval, _add_eval),
         ("predict", PREDICT, _predict, _add_predict),
+        ("bench", BENCH, _bench, _add_bench),
         ("report", REPORT, _report, _add_report),
     ):
         text = f"{short.capitalize()}. {more}"
@@ -180,6 +189,18 @@ def _add_predict(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--labels", action="store_true", help="write the labels as palette PNGs too"
     )
+
+
+def _add_bench(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", metavar="DIR", help="a work folder or a saved network")
+    verb.add_argument(
+        "--batch", type=_batches, default=(1, 8), metavar="N,..", help="images (1,8)"
+    )
+    verb.add_argument(
+        "--size", type=_size, metavar="HxW", help="of the images (the training size)"
+    )
+    verb.add_argument("--repeats", type=_positive, default=30, help="calls (30)")
+    verb.add_argument("--json", metavar="FILE", help="also write the numbers there")
 
 
 def _add_report(verb: argparse.ArgumentParser) -> None:
@@ -265,6 +286,22 @@ def _predict(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from jaxprune import inspection
+    from jaxprune.bench import as_markdown, bench_saved, write
+
+    result = bench_saved(
+        inspection.saved(args.folder),
+        batches=args.batch,
+        size=args.size,
+        repeats=args.repeats,
+    )
+    print(as_markdown(result))
+    if args.json:
+        write(result, Path(args.json))
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     from jaxprune import report
 
@@ -290,6 +327,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part.strip()) for part in text.split(","))
 
 
 def _ratio(text: str) -> float:

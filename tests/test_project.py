@@ -36,7 +36,7 @@ LAYERS = (
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
     "sparsity steps path pruned prune reconstruct lowrank",
-    "integrity leaves storage store checkpoint export",
+    "integrity leaves storage store checkpoint export bench",
     "data models",
     "train",
     "report inspection predict",
