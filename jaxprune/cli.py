@@ -189,6 +189,13 @@ def _add_predict(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--labels", action="store_true", help="write the labels as palette PNGs too"
     )
+    verb.add_argument(
+        "--samples",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="of Monte-Carlo dropout: write how uncertain each pixel is, too",
+    )
 
 
 def _add_bench(verb: argparse.ArgumentParser) -> None:
@@ -281,6 +288,7 @@ def _predict(args: argparse.Namespace) -> int:
         batch=args.batch,
         opacity=args.opacity,
         labels=args.labels,
+        samples=args.samples,
     ):
         print(path, flush=True)
     return 0

@@ -213,7 +213,7 @@ def _between(product: Product, read: np.ndarray, made: np.ndarray) -> np.ndarray
 
 
 class _Known:
-    """Milliseconds by what was run where, from a file and from this session."""
+    """Milliseconds by what was run where, from a file and from before."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file

@@ -35,14 +35,37 @@ def predict(
     no size is given and the network's file names none.
     """
     run = _compiled(pruned)
-    at = _training_size(pruned) if size is None else size
-    for some in _batches(images, batch, alike=at == "native"):
-        shape = some[0].shape[:2] if at == "native" else at
-        inputs = [_resized(image, shape) for image in some]
-        inputs += inputs[:1] * (batch - len(some))  # one shape, one compilation
-        logits = np.asarray(run(pruned.variables, np.stack(inputs)))
+    for some, inputs in _inputs(pruned, images, size, batch):
+        logits = np.asarray(run(pruned.variables, inputs))
         for image, scores in zip(some, logits, strict=False):
             yield _labels(scores, image.shape[:2])
+
+
+def sample(
+    pruned: Any,
+    images: Iterable[np.ndarray],
+    *,
+    samples: int = 40,
+    seed: int = 0,
+    size: Size | Literal["native"] | None = None,
+    batch: int = 4,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """As `predict`, by Monte-Carlo dropout: the classes, and how uncertain they are.
+
+    The network's apply takes `sample=True` (SegNet's and FCN's do), by which dropout
+    stays on; the class probabilities of so many samples are averaged (Kendall et al.,
+    "Bayesian SegNet", 2017). Yields (uint8[H, W], float32[H, W]): the most likely
+    class, and the variance of the probabilities over the samples, averaged over the
+    classes. Raises ConfigError for a shipped network that has no dropout.
+    """
+    _check_dropout(pruned)
+    run, key = _sampler(pruned, samples), jax.random.key(seed)
+    for some, inputs in _inputs(pruned, images, size, batch):
+        key, own = jax.random.split(key)
+        found = map(np.asarray, run(pruned.variables, inputs, own))
+        for image, mean, variance in zip(some, *found, strict=False):
+            shape = image.shape[:2]
+            yield _labels(mean, shape), _plane(variance.mean(-1), shape)
 
 
 def find(inputs: Sequence[str | Path]) -> list[Path]:
@@ -84,12 +107,16 @@ def write(
     batch: int = 4,
     opacity: float = 0.5,
     labels: bool = False,
+    samples: int = 0,
 ) -> Iterator[Path]:
     """Write NAME_overlay.png, the image in its classes' colours and a legend, to `out`.
 
     files: as `find` returns them. labels: write NAME_labels.png too, a palette PNG
-    whose values are the class numbers. Yields each overlay's path as it is written.
-    Raises DataError for a damaged file before anything is written.
+    whose values are the class numbers. samples: of Monte-Carlo dropout, if any (see
+    `sample`): NAME_uncertainty.png is written too, the standard deviation in grey,
+    white being the most there can be. Yields each overlay's path as it is written.
+    Raises DataError for a damaged file before anything is written, ConfigError as
+    `predict` and `sample` do.
     """
     names, colors = classes(pruned)
     stems = _stems(files)
@@ -97,13 +124,20 @@ def write(
         read_image(file)
     out.mkdir(parents=True, exist_ok=True)
     images, inputs = tee(read_image(file) for file in files)
-    answers = predict(pruned, inputs, size=size, batch=batch)
-    for stem, image, answer in zip(stems, images, answers, strict=True):
+    pairs: Iterator[tuple[np.ndarray, np.ndarray | None]]
+    if samples:
+        pairs = sample(pruned, inputs, samples=samples, size=size, batch=batch)  # type: ignore[assignment]
+    else:
+        found = predict(pruned, inputs, size=size, batch=batch)
+        pairs = ((answer, None) for answer in found)
+    for stem, image, (answer, variance) in zip(stems, images, pairs, strict=True):
         picture = report.overlay(image, answer, colors, opacity=opacity)
         target = out / f"{stem}_overlay.png"
         report.save_png(target, report.with_legend(picture, names, colors))
         if labels:
             _save_labels(out / f"{stem}_labels.png", answer, colors)
+        if variance is not None:
+            _save_variance(out / f"{stem}_uncertainty.png", variance, len(names))
         yield target
 
 
@@ -170,6 +204,51 @@ def _compiled(pruned: Any) -> Any:
     return run
 
 
+def _sampler(pruned: Any, samples: int) -> Any:
+    """Jitted: variables, uint8 images, key -> mean and variance of probabilities."""
+
+    @jax.jit
+    def run(variables: Any, images: jax.Array, key: jax.Array) -> Any:
+        scaled = images.astype(jnp.float32) / 255
+
+        def add(sums: Any, one: jax.Array) -> Any:
+            more = {"train": False, "sample": True, "rngs": {"dropout": one}}
+            given = jax.nn.softmax(pruned.apply(variables, scaled, **more))
+            return (sums[0] + given, sums[1] + given**2), None
+
+        keys = jax.random.split(key, samples)
+        zero = jnp.zeros_like(pruned.apply(variables, scaled, train=False))
+        (total, squares), _ = jax.lax.scan(add, (zero, zero), keys)
+        mean = total / samples
+        return mean, jnp.maximum(squares / samples - mean**2, 0)
+
+    return run
+
+
+def _check_dropout(pruned: Any) -> None:
+    network = (pruned.info or {}).get("network")
+    if network and not network["args"].get("dropout"):
+        raise base.ConfigError(
+            f"this {network['name']} was trained without dropout, so its samples would "
+            "all be the same; train one with --set network.dropout=0.5"
+        )
+
+
+def _inputs(
+    pruned: Any,
+    images: Iterable[np.ndarray],
+    size: Size | Literal["native"] | None,
+    batch: int,
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """(some images, the same at the network's size, filled up to a whole batch)."""
+    at = _training_size(pruned) if size is None else size
+    for some in _batches(images, batch, alike=at == "native"):
+        shape = some[0].shape[:2] if at == "native" else at
+        inputs = [_resized(image, shape) for image in some]
+        inputs += inputs[:1] * (batch - len(some))  # one shape, one compilation
+        yield some, np.stack(inputs)
+
+
 def _training_size(pruned: Any) -> Size:
     size = (pruned.info or {}).get("size")
     if size is None:
@@ -212,19 +291,24 @@ def _resized(image: np.ndarray, size: Size) -> np.ndarray:
 
 def _labels(logits: np.ndarray, size: Size) -> np.ndarray:
     """uint8[H, W] of the largest of logits[h, w, K], each scaled to H, W first."""
-    from PIL import Image
-
     if logits.shape[:2] == tuple(size):
         return logits.argmax(-1).astype(np.uint8)
-    height, width = size
     best = np.full(size, -np.inf, np.float32)
     labels = np.zeros(size, np.uint8)
     for k in range(logits.shape[-1]):  # one plane at a time: K of them can be large
-        plane = Image.fromarray(np.ascontiguousarray(logits[..., k], np.float32))
-        scores = np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR))
+        scores = _plane(logits[..., k], size)
         labels[scores > best] = k
         best = np.maximum(best, scores)
     return labels
+
+
+def _plane(values: np.ndarray, size: Size) -> np.ndarray:
+    """float32[H, W] of numbers [h, w], scaled."""
+    from PIL import Image
+
+    plane = Image.fromarray(np.ascontiguousarray(values, np.float32))
+    height, width = size
+    return np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
@@ -235,6 +319,15 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     else:
         scale = 1.0 if peak <= 255 else 255 / 65535
     return np.clip(np.round(values * scale), 0, 255).astype(np.uint8)
+
+
+def _save_variance(file: Path, variance: np.ndarray, classes: int) -> None:
+    """Its root in grey; of K probabilities the mean one is (1 - 1/K) / K at most."""
+    from PIL import Image
+
+    most = (1 - 1 / classes) / classes or 1.0
+    grey = np.round(255 * np.sqrt(np.clip(variance / most, 0, 1)))
+    Image.fromarray(grey.astype(np.uint8)).save(file, format="PNG")
 
 
 def _save_labels(

@@ -4,12 +4,14 @@
 import re
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxprune import base, predict
+import jaxprune as jp
+from jaxprune import base, models, predict
 
 INFO = {
     "classes": {
@@ -233,3 +235,55 @@ def test_network_saved_without_classes_or_size(net, folder, tmp_path):
         list(predict.write(net, predict.find([folder]), tmp_path / "out"))
     with pytest.raises(base.ConfigError, match="--size"):
         list(predict.predict(net, [halves(4, 4)[0]]))
+
+
+def noisy(variables, images, train=False, sample=False, rngs=None):
+    """Class 1 or 2 at a coin's toss each sample on the left, class 2 on the right."""
+    shape = images.shape[:-1]
+    logits = jnp.zeros((*shape, 3)).at[..., 2].set(50.0)
+    if not sample:
+        return logits
+    heads = jax.random.bernoulli(rngs["dropout"])
+    left = jnp.arange(shape[2]) < shape[2] // 2
+    toss = jnp.where(heads & left, 100.0, 0.0)
+    return logits.at[..., 1].set(jnp.broadcast_to(toss, shape))
+
+
+def test_samples_give_the_mean_and_the_variance_of_the_probabilities(tmp_path):
+    net = types.SimpleNamespace(apply=noisy, variables={}, info=INFO)
+    images = [np.zeros((8, 12, 3), np.uint8)] * 3
+    count = 400
+    found = list(predict.sample(net, images, samples=count, batch=2))
+    again = list(predict.sample(net, images, samples=count, batch=2))
+    for (labels, variance), (_, same) in zip(found, again, strict=True):
+        assert labels.shape == variance.shape == (8, 12)
+        assert (labels[:, 6:] == 2).all()
+        # Of three probabilities, two are Bernoulli(p): variance p (1 - p) each.
+        np.testing.assert_allclose(variance[:, :6], 2 / 3 / 4, rtol=0.05)
+        np.testing.assert_allclose(variance[:, 6:], 0, atol=1e-6)
+        np.testing.assert_array_equal(variance, same)
+
+    file = tmp_path / "a.png"
+    Image.fromarray(images[0]).save(file)
+    list(predict.write(net, [file], tmp_path / "out", samples=8))
+    grey = np.asarray(Image.open(tmp_path / "out" / "a_uncertainty.png"))
+    assert grey.shape == (8, 12)
+    assert (grey[:, :6] > 150).all() and (grey[:, 6:] == 0).all()
+
+
+def test_sampling_a_network_without_dropout_is_refused(net):
+    net.info = {**INFO, "network": {"name": "segnet", "args": {"num_classes": 3}}}
+    with pytest.raises(base.ConfigError, match="without dropout.*network.dropout"):
+        next(predict.sample(net, [np.zeros((8, 12, 3), np.uint8)]))
+
+
+def test_a_pruned_bayesian_segnet_is_sampled():
+    args = {"num_classes": 3, "widths": [4, 4, 4, 4, 4], "dropout": 0.5}
+    segnet = models.build("segnet", args)
+    variables = models.init(segnet, jax.random.key(0), (8, 12))
+    x = jnp.zeros((1, 8, 12, 3))
+    pruned = jp.prune(segnet.apply, variables, x, budget=jp.flops(0.6), train=False)
+    info = {**INFO, "network": {"name": "segnet", "args": args}}
+    image = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    ((labels, variance),) = predict.sample(pruned._replace(info=info), [image])
+    assert labels.shape == (8, 12) and (variance > 0).any()

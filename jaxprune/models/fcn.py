@@ -40,7 +40,7 @@ class FCN(nn.Module):
         `conv_names()`, as a pruned network has them.
       stride: 8, 16 or 32, of the finest features that are scored.
       dropout: rate behind fc6 and fc7 (the paper: 0.5); needs the rng 'dropout' in
-        training.
+        training, and with `sample=True`.
       dtype: of the computation; parameters, statistics and logits stay float32.
 
     Raises:
@@ -62,7 +62,10 @@ class FCN(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, train: bool = False, sample: bool = False
+    ) -> jax.Array:
+        """Logits. `sample` leaves dropout on at test time: one Monte-Carlo sample."""
         layers.check_images(images)
         width = _by_name(self.widths)
 
@@ -84,7 +87,7 @@ class FCN(nn.Module):
         for index, kernel in ((6, 7), (7, 1)):
             x = block(x, "fc", index, kernel)
             if self.dropout:
-                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+                x = nn.Dropout(self.dropout, deterministic=not (train or sample))(x)
         x = score(x, "score")
         for s in _SKIPS[self.stride]:
             x = layers.resize(x, pooled[s]) + score(pooled[s], f"score{s}")
