@@ -21,6 +21,7 @@ EXTRAS = (
     "importlib_resources",
     "matplotlib",
     "rich",
+    "safetensors",
     "tensorflow_datasets",
 )
 

@@ -19,6 +19,7 @@ from jaxprune.models import (
     unet,
 )
 from jaxprune.models.deeplab import DeepLabV3Plus
+from jaxprune.models.encoders import import_encoder
 from jaxprune.models.fcn import FCN
 from jaxprune.models.pooling import max_pool, unpool
 from jaxprune.models.refinenet import RefineNet
@@ -34,6 +35,7 @@ __all__ = [
     "SegNetBasic",
     "UNet",
     "build",
+    "import_encoder",
     "init",
     "max_pool",
     "rebuild",

@@ -22,8 +22,9 @@ from jaxprune.train import settings
 class Network:
     """A shipped network. widths: () for its own, else as `jaxprune.models` takes them.
 
-    dropout: SegNet's (0.5: Bayesian SegNet). dtype: of the computation; parameters,
-    batch statistics and logits stay float32.
+    dropout: SegNet's and FCN's (0.5: Bayesian SegNet). encoder: a file of torchvision's
+    weights that training starts from, see `models.import_encoder`; "": He's. dtype: of
+    the computation; parameters, batch statistics and logits stay float32.
     """
 
     name: Literal["segnet", "segnet_basic", "unet", "fcn", "deeplab", "refinenet"] = (
@@ -31,6 +32,7 @@ class Network:
     )
     widths: tuple[int, ...] = ()
     dropout: float = 0.0
+    encoder: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 

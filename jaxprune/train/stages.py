@@ -62,7 +62,10 @@ def _stages(
 
     job = Job("train", net.apply, config.train, config, splits, workdir)
     key = jax.random.key(config.seed)
-    dense = train(job, models.init(net, key, config.data.size), progress)
+    start = models.init(net, key, config.data.size)
+    if config.network.encoder:
+        start = models.import_encoder(net, start, config.network.encoder)
+    dense = train(job, start, progress)
     teacher = (net.apply, dense.average) if config.distill.weight else None
     job = dataclasses.replace(job, stage="retrain", fit=config.retrain, teacher=teacher)
     cut_out = cut.prune_stage(job, graph, dense, progress)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders trained elsewhere: torchvision's VGG-16 and ResNets, from a file of arrays.
+
+The file is a state dict under torchvision's names, as .safetensors or .npz; nothing in
+it is run. Kernels [out, in, kh, kw] become [kh, kw, in, out].
+"""
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import base
+from jaxprune.models.deeplab import DeepLabV3Plus
+from jaxprune.models.fcn import FCN
+from jaxprune.models.refinenet import RefineNet
+from jaxprune.models.segnet import DEPTHS, SegNet
+
+# Of ImageNet's channels in [0, 1], which torchvision's networks expect to be removed.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+_NORM = {
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+class _Layer(NamedTuple):
+    """A convolution and its batch norm: ours and theirs (None: they have no norm)."""
+
+    conv: str
+    norm: str
+    their_conv: str
+    their_norm: str | None
+
+
+def import_encoder(
+    net: nn.Module,
+    variables: Mapping[str, Any],
+    file: str | Path,
+    *,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+) -> dict[str, Any]:
+    """`variables` with the weights and statistics of an encoder; the rest stays.
+
+    SegNet and FCN take vgg16 or vgg16_bn (FCN its classifier.0 and .3 too, where the
+    file has them), DeepLabV3Plus and RefineNet a ResNet of bottlenecks with as many
+    blocks. The encoder then computes in eval mode what torchvision's does on images
+    from which `mean` and `std` were removed: that is folded into the first convolution,
+    exactly but at the image's edge, where torchvision pads with the mean, not with 0.
+
+    Raises ConfigError for a network without such an encoder; CheckpointError that names
+    the file and the array which is missing, misshapen or not finite.
+    """
+    file = Path(file)
+    found = _read(file)
+    layers = _layers(net, found, file)
+    params, stats = (dict(variables[k]) for k in ("params", "batch_stats"))
+    for number, layer in enumerate(layers):
+        kernel, bias = _conv(found, layer.their_conv, params[layer.conv], file)
+        if number == 0:
+            scaled = kernel / np.reshape(std, (-1, 1))
+            bias = bias - np.einsum("hwio,i->o", scaled, mean)
+            kernel = scaled
+        params[layer.conv] = _like(params[layer.conv], {"kernel": kernel, "bias": bias})
+        norm = _norm(found, layer, len(bias), file)
+        params[layer.norm] = _like(params[layer.norm], norm)
+        stats[layer.norm] = _like(stats[layer.norm], norm)
+    return {**variables, "params": params, "batch_stats": stats}
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz or .safetensors file by name."""
+    if file.suffix not in (".npz", ".safetensors"):
+        raise base.CheckpointError(
+            f"{file}: encoders are read from .npz or .safetensors; convert others, "
+            "such as .pth, with safetensors.torch.save_file"
+        )
+    try:
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        import safetensors
+        import safetensors.numpy
+
+        try:
+            return safetensors.numpy.load_file(file)
+        except safetensors.SafetensorError as error:
+            raise base.CheckpointError(f"{file} is damaged: {error}") from error
+    except OSError as error:
+        raise base.CheckpointError(f"{file}: {error.strerror or error}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise base.CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def _layers(net: nn.Module, found: Mapping[str, Any], file: Path) -> list[_Layer]:
+    if isinstance(net, SegNet | FCN):
+        return _vgg(isinstance(net, FCN), found, file)
+    if isinstance(net, DeepLabV3Plus | RefineNet):
+        return _resnet(net.depths)
+    raise base.ConfigError(
+        f"{type(net).__name__} has no encoder of torchvision's; SegNet, FCN, "
+        "DeepLabV3Plus and RefineNet have"
+    )
+
+
+def _vgg(whole: bool, found: Mapping[str, Any], file: Path) -> list[_Layer]:
+    """Convolutions are numbered among all layers; behind each may be its norm."""
+    named = [re.fullmatch(r"features\.(\d+)\.weight", name) for name in found]
+    numbers = sorted(int(m[1]) for m in named if m and found[m[0]].ndim == 4)
+    places = [(s, i) for s, depth in enumerate(DEPTHS, 1) for i in range(1, depth + 1)]
+    if len(numbers) != len(places):
+        raise base.CheckpointError(
+            f"{file} holds {len(numbers)} convolutions features.N.weight, VGG-16 has "
+            f"{len(places)}"
+        )
+    layers = []
+    for (s, i), n in zip(places, numbers, strict=True):
+        norm = f"features.{n + 1}"
+        own = norm if f"{norm}.running_mean" in found else None
+        layers.append(
+            _Layer(f"encoder{s}_conv{i}", f"encoder{s}_bn{i}", f"features.{n}", own)
+        )
+    if whole and "classifier.0.weight" in found:
+        layers.append(_Layer("fc_conv6", "fc_bn6", "classifier.0", None))
+        layers.append(_Layer("fc_conv7", "fc_bn7", "classifier.3", None))
+    return layers
+
+
+def _resnet(depths: Any) -> list[_Layer]:
+    layers = [_Layer("stem_conv1", "stem_bn1", "conv1", "bn1")]
+    for s, depth in enumerate(depths, 1):
+        for b in range(depth):
+            own, their = f"stage{s + 1}_block{b + 1}", f"layer{s}.{b}"
+            layers += [
+                _Layer(
+                    f"{own}_conv{i}",
+                    f"{own}_bn{i}",
+                    f"{their}.conv{i}",
+                    f"{their}.bn{i}",
+                )
+                for i in (1, 2, 3)
+            ]
+        own, their = f"stage{s + 1}_block1", f"layer{s}.0.downsample"
+        layers.append(_Layer(f"{own}_conv4", f"{own}_bn4", f"{their}.0", f"{their}.1"))
+    return layers
+
+
+def _conv(
+    found: Mapping[str, Any], name: str, own: Mapping[str, Any], file: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """(kernel [kh, kw, in, out], bias [out]) in doubles; a dense layer is one too."""
+    height, width, read, out = own["kernel"].shape
+    shape = (out, read, height, width)
+    dense = name.startswith("classifier")
+    given = _array(
+        found, f"{name}.weight", (out, read * height * width) if dense else shape, file
+    )
+    bias = np.zeros(out)
+    if f"{name}.bias" in found:
+        bias = _array(found, f"{name}.bias", (out,), file)
+    return given.reshape(shape).transpose(2, 3, 1, 0), bias
+
+
+def _norm(
+    found: Mapping[str, Any], layer: _Layer, features: int, file: Path
+) -> dict[str, np.ndarray]:
+    """Batch norm's four vectors; without one of theirs, one that changes nothing."""
+    if layer.their_norm is None:
+        one, zero = np.ones(features), np.zeros(features)
+        # Flax adds its epsilon, 1e-5, to the variance.
+        return {"scale": one, "bias": zero, "mean": zero, "var": one - 1e-5}
+    return {
+        own: _array(found, f"{layer.their_norm}.{their}", (features,), file)
+        for own, their in _NORM.items()
+    }
+
+
+def _array(
+    found: Mapping[str, Any], name: str, shape: tuple[int, ...], file: Path
+) -> np.ndarray:
+    if name not in found:
+        raise base.CheckpointError(f"{file} lacks {name} {shape}")
+    given = np.asarray(found[name])
+    if given.shape != shape:
+        raise base.CheckpointError(
+            f"{file}: {name} has shape {given.shape}, the network's is {shape}; are "
+            "its widths and depths those of the file?"
+        )
+    if given.dtype.kind != "f" or not np.isfinite(given).all():
+        raise base.CheckpointError(f"{file}: {name} holds what is no finite number")
+    return given.astype(np.float64)
+
+
+def _like(own: Mapping[str, Any], new: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The leaves of `own` with new values, in their dtypes."""
+    return {k: jnp.asarray(new[k], x.dtype) if k in new else x for k, x in own.items()}
