@@ -28,17 +28,30 @@ class Value(NamedTuple):
     the number that the masked network holds at removed indices (carried through
     functions such as logistic, where 0 becomes 1/2), None if unknown, but finite; nan
     if it may be anything. const: the number that the whole array is, if it is one.
-    leaf: the variable that the array is a mere rearrangement of.
+    leaf: the variable that the array is a mere rearrangement of. even: per axis,
+    whether removed indices hold the same as each other, though not one known number;
+    empty where of no axis, or where the rule of the equation has no `at_removed`.
     """
 
     labels: tuple[Axis, ...]
     fill: tuple[float | None, ...]
     const: float | None = None
     leaf: int | None = None
+    even: tuple[bool, ...] = ()
 
     def removed(self, axis: int) -> float | None:
         """The number at removed indices of an axis."""
         return self.fill[axis] if self.const is None else self.const
+
+    def known(self, axis: int) -> float | None:
+        """The number at removed indices of an axis, unless it may be anything."""
+        number = self.removed(axis)
+        return None if number is None or math.isnan(number) else number
+
+    def is_even(self, axis: int) -> bool:
+        """Whether what the removed indices of an axis hold does not depend on them."""
+        even = bool(self.even) and self.even[axis]
+        return even or self.known(axis) is not None
 
     def held(self) -> tuple[float | None, ...]:
         """The number at removed indices of every axis."""

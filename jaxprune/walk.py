@@ -7,6 +7,7 @@ Behaviour per primitive lives in `rules/`; nothing here knows any of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ import jax
 import numpy as np
 
 from jaxprune import jaxpr as jx
+from jaxprune.base import GraphError
 from jaxprune.labels import Labels, Value, fixed
 
 Kept = tuple[np.ndarray | None, ...]
+Axes = tuple[int, ...]
 
 
 class Node(NamedTuple):
@@ -51,10 +54,14 @@ class Rule(NamedTuple):
 
     analyse(context, eqn, ins) -> the output Values, or (Values, aux).
     rewrite(cut) -> the outputs, for a `Cut` that holds the small operands.
+    at_removed(cut, axes) -> what the masked network holds at the removed indices of
+    these axes of the one output, as an array of length 1 along them. Needed of rules
+    that call an axis even.
     """
 
     analyse: Callable[..., Any]
     rewrite: Callable[[Cut], list[Any]]
+    at_removed: Callable[[Cut, Axes], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +80,14 @@ class Cut:
     """One equation to run: small operands `args`, and the indices that are kept.
 
     kept(value) gives, per axis, the int indices that stay, or None for all of them.
+    frame: the run that it is part of; None once taken out of it, by `parts`.
     """
 
     node: Node
     args: tuple[Any, ...]
     kept: Callable[[Value], Kept]
     rules: Mapping[str, Rule]
+    frame: Frame | None = None
 
     @property
     def eqn(self) -> jx.Eqn:
@@ -97,9 +106,15 @@ class Cut:
             n if k is None else len(k) for n, k in zip(dense, self.kept_out(i))
         )
 
+    def at_removed(self, i: int, axes: Axes) -> Any:
+        """Operand i at the removed indices of even axes: of length 1 along them."""
+        if not axes or self.frame is None:
+            return self.args[i]
+        return self.frame.at_removed(self.eqn.invars[i], self.node.ins[i], axes)
+
     def parts(self) -> tuple[Cut, tuple[Any, ...]]:
         """The cut without its operands, and the operands."""
-        return dataclasses.replace(self, args=()), self.args
+        return dataclasses.replace(self, args=(), frame=None), self.args
 
     def bind(self, *args: Any, **changed: Any) -> list[Any]:
         """The equation on other operands, laid over devices as far as they divide."""
@@ -112,6 +127,48 @@ class Cut:
         return run(tape, self.kept, self.rules, args)
 
 
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One run of a program: what its variables are by now, in `env`."""
+
+    tape: Tape
+    kept: Callable[[Value], Kept]
+    rules: Mapping[str, Rule]
+    env: dict[Any, Any]
+    _removed: dict[tuple[Any, Axes], Any] = dataclasses.field(default_factory=dict)
+
+    def read(self, atom: Any, value: Value) -> Any:
+        if jx.is_literal(atom):
+            return take(atom.val, self.kept(value))
+        return self.env[atom]
+
+    def cut(self, node: Node) -> Cut:
+        args = tuple(map(self.read, node.eqn.invars, node.ins))
+        return Cut(node, args, self.kept, self.rules, self)
+
+    def at_removed(self, atom: Any, value: Value, axes: Axes) -> Any:
+        """What the masked network holds at the removed indices of even axes."""
+        if (atom, axes) not in self._removed:
+            self._removed[atom, axes] = self._at_removed(atom, value, axes)
+        return self._removed[atom, axes]
+
+    def _at_removed(self, atom: Any, value: Value, axes: Axes) -> Any:
+        number = next((n for n in map(value.known, axes) if n is not None), None)
+        if number is not None:
+            x = self.read(atom, value)
+            shape = [1 if a in axes else n for a, n in enumerate(np.shape(x))]
+            return jax.lax.full_like(x, number, shape=shape)
+        node = self._makers[atom]
+        at_removed = self.rules[node.eqn.primitive.name].at_removed
+        if at_removed is None:
+            raise GraphError(f"the rule of {jx.Site(node.eqn)} lacks `at_removed`")
+        return at_removed(self.cut(node), axes)
+
+    @functools.cached_property
+    def _makers(self) -> dict[Any, Node]:
+        return {var: node for node in self.tape.nodes for var in node.eqn.outvars}
+
+
 def rebind(cut: Cut) -> list[Any]:
     """The rewrite of equations that are themselves on small operands."""
     return cut.bind()
@@ -120,6 +177,8 @@ def rebind(cut: Cut) -> list[Any]:
 def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape:
     """Label a program, given the labels of its inputs."""
     labels = context.labels
+    # What removed indices hold is asked of equations of the same program only.
+    ins = [v._replace(even=()) if v.even else v for v in ins]
     env: dict[Any, Value] = dict(zip(program.invars, ins))
     consts = tuple(const_value(labels, c) for c in program.consts)
     env.update(zip(program.constvars, consts))
@@ -140,7 +199,7 @@ def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape
             outs, aux = result if isinstance(result, tuple) else (result, None)
         nodes.append(Node(eqn, values, tuple(outs), aux))
         env.update(zip(eqn.outvars, outs))
-    ends = tuple(read(atom) for atom in program.outvars)
+    ends = tuple(read(atom)._replace(even=()) for atom in program.outvars)
     return Tape(program, consts, tuple(nodes), tuple(ins), ends, labels.exact)
 
 
@@ -152,28 +211,21 @@ def run(
 ) -> list[Any]:
     """Evaluate an analysed program on small inputs."""
     program = tape.program
-    env: dict[Any, Any] = dict(zip(program.invars, args))
+    frame = Frame(tape, kept, rules, dict(zip(program.invars, args)))
     for var, const, value in zip(program.constvars, program.consts, tape.consts):
-        env[var] = take(const, kept(value))
+        frame.env[var] = take(const, kept(value))
 
     for node in tape.nodes:
-        small = []
-        for atom, value in zip(node.eqn.invars, node.ins):
-            literal = jx.is_literal(atom)
-            small.append(take(atom.val, kept(value)) if literal else env[atom])
         untouched = all(
             k is None for value in (*node.ins, *node.outs) for k in kept(value)
         )
+        cut = frame.cut(node)
         if untouched and not _cut_inside(node, kept):
-            outs = jx.bind(node.eqn, *small)
+            outs = jx.bind(node.eqn, *cut.args)
         else:
-            rule = rules[node.eqn.primitive.name]
-            outs = rule.rewrite(Cut(node, tuple(small), kept, rules))
-        env.update(zip(node.eqn.outvars, outs))
-    return [
-        take(a.val, kept(v)) if jx.is_literal(a) else env[a]
-        for a, v in zip(program.outvars, tape.outs)
-    ]
+            outs = rules[node.eqn.primitive.name].rewrite(cut)
+        frame.env.update(zip(node.eqn.outvars, outs))
+    return list(map(frame.read, program.outvars, tape.outs))
 
 
 def _cut_inside(node: Node, kept: Callable[[Value], Kept]) -> bool:

@@ -150,6 +150,24 @@ class Mixed(networks.Drawn):
     def do_softmax(self, y: Any, z: Any, b: int) -> Any:
         return nn.softmax(y) if b % 2 else y / (1 + y.max(axis=-1, keepdims=True) ** 2)
 
+    def do_two_pass(self, y: Any, z: Any, b: int) -> Any:
+        if b % 2:
+            return nn.LayerNorm(use_fast_variance=False, use_scale=b > 2)(y)
+        y = nn.Conv(8, (1, 1))(y)
+        norm = nn.GroupNorm(2, use_fast_variance=False, use_bias=b > 2, use_scale=b > 2)
+        return nn.relu(norm(y)) if b > 2 else norm(y)
+
+    def do_standardised(self, y: Any, z: Any, b: int) -> Any:
+        w = Weight(WIDTHS[b % 2])(y)
+        w = (w - w.mean(0)) / (w.std(0) + 0.1) if b > 2 else nn.standardize(w, axis=0)
+        return nn.relu(y @ w)
+
+    def do_channel_attention(self, y: Any, z: Any, b: int) -> Any:
+        y = nn.relu(nn.Conv(4, (1, 1))(y))
+        pooled = (y.max(-1), nn.sigmoid(y).mean(-1), nn.softmax(y).min(-1))
+        gates = jnp.stack(pooled[: 2 + b % 2], axis=-1)
+        return y * nn.sigmoid(nn.Conv(1, (3, 3))(gates))
+
     def do_first(self, y: Any, z: Any, b: int) -> Any:
         """NCHW, as ported networks have it."""
         x = jnp.moveaxis(y, -1, 1)

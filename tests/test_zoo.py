@@ -131,8 +131,9 @@ ZOO = {
         ),
         {"a": 6},
     ),
-    # Without a's channels the standardised kernel would be another one.
-    "weight standardisation": Net(zoo.standardised, {"w": 5}),
+    "weight standardisation": Net(zoo.standardised, {"a": 6, "w": 5}),
+    "two-pass norms": Net(zoo.two_pass, {"a": 6, "b": 4}),
+    "maximum over channels": Net(zoo.attended, {"a": 6}),
     "quantised weights": Net(zoo.quantised, {"p": 6, "q": 5}),
     "half precision": Net(zoo.halved, {"a": 6, "b": 5}, 0.05),
     # The head's inputs go with the constant's columns.
@@ -231,7 +232,7 @@ def test_the_zoo_in_nnx() -> None:
     check_law(apply, graph, variables, x, 1e-10)
 
 
-def test_weight_standardisation_can_be_asked_for() -> None:
+def test_weight_standardisation_can_be_cut_plainly() -> None:
     module, x = zoo.Whole(zoo.standardised), networks.images(0)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
     graph = jp.trace(module.apply, shapes, x, exact=False)

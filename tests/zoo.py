@@ -368,6 +368,20 @@ def standardised(m: nn.Module, x: Any) -> Any:
     )
 
 
+def two_pass(m: nn.Module, x: Any) -> Any:
+    """Variances around means; the second of groups, without a scale of its own."""
+    x = nn.relu(nn.LayerNorm(use_fast_variance=False)(conv(x, 6, "a")))
+    norm = nn.GroupNorm(2, use_fast_variance=False, use_scale=False, use_bias=False)
+    return nn.relu(norm(conv(x, 8, "b")))
+
+
+def attended(m: nn.Module, x: Any) -> Any:
+    """Attention over space, from the largest and the mean channel."""
+    x = nn.relu(conv(x, 6, "a"))
+    both = jnp.stack([x.max(-1), nn.sigmoid(x).mean(-1)], axis=-1)
+    return x * nn.sigmoid(conv(both, 1, "gate"))
+
+
 def quantised(m: nn.Module, x: Any) -> Any:
     for name, ins, outs in (("p", 3, 6), ("q", 6, 5)):
         whole = param(m, name, ins, outs, dtype=jnp.int8)

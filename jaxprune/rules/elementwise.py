@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Value, unknown
-from jaxprune.walk import Context, Rule, freeze_all, rebind
+from jaxprune.walk import Axes, Context, Cut, Rule, freeze_all, rebind
 
 _NUMPY: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
@@ -107,7 +107,27 @@ def _analyse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
     const = None
     if all(v.const is not None for v in ins):
         const = _apply(eqn, [v.const for v in ins])
-    return [Value(labels, fill, const, _leaf(eqn, ins))]
+    even = tuple(
+        all(not _full(eqn, i, axis, n) or v.is_even(axis) for i, v in enumerate(ins))
+        for axis, n in enumerate(shape)
+    )
+    return [Value(labels, fill, const, _leaf(eqn, ins), even)]
+
+
+def at_removed(cut: Cut, axes: Axes) -> Any:
+    """What the operands hold there, computed with as they are."""
+    shape = cut.eqn.outvars[0].aval.shape
+    args = []
+    for i in range(len(cut.args)):
+        mine = tuple(a for a in axes if _full(cut.eqn, i, a, shape[a]))
+        args.append(cut.at_removed(i, mine))
+    return cut.bind(*args)[0]
+
+
+def _full(eqn: jx.Eqn, i: int, axis: int, length: int) -> bool:
+    """Whether operand i has all the indices of an axis."""
+    shape = eqn.invars[i].aval.shape
+    return bool(shape) and shape[axis] == length
 
 
 def _tied(
@@ -117,18 +137,14 @@ def _tied(
     if length == 1:
         return None
     axes = [
-        value.labels[axis]
-        for atom, value in zip(eqn.invars, ins)
-        if atom.aval.shape and atom.aval.shape[axis] == length
+        value.labels[axis] for i, value in enumerate(ins) if _full(eqn, i, axis, length)
     ]
     return context.labels.unify_all(axes, jx.Site(eqn))
 
 
 def _at(eqn: jx.Eqn, i: int, value: Value, axis: int, length: int) -> float | None:
     """Operand i at the removed indices of an axis."""
-    shape = eqn.invars[i].aval.shape
-    full = bool(shape) and shape[axis] == length
-    return value.removed(axis) if full else value.const
+    return value.removed(axis) if _full(eqn, i, axis, length) else value.const
 
 
 def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
@@ -264,7 +280,7 @@ def _leaf(eqn: jx.Eqn, ins: Sequence[Value]) -> int | None:
 def _analyse_each(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """Primitives that pass each operand on, one output each."""
     del context, eqn
-    return list(ins)
+    return [value._replace(even=()) for value in ins]
 
 
 def _analyse_bitcast(
@@ -275,10 +291,13 @@ def _analyse_bitcast(
         return freeze_all(context, eqn, ins)
     (value,) = ins  # Of the bytes it is only known what those of 0 are.
     zero = tuple(0.0 if f == 0 else None for f in value.fill)
-    return [value._replace(fill=zero, const=0.0 if value.const == 0 else None)]
+    const = 0.0 if value.const == 0 else None
+    return [value._replace(fill=zero, const=const, even=())]
 
 
-RULES = {name: Rule(_analyse, rebind) for name in (*_NUMPY, *_SAME, *_OPAQUE)}
+RULES = {
+    name: Rule(_analyse, rebind, at_removed) for name in (*_NUMPY, *_SAME, *_OPAQUE)
+}
 RULES["bitcast_convert_type"] = Rule(_analyse_bitcast, rebind)
 for _name in _EACH:
     RULES[_name] = Rule(_analyse_each, rebind)

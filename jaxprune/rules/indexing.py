@@ -25,7 +25,7 @@ def _slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
         _part(context, eqn, axis, None if axis is None else axis[w])
         for axis, w in zip(value.labels, windows)
     ]
-    return [value._replace(labels=tuple(labels), leaf=None)]
+    return [value._replace(labels=tuple(labels), leaf=None, even=())]
 
 
 def _part(context: Context, eqn: jx.Eqn, axis: Axis, part: Axis) -> Axis:
@@ -74,7 +74,7 @@ def _split(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     for part in parts:
         labels = list(value.labels)
         labels[along] = None if axis is None else _part(context, eqn, axis, part)
-        pieces.append(value._replace(labels=tuple(labels), leaf=None))
+        pieces.append(value._replace(labels=tuple(labels), leaf=None, even=()))
     return pieces
 
 
@@ -92,7 +92,7 @@ def _dynamic_slice(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[
         if not whole:
             context.labels.freeze(value.labels[axis], jx.Site(eqn))
         labels.append(value.labels[axis] if whole else None)
-    return [value._replace(labels=tuple(labels), leaf=None)]
+    return [value._replace(labels=tuple(labels), leaf=None, even=())]
 
 
 def _rewrite_dynamic_slice(cut: Cut) -> list[Any]:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reductions, windows, cumulative sums, sorting, Fourier transforms.
 
-Over a cut axis a reduction is exact only where the masked network holds the operation's
-neutral element, so that leaving indices out changes nothing. What mixes an axis in any
-other way fixes that axis; the others pass.
+Over a cut axis a reduction is exact where the masked network holds the operation's
+neutral element, so that leaving indices out changes nothing, or where all that is left
+out is the same: then one such index is computed beside those that stay (a variance
+around a mean over the channels, a kernel that is standardised over them). What mixes an
+axis in any other way fixes that axis; the others pass.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax import lax
+
 from jaxprune import jaxpr as jx
 from jaxprune.labels import Axis, Value, unknown
-from jaxprune.walk import Context, Rule, rebind
+from jaxprune.walk import Axes, Context, Cut, Rule, rebind
 
 _NEUTRAL = {
     "reduce_sum": 0.0,
@@ -24,18 +28,27 @@ _NEUTRAL = {
     "reduce_xor": 0.0,
 }
 _IDEMPOTENT = ("reduce_max", "reduce_min", "reduce_and", "reduce_or")
+_JOINED = (*_IDEMPOTENT, "reduce_sum", "reduce_prod")
 
 
-def _reduce(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
+def _reduce(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
+    """aux: the axes of which what is left out has to be brought in again."""
     (value,), name, axes = ins, eqn.primitive.name, eqn.params["axes"]
     neutral = _NEUTRAL.get(name)
     if name == "reduce_and" and eqn.invars[0].aval.dtype != bool:
         neutral = -1.0  # all bits
+    brought = []
     for axis in axes:
         labels = value.labels[axis]
-        if neutral is None:
+        if labels is None or (neutral is not None and value.removed(axis) == neutral):
+            continue
+        # Who asks for what is not exact gets the sum over what stays, as textbooks do.
+        plain = neutral is not None and not context.labels.exact
+        if value.is_even(axis) and name in _JOINED and not plain:
+            brought.append(axis)
+        elif neutral is None:
             context.labels.freeze(labels, jx.Site(eqn))
-        elif value.removed(axis) != neutral:
+        else:
             context.labels.inexact(labels, jx.Site(eqn))
     rest = [a for a in range(len(value.labels)) if a not in axes]
 
@@ -46,7 +59,46 @@ def _reduce(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
 
     labels = tuple(value.labels[a] for a in rest)
     leaf = value.leaf if not axes else None
-    return [Value(labels, tuple(fill(a) for a in rest), leaf=leaf)]
+    even = tuple(value.is_even(a) and name in _JOINED for a in rest)
+    fills = tuple(fill(a) for a in rest)
+    return [Value(labels, fills, leaf=leaf, even=even)], tuple(brought)
+
+
+def _rewrite_reduce(cut: Cut) -> list[Any]:
+    return [_reduced(cut, ())]
+
+
+def _reduce_at_removed(cut: Cut, axes: Axes) -> Any:
+    rest = [a for a in range(len(cut.args[0].shape)) if a not in cut.eqn.params["axes"]]
+    return _reduced(cut, tuple(rest[a] for a in axes))
+
+
+def _reduced(cut: Cut, along: Axes) -> Any:
+    """The dense reduction, at the removed indices of these axes of the operand."""
+    dense, kept = cut.eqn.invars[0].aval.shape, cut.kept_in(0)
+    lack = {a: dense[a] - len(k) for a in cut.node.aux if (k := kept[a]) is not None}
+    if cut.eqn.primitive.name == "reduce_sum":
+        return _summed(cut, along, lack)
+    return cut.bind(_refilled(cut, along, lack))[0]
+
+
+def _summed(cut: Cut, along: Axes, lack: dict[int, int]) -> Any:
+    """Axis by axis, the sum over what stays and as often as it is left out the rest."""
+    if not lack:
+        return cut.bind(cut.at_removed(0, along))[0]
+    (axis, times), *others = lack.items()
+    stays = _summed(cut, along, dict(others))
+    return stays + times * _summed(cut, (*along, axis), dict(others))
+
+
+def _refilled(cut: Cut, along: Axes, lack: dict[int, int]) -> Any:
+    """The operand with what was left out behind what stays: so ties stay ties."""
+    if not lack:
+        return cut.at_removed(0, along)
+    (axis, times), *others = lack.items()
+    stays = _refilled(cut, along, dict(others))
+    one = _refilled(cut, (*along, axis), dict(others))
+    return lax.concatenate([stays, *[one] * times], axis)
 
 
 def _window(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -148,7 +200,7 @@ _FIXED_POINTS: dict[str, tuple[float, ...]] = {
 
 RULES = {
     **{
-        name: Rule(_reduce, rebind)
+        name: Rule(_reduce, _rewrite_reduce, _reduce_at_removed)
         for name in (
             *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"),
             *("reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin"),

@@ -21,7 +21,7 @@ from jaxprune.labels import (
     joined,
     unknown,
 )
-from jaxprune.walk import Context, Cut, Rule, rebind, take
+from jaxprune.walk import Axes, Context, Cut, Rule, rebind, take
 
 
 def _broadcast(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -29,15 +29,26 @@ def _broadcast(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Valu
     (value, *_), shape = ins, eqn.params["shape"]
     labels = [context.labels.fresh_repeat(n) for n in shape]
     fill: list[float | None] = [value.const] * len(shape)
+    even = [True] * len(shape)
     for axis, to in enumerate(eqn.params["broadcast_dimensions"]):
         if eqn.invars[0].aval.shape[axis] == shape[to]:
             labels[to] = value.labels[axis]
             fill[to] = value.fill[axis]
-    return [Value(tuple(labels), tuple(fill), value.const, value.leaf)]
+            even[to] = value.is_even(axis)
+    return [Value(tuple(labels), tuple(fill), value.const, value.leaf, tuple(even))]
 
 
 def _rewrite_broadcast(cut: Cut) -> list[Any]:
     return cut.bind(shape=cut.shape_out())
+
+
+def _broadcast_at_removed(cut: Cut, axes: Axes) -> Any:
+    new, mine = cut.eqn.outvars[0].aval.shape, []
+    for axis, to in enumerate(cut.eqn.params["broadcast_dimensions"]):
+        if to in axes and cut.eqn.invars[0].aval.shape[axis] == new[to]:
+            mine.append(axis)
+    shape = tuple(1 if a in axes else n for a, n in enumerate(cut.shape_out()))
+    return cut.bind(cut.at_removed(0, tuple(mine)), *cut.args[1:], shape=shape)[0]
 
 
 def _transpose(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -46,15 +57,32 @@ def _transpose(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Valu
 
 
 def _permuted(value: Value, order: Sequence[int]) -> Value:
-    labels = tuple(value.labels[a] for a in order)
-    return value._replace(labels=labels, fill=tuple(value.fill[a] for a in order))
+    return value._replace(
+        labels=tuple(value.labels[a] for a in order),
+        fill=tuple(value.fill[a] for a in order),
+        even=tuple(value.is_even(a) for a in order),
+    )
+
+
+def _transpose_at_removed(cut: Cut, axes: Axes) -> Any:
+    order = cut.eqn.params["permutation"]
+    return cut.bind(cut.at_removed(0, tuple(order[a] for a in axes)))[0]
 
 
 def _squeeze(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     del context
     (value,) = ins
-    rest = [a for a in range(len(value.labels)) if a not in eqn.params["dimensions"]]
-    return [_permuted(value, rest)]
+    return [_permuted(value, _unsqueezed(eqn))]
+
+
+def _unsqueezed(eqn: jx.Eqn) -> list[int]:
+    ndim, gone = len(eqn.invars[0].aval.shape), eqn.params["dimensions"]
+    return [a for a in range(ndim) if a not in gone]
+
+
+def _squeeze_at_removed(cut: Cut, axes: Axes) -> Any:
+    rest = _unsqueezed(cut.eqn)
+    return cut.bind(cut.at_removed(0, tuple(rest[a] for a in axes)))[0]
 
 
 def _reverse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -64,7 +92,7 @@ def _reverse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
         axis[::-1] if a in turned and axis is not None else axis
         for a, axis in enumerate(value.labels)
     )
-    return [value._replace(labels=labels, leaf=None)]
+    return [value._replace(labels=labels, leaf=None, even=())]
 
 
 def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -294,16 +322,16 @@ def _rewrite_source(cut: Cut) -> list[Any]:
 
 
 RULES = {
-    "broadcast_in_dim": Rule(_broadcast, _rewrite_broadcast),
+    "broadcast_in_dim": Rule(_broadcast, _rewrite_broadcast, _broadcast_at_removed),
     "concatenate": Rule(_concatenate, rebind),
     "pad": Rule(_pad, _rewrite_pad),
     "reshape": Rule(_reshape, _rewrite_reshape),
     "rev": Rule(_reverse, rebind),
     "stack": Rule(_stack, rebind),
-    "squeeze": Rule(_squeeze, rebind),
+    "squeeze": Rule(_squeeze, rebind, _squeeze_at_removed),
     "tile": Rule(_tile, _rewrite_tile),
     "unstack": Rule(_unstack, rebind),
-    "transpose": Rule(_transpose, rebind),
+    "transpose": Rule(_transpose, rebind, _transpose_at_removed),
     **{
         name: Rule(_source, _rewrite_source)
         for name in ("iota", "random_bits", "rng_uniform", "rng_bit_generator")
