@@ -44,14 +44,19 @@ class Value(NamedTuple):
         return self.fill[axis] if self.const is None else self.const
 
     def known(self, axis: int) -> float | None:
-        """The number at removed indices of an axis, unless it may be anything."""
+        """The number at removed indices of an axis, unless it may be anything.
+
+        If 0, its sign may differ between indices.
+        """
         number = self.removed(axis)
         return None if number is None or math.isnan(number) else number
 
     def is_even(self, axis: int) -> bool:
         """Whether what the removed indices of an axis hold does not depend on them."""
-        even = bool(self.even) and self.even[axis]
-        return even or self.known(axis) is not None
+        number = self.removed(axis)
+        if number is None:
+            return bool(self.even) and self.even[axis]
+        return not math.isnan(number)
 
     def held(self) -> tuple[float | None, ...]:
         """The number at removed indices of every axis."""

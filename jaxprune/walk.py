@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -71,8 +72,17 @@ class Context:
     labels: Labels
     rules: Mapping[str, Rule]
 
-    def walk(self, program: jx.Program, ins: Sequence[Value]) -> Tape:
-        return analyse(self, program, ins)
+    def walk(
+        self, program: jx.Program, ins: Sequence[Value], in_place: bool = False
+    ) -> Tape:
+        """Analyse a sub-program; in_place: where `Cut.run_in_place` can run it.
+
+        Of others it is not asked what removed indices hold, so no axis is called even.
+        """
+        if in_place:
+            return analyse(self, program, ins)
+        tape = analyse(self, program, [v._replace(even=()) for v in ins])
+        return tape._replace(outs=tuple(v._replace(even=()) for v in tape.outs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +136,66 @@ class Cut:
     def run(self, tape: Tape, *args: Any) -> list[Any]:
         return run(tape, self.kept, self.rules, args)
 
+    @property
+    def even(self) -> bool:
+        """Whether what removed indices hold may be asked across this call's border."""
+        values = (*self.node.ins, *self.node.outs)
+        return self.frame is not None and any(self._even(v) for v in values)
+
+    def _even(self, value: Value) -> Axes:
+        """The cut axes whose removed indices hold the same, which is not known."""
+        return tuple(
+            axis
+            for axis, kept in enumerate(self.kept(value))
+            if kept is not None and value.is_even(axis) and value.known(axis) is None
+        )
+
+    def run_in_place(self, tape: Tape) -> list[Any]:
+        """The called program as a part of the run that called it."""
+        frame = Frame(tape, self.kept, self.rules)
+        for i, (var, value) in enumerate(zip(tape.program.invars, self.node.ins)):
+            for axes in _subsets(self._even(value)):
+                frame.removed[var, axes] = self.at_removed(i, axes)
+        if self.frame is not None:
+            self.frame.inner[id(self.node)] = frame
+        return frame.run(self.args)
+
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One run of a program: what its variables are by now, in `env`."""
+    """One run of a program, `kept` and `rules` as in `Cut`.
+
+    env: what its variables are by now. removed: what `at_removed` said of them. inner:
+    the runs, by the id of their nodes, of the programs that it called in place.
+    """
 
     tape: Tape
     kept: Callable[[Value], Kept]
     rules: Mapping[str, Rule]
-    env: dict[Any, Any]
-    _removed: dict[tuple[Any, Axes], Any] = dataclasses.field(default_factory=dict)
+    env: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    removed: dict[tuple[Any, Axes], Any] = dataclasses.field(default_factory=dict)
+    inner: dict[int, Frame] = dataclasses.field(default_factory=dict)
+
+    def run(self, args: Sequence[Any]) -> list[Any]:
+        program = self.tape.program
+        self.env.update(zip(program.invars, args))
+        for var, const, value in zip(
+            program.constvars, program.consts, self.tape.consts
+        ):
+            self.env[var] = take(const, self.kept(value))
+        for node in self.tape.nodes:
+            outs = self._bind(self.cut(node))
+            self.env.update(zip(node.eqn.outvars, outs))
+        return list(map(self.read, program.outvars, self.tape.outs))
+
+    def _bind(self, cut: Cut) -> list[Any]:
+        node = cut.node
+        untouched = all(
+            k is None for value in (*node.ins, *node.outs) for k in self.kept(value)
+        )
+        if untouched and not _cut_inside(node, self.kept):
+            return jx.bind(node.eqn, *cut.args)
+        return self.rules[node.eqn.primitive.name].rewrite(cut)
 
     def read(self, atom: Any, value: Value) -> Any:
         if jx.is_literal(atom):
@@ -148,9 +208,9 @@ class Frame:
 
     def at_removed(self, atom: Any, value: Value, axes: Axes) -> Any:
         """What the masked network holds at the removed indices of even axes."""
-        if (atom, axes) not in self._removed:
-            self._removed[atom, axes] = self._at_removed(atom, value, axes)
-        return self._removed[atom, axes]
+        if (atom, axes) not in self.removed:
+            self.removed[atom, axes] = self._at_removed(atom, value, axes)
+        return self.removed[atom, axes]
 
     def _at_removed(self, atom: Any, value: Value, axes: Axes) -> Any:
         number = next((n for n in map(value.known, axes) if n is not None), None)
@@ -159,6 +219,11 @@ class Frame:
             shape = [1 if a in axes else n for a, n in enumerate(np.shape(x))]
             return jax.lax.full_like(x, number, shape=shape)
         node = self._makers[atom]
+        if (inner := self.inner.get(id(node))) is not None:
+            i = node.eqn.outvars.index(atom)
+            return inner.at_removed(
+                inner.tape.program.outvars[i], inner.tape.outs[i], axes
+            )
         at_removed = self.rules[node.eqn.primitive.name].at_removed
         if at_removed is None:
             raise GraphError(f"the rule of {jx.Site(node.eqn)} lacks `at_removed`")
@@ -177,8 +242,6 @@ def rebind(cut: Cut) -> list[Any]:
 def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape:
     """Label a program, given the labels of its inputs."""
     labels = context.labels
-    # What removed indices hold is asked of equations of the same program only.
-    ins = [v._replace(even=()) if v.even else v for v in ins]
     env: dict[Any, Value] = dict(zip(program.invars, ins))
     consts = tuple(const_value(labels, c) for c in program.consts)
     env.update(zip(program.constvars, consts))
@@ -199,7 +262,7 @@ def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape
             outs, aux = result if isinstance(result, tuple) else (result, None)
         nodes.append(Node(eqn, values, tuple(outs), aux))
         env.update(zip(eqn.outvars, outs))
-    ends = tuple(read(atom)._replace(even=()) for atom in program.outvars)
+    ends = tuple(read(atom) for atom in program.outvars)
     return Tape(program, consts, tuple(nodes), tuple(ins), ends, labels.exact)
 
 
@@ -210,22 +273,7 @@ def run(
     args: Sequence[Any],
 ) -> list[Any]:
     """Evaluate an analysed program on small inputs."""
-    program = tape.program
-    frame = Frame(tape, kept, rules, dict(zip(program.invars, args)))
-    for var, const, value in zip(program.constvars, program.consts, tape.consts):
-        frame.env[var] = take(const, kept(value))
-
-    for node in tape.nodes:
-        untouched = all(
-            k is None for value in (*node.ins, *node.outs) for k in kept(value)
-        )
-        cut = frame.cut(node)
-        if untouched and not _cut_inside(node, kept):
-            outs = jx.bind(node.eqn, *cut.args)
-        else:
-            outs = rules[node.eqn.primitive.name].rewrite(cut)
-        frame.env.update(zip(node.eqn.outvars, outs))
-    return list(map(frame.read, program.outvars, tape.outs))
+    return Frame(tape, kept, rules).run(args)
 
 
 def _cut_inside(node: Node, kept: Callable[[Value], Kept]) -> bool:
@@ -238,6 +286,12 @@ def _cut_inside(node: Node, kept: Callable[[Value], Kept]) -> bool:
     return any(k is not None for v in values for k in kept(v)) or any(
         _cut_inside(n, kept) for n in nodes
     )
+
+
+def _subsets(axes: Axes) -> list[Axes]:
+    """All choices of one axis or more."""
+    sizes = range(1, len(axes) + 1)
+    return [c for size in sizes for c in itertools.combinations(axes, size)]
 
 
 def take(x: Any, kept: Kept) -> Any:

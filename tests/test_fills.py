@@ -53,6 +53,21 @@ PROGRAMS = {
         h + total(jnp.where((h / h).astype(jnp.int32) < 0, 0, 1))
     ),
     "sign of zero": lambda h, x: h + total(jnp.where(1 / (h * -1) > 0, 0, 1)),
+    "angle of zero": lambda h, x: (
+        h + total(jnp.arctan2(h * jnp.where(jnp.arange(6) == 1, -1, 1), -1.0))
+    ),
+    "angle of minus zero": lambda h, x: h + total(jnp.arctan2(h * -1, -1.0)),
+    "even inf": lambda h, x: h + total(jnp.exp(jnp.log(h) - x[:, :1])),
+    "even nan": lambda h, x: h * (jnp.log(h) - jnp.log(h).max(-1, keepdims=True)),
+    "largest of none": lambda h, x: h - jnp.log(h).max(-1, keepdims=True),
+    "largest of zeros": lambda h, x: h - (-jnp.abs(h)).max(-1, keepdims=True),
+    "ties": lambda h, x: h - (h * 0 + x[:, :1]).max(-1, keepdims=True),
+    "beside padding": lambda h, x: (
+        h + jnp.pad(h - h.mean(-1)[:, None], ((0, 0), (1, 0))).var(-1)[:, None]
+    ),
+    "two halves": lambda h, x: (
+        h + jnp.concatenate([jnp.exp(h[:, :3]), jnp.cos(h[:, 3:]) / 3], -1).var()
+    ),
     "integer division": lambda h, x: (
         h
         + total(

@@ -168,6 +168,11 @@ EXACT = {
     "around a spread": lambda x: (
         x * jnp.cos(x - x.var(-1, keepdims=True)).sum(-1, keepdims=True)
     ),
+    "spread twice": lambda x: x * (x - x.var(-1, keepdims=True)).var(-1, keepdims=True),
+    "through a call": lambda x: (
+        x * jax.jit(jnp.cos)(jax.jit(jnp.subtract)(x, x.mean(-1)[:, None])).mean()
+    ),
+    "log of a softmax": lambda x: x * jax.nn.log_softmax(x).sum(-1, keepdims=True) / 9,
     "unsigned": lambda x: _of_unsigned(x),
     "integer division": lambda x: (
         x + jnp.prod(2 * jax.lax.div((0 * x).astype(int) + 1, 2), -1, keepdims=True)

@@ -16,9 +16,9 @@ from jaxprune.plan import plan
 from jaxprune.walk import Context, Cut, Kept, Rule, Tape, run
 
 
-def _call(name: str) -> Callable[..., Any]:
+def _call(name: str, in_place: bool = False) -> Callable[..., Any]:
     def rule(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
-        tape = context.walk(jx.program(eqn.params[name]), ins)
+        tape = context.walk(jx.program(eqn.params[name]), ins, in_place)
         return list(tape.outs), tape
 
     return rule
@@ -30,6 +30,8 @@ def _call(name: str) -> Callable[..., Any]:
 
 def _rewrite_jit(cut: Cut) -> list[Any]:
     """One jitted body a site and plan: called again, it is not compiled again."""
+    if cut.even:
+        return _rewrite_inline(cut)
     cut, operands = cut.parts()
 
     def body(*args: Any) -> list[Any]:
@@ -44,7 +46,7 @@ def _rewrite_jit(cut: Cut) -> list[Any]:
 
 
 def _rewrite_inline(cut: Cut) -> list[Any]:
-    return cut.run(cut.node.aux, *cut.args)
+    return cut.run_in_place(cut.node.aux)
 
 
 def _rewrite_remat(cut: Cut) -> list[Any]:
@@ -207,8 +209,8 @@ def _plan(
 
 
 RULES = {
-    "jit": Rule(_call("jaxpr"), _rewrite_jit),
-    "closed_call": Rule(_call("call_jaxpr"), _rewrite_inline),
+    "jit": Rule(_call("jaxpr", in_place=True), _rewrite_jit),
+    "closed_call": Rule(_call("call_jaxpr", in_place=True), _rewrite_inline),
     "remat2": Rule(_call("jaxpr"), _rewrite_remat),
     "custom_jvp_call": Rule(_call("call_jaxpr"), _rewrite_custom_jvp),
     "custom_vjp_call": Rule(_call("call_jaxpr"), _rewrite_custom_vjp),

@@ -91,7 +91,9 @@ _OPAQUE = (
     *("regularized_incomplete_beta", "shift_left", "shift_right_arithmetic"),
     *("shift_right_logical", "zeta"),
 )
-# Those of them that are finite wherever their operands are.
+# Finite functions that tell one zero from the other; others make of them what is inf.
+_SIGNED = ("atan2", "eq_to", "le_to", "lt_to", "nextafter")
+# Those of the opaque that are finite wherever their operands are.
 _ENTIRE = ("asin", "acos", "bessel_i0e", "bessel_i1e", "complex", "polynomial")
 
 
@@ -107,11 +109,15 @@ def _analyse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
     const = None
     if all(v.const is not None for v in ins):
         const = _apply(eqn, [v.const for v in ins])
-    even = tuple(
-        all(not _full(eqn, i, axis, n) or v.is_even(axis) for i, v in enumerate(ins))
-        for axis, n in enumerate(shape)
-    )
+    even = tuple(_even(eqn, ins, axis, length) for axis, length in enumerate(shape))
     return [Value(labels, fill, const, _leaf(eqn, ins), even)]
+
+
+def _even(eqn: jx.Eqn, ins: Sequence[Value], axis: int, length: int) -> bool:
+    """Whether it is computed of the same numbers at all removed indices."""
+    full = [v for i, v in enumerate(ins) if _full(eqn, i, axis, length)]
+    signed = eqn.primitive.name in _SIGNED and any(v.removed(axis) == 0 for v in full)
+    return all(v.is_even(axis) for v in full) and not signed
 
 
 def at_removed(cut: Cut, axes: Axes) -> Any:
