@@ -70,7 +70,13 @@ def build(entry: Mapping[str, Any], clones: Path) -> tuple[Any, Any, Any, Any]:
         keys = {name: jax.random.key(i) for i, name in enumerate(names)}
         init = functools.partial(net.init, keys, **static)
         apply, variables = net.apply, jax.eval_shape(init, *inputs)
+    if entry.get("first", False):
+        apply = _first(apply)
     return apply, variables, inputs, static
+
+
+def _first(apply: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: apply(*args, **kwargs)[0]
 
 
 def _abstractly(make: Callable[[], Any]) -> Any:
