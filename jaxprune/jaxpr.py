@@ -153,6 +153,17 @@ def scalar(value: Any) -> float | None:
     return number if exact else None  # integers beyond 2^53 are not all floats
 
 
+def whole_array(value: Any, most: int) -> np.ndarray | None:
+    """A constant of integers or bools, of at most so many; None of any other."""
+    if isinstance(value, jax.core.Tracer) or np.size(value) > most:
+        return None
+    whole = isinstance(value, int) or getattr(
+        getattr(value, "dtype", None), "kind", ""
+    ) in ("i", "u", "b")
+    here = getattr(value, "is_fully_addressable", True)
+    return np.asarray(value) if whole and here else None
+
+
 def is_finite(value: Any) -> bool:
     """Whether all numbers of a constant are finite; of a tracer, that is assumed."""
     if isinstance(value, jax.core.Tracer) or not is_array(value):

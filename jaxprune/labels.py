@@ -31,6 +31,7 @@ class Value(NamedTuple):
     leaf: the variable that the array is a mere rearrangement of. even: per axis,
     whether removed indices hold the same as each other, though not one known number;
     empty where of no axis, or where the rule of the equation has no `at_removed`.
+    array: what the array is, where that is made of whole constants alone: indices.
     """
 
     labels: tuple[Axis, ...]
@@ -38,6 +39,7 @@ class Value(NamedTuple):
     const: float | None = None
     leaf: int | None = None
     even: tuple[bool, ...] = ()
+    array: np.ndarray | None = None
 
     def removed(self, axis: int) -> float | None:
         """The number at removed indices of an axis."""

@@ -22,6 +22,7 @@ from jaxprune.labels import Labels, Value, fixed
 
 Kept = tuple[np.ndarray | None, ...]
 Axes = tuple[int, ...]
+_MOST = 65536  # indices of one axis
 
 
 class Node(NamedTuple):
@@ -58,11 +59,14 @@ class Rule(NamedTuple):
     at_removed(cut, axes) -> what the masked network holds at the removed indices of
     these axes of the one output, as an array of length 1 along them. Needed of rules
     that call an axis even.
+    fold(eqn, arrays) -> the one output of operands that are known NumPy arrays of
+    integers or bools, or None: so that what is indexed by constants can be followed.
     """
 
     analyse: Callable[..., Any]
     rewrite: Callable[[Cut], list[Any]]
     at_removed: Callable[[Cut, Axes], Any] | None = None
+    fold: Callable[[jx.Eqn, Sequence[np.ndarray]], np.ndarray | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +246,7 @@ def rebind(cut: Cut) -> list[Any]:
 def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape:
     """Label a program, given the labels of its inputs."""
     labels = context.labels
+    ins = [_of_shape(value, var.aval) for value, var in zip(ins, program.invars)]
     env: dict[Any, Value] = dict(zip(program.invars, ins))
     consts = tuple(const_value(labels, c) for c in program.consts)
     env.update(zip(program.constvars, consts))
@@ -260,10 +265,36 @@ def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape
                 _note_use(labels, values)
             result = rule.analyse(context, eqn, values)
             outs, aux = result if isinstance(result, tuple) else (result, None)
+            outs = _folded(rule, eqn, values, outs)
         nodes.append(Node(eqn, values, tuple(outs), aux))
         env.update(zip(eqn.outvars, outs))
     ends = tuple(read(atom) for atom in program.outvars)
     return Tape(program, consts, tuple(nodes), tuple(ins), ends, labels.exact)
+
+
+def _of_shape(value: Value, aval: Any) -> Value:
+    """Without its array, where a called program is given only parts of that."""
+    whole = value.array is None or value.array.shape == aval.shape
+    return value if whole else value._replace(array=None)
+
+
+def _folded(
+    rule: Rule, eqn: jx.Eqn, ins: Sequence[Value], outs: Sequence[Value]
+) -> list[Value]:
+    """The outputs with the arrays that they are, of known operands."""
+    if has_jaxpr(eqn):
+        return [_of_shape(v, var.aval) for v, var in zip(outs, eqn.outvars)]
+    arrays = [v.array for v in ins if v.array is not None]
+    outs = [v if v.array is None else v._replace(array=None) for v in outs]
+    if rule.fold is not None and len(arrays) == len(ins) and _is_small(eqn.outvars[0]):
+        outs[0] = outs[0]._replace(array=rule.fold(eqn, arrays))
+    return list(outs)
+
+
+def _is_small(var: Any) -> bool:
+    """Whether an array may be one of indices, and not a table of something else."""
+    size = math.prod(n if isinstance(n, int) else _MOST + 1 for n in var.aval.shape)
+    return jx.is_array(var.aval) and var.aval.dtype.kind in "iub" and size <= _MOST
 
 
 def run(
@@ -321,7 +352,8 @@ def const_value(labels: Labels, x: Any) -> Value:
         return fixed(len(shape))
     axes = tuple(labels.fresh_constant(n) for n in shape)
     fill = None if jx.is_finite(x) else math.nan
-    return Value(axes, (fill,) * len(shape), None if shape else jx.scalar(x))
+    const, array = None if shape else jx.scalar(x), jx.whole_array(x, _MOST)
+    return Value(axes, (fill,) * len(shape), const, array=array)
 
 
 def freeze_all(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:

@@ -168,6 +168,12 @@ class Mixed(networks.Drawn):
         gates = jnp.stack(pooled[: 2 + b % 2], axis=-1)
         return y * nn.sigmoid(nn.Conv(1, (3, 3))(gates))
 
+    def do_permute(self, y: Any, z: Any, b: int) -> Any:
+        order = np.random.default_rng(b).permutation(y.shape[-1])
+        if b > 2:
+            return jnp.take(y, jnp.asarray(order), axis=-1) + y
+        return y[..., order[: 2 + b]]
+
     def do_first(self, y: Any, z: Any, b: int) -> Any:
         """NCHW, as ported networks have it."""
         x = jnp.moveaxis(y, -1, 1)

@@ -68,6 +68,17 @@ PROGRAMS = {
     "two halves": lambda h, x: (
         h + jnp.concatenate([jnp.exp(h[:, :3]), jnp.cos(h[:, 3:]) / 3], -1).var()
     ),
+    "taken beyond": lambda h, x: h + jnp.take(h, jnp.array([0, 1, 9, 3, 4, 5]), 1),
+    "taken in a loop": lambda h, x: lax.fori_loop(
+        0, 3, lambda i, h: h + h[:, (jnp.arange(6) + i) % 6], h
+    ),
+    "taken by rows of a loop": lambda h, x: lax.scan(
+        lambda h, i: (h + h[:, i], None), h, jnp.array([[0, 1, 2, 3, 5, 4]] * 2)
+    )[0],
+    "taken by few": lambda h, x: h[:, jnp.array([2])] + h,
+    "taken by a table": lambda h, x: (
+        h + h[:, jnp.array([[0, 2], [1, 3], [5, 5]])].reshape(4, 6)
+    ),
     "integer division": lambda h, x: (
         h
         + total(

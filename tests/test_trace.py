@@ -132,6 +132,14 @@ EXACT = {
     "repeat": lambda x: jnp.repeat(x, 2, -1)[:, ::2],
     "group norm": lambda x: x - jnp.repeat(x.reshape(4, 3, 2).mean(-1), 2, -1),
     "there and back": lambda x: jnp.reshape(jnp.reshape(x, (4, 2, 3)), (4, 6)),
+    "permuted": lambda x: x[:, np.array([3, 1, 0, 2, 5, 4])],
+    "permuted under jit": lambda x: jnp.take(
+        x, jnp.array([3, -1, 0, 2, 5, 1]), axis=-1
+    ),
+    "turned by iota": lambda x: x + jnp.take(x, 5 - jnp.arange(6), axis=1),
+    "some twice": lambda x: jnp.concatenate([x[:, [0, 0, 3]], x[:, [5, 5, 4]]], -1),
+    "chosen by a mask": lambda x: x * x[:, np.arange(6) % 2 > 0].sum(-1)[:, None],
+    "along axis": lambda x: jnp.take_along_axis(x, np.arange(6)[None, ::-1], axis=-1),
     "gather rows": lambda x: x[jnp.array([3, 1, 0, 2])],
     "dynamic slice": lambda x: jax.lax.dynamic_slice(x, (x.shape[0] - 3, 0), (2, 6)),
     "fft": lambda x: jnp.fft.fft(x, axis=0).real,

@@ -301,8 +301,26 @@ def _analyse_bitcast(
     return [value._replace(fill=zero, const=const, even=())]
 
 
+def _fold(eqn: jx.Eqn, arrays: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Integers in their own dtypes, which wrap as XLA's do."""
+    name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
+    if name == "select_n":
+        which, *cases = np.broadcast_arrays(arrays[0].astype(int), *arrays[1:])
+        return np.choose(which, cases).astype(dtype) if len(cases) < 32 else None
+    if name in _SAME:
+        return arrays[0].astype(dtype)
+    with np.errstate(all="ignore"):
+        return _NUMPY[name](*arrays).astype(dtype) if name in _WHOLE else None
+
+
+# What NumPy does to integers as XLA does.
+_WHOLE = (
+    *("add", "sub", "mul", "neg", "max", "min", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("and", "or", "xor", "not"),
+)
 RULES = {
-    name: Rule(_analyse, rebind, at_removed) for name in (*_NUMPY, *_SAME, *_OPAQUE)
+    name: Rule(_analyse, rebind, at_removed, _fold)
+    for name in (*_NUMPY, *_SAME, *_OPAQUE)
 }
 RULES["bitcast_convert_type"] = Rule(_analyse_bitcast, rebind)
 for _name in _EACH:

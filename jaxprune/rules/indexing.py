@@ -160,6 +160,12 @@ def _gather(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
             labels[to] = context.labels.unify(line, value.labels[batch[row]], cause)
             fill[to] = value.removed(batch[row])
     context.labels.freeze(indices.labels[-1], cause)
+    chosen = _chosen(eqn, ins)
+    if chosen is not None:
+        axis, to, index = chosen
+        picked = np.asarray(value.labels[axis])[index]
+        labels[to] = context.labels.unify(picked, labels[to], cause)
+        fill[to] = value.removed(axis)
 
     dropped = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
     taken = [a for a in range(len(shape)) if a not in dropped]
@@ -169,10 +175,28 @@ def _gather(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
         else:
             context.labels.freeze(value.labels[axis], cause)
     for axis in dims.collapsed_slice_dims:
-        context.labels.freeze(value.labels[axis], cause)
-    if "FILL" in str(eqn.params["mode"]).upper():
+        if chosen is None or axis != chosen[0]:
+            context.labels.freeze(value.labels[axis], cause)
+    if chosen is None and "FILL" in str(eqn.params["mode"]).upper():
         fill = [unknown(number) for number in fill]
     return [Value(tuple(labels), tuple(fill))]
+
+
+def _chosen(eqn: jx.Eqn, ins: Sequence[Value]) -> tuple[int, int, np.ndarray] | None:
+    """Of indices that are constants: the axis that they are of, that of the output.
+
+    None where they are not known, go beyond, or are not one row of indices of one axis.
+    """
+    (value, indices), dims = ins, eqn.params["dimension_numbers"]
+    rows = set(range(len(eqn.outvars[0].aval.shape))) - set(dims.offset_dims)
+    if indices.array is None or len(dims.start_index_map) != 1 or len(rows) != 1:
+        return None
+    (axis,), (to,), index = dims.start_index_map, rows, indices.array.reshape(-1)
+    line = value.labels[axis]
+    if line is None or not index.size or index.min() < 0 or index.max() >= len(line):
+        return None
+    known = indices.labels[0] is not None and axis in dims.collapsed_slice_dims
+    return (axis, to, index) if known else None
 
 
 def _rewrite_gather(cut: Cut) -> list[Any]:
@@ -180,7 +204,14 @@ def _rewrite_gather(cut: Cut) -> list[Any]:
         n if kept is None or n == 1 else len(kept)
         for n, kept in zip(cut.eqn.params["slice_sizes"], cut.kept_in(0))
     ]
-    return cut.bind(slice_sizes=tuple(sizes))
+    x, indices = cut.args
+    chosen = _chosen(cut.eqn, cut.node.ins)
+    if chosen is not None and (kept := cut.kept_in(0)[chosen[0]]) is not None:
+        _, to, index = chosen
+        rows = cut.kept_out()[to]
+        index = np.searchsorted(kept, index if rows is None else index[rows])
+        indices = index[:, None].astype(indices.dtype)
+    return cut.bind(x, indices, slice_sizes=tuple(sizes))
 
 
 def _scatter(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:

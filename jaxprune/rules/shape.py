@@ -51,6 +51,38 @@ def _broadcast_at_removed(cut: Cut, axes: Axes) -> Any:
     return cut.bind(cut.at_removed(0, tuple(mine)), *cut.args[1:], shape=shape)[0]
 
 
+def _fold_broadcast(eqn: jx.Eqn, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    shape = [1] * len(eqn.params["shape"])
+    for n, to in zip(arrays[0].shape, eqn.params["broadcast_dimensions"]):
+        shape[to] = n
+    return np.broadcast_to(arrays[0].reshape(shape), eqn.params["shape"])
+
+
+def _fold_iota(eqn: jx.Eqn, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    del arrays
+    shape, axis = eqn.params["shape"], eqn.params["dimension"]
+    line = np.arange(shape[axis], dtype=eqn.params["dtype"])
+    return np.broadcast_to(line.reshape([-1] + [1] * (len(shape) - axis - 1)), shape)
+
+
+def _fold_reshape(eqn: jx.Eqn, arrays: Sequence[np.ndarray]) -> np.ndarray | None:
+    """A squeeze too."""
+    permuted = eqn.params.get("dimensions") if "new_sizes" in eqn.params else None
+    return arrays[0].reshape(eqn.outvars[0].aval.shape) if permuted is None else None
+
+
+def _fold_transpose(eqn: jx.Eqn, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0].transpose(eqn.params["permutation"])
+
+
+def _fold_reverse(eqn: jx.Eqn, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.flip(arrays[0], eqn.params["dimensions"])
+
+
+def _fold_concatenate(eqn: jx.Eqn, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays, eqn.params["dimension"])
+
+
 def _transpose(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     del context
     return [_permuted(ins[0], eqn.params["permutation"])]
@@ -322,19 +354,22 @@ def _rewrite_source(cut: Cut) -> list[Any]:
 
 
 RULES = {
-    "broadcast_in_dim": Rule(_broadcast, _rewrite_broadcast, _broadcast_at_removed),
-    "concatenate": Rule(_concatenate, rebind),
+    "broadcast_in_dim": Rule(
+        _broadcast, _rewrite_broadcast, _broadcast_at_removed, _fold_broadcast
+    ),
+    "concatenate": Rule(_concatenate, rebind, fold=_fold_concatenate),
+    "iota": Rule(_source, _rewrite_source, fold=_fold_iota),
     "pad": Rule(_pad, _rewrite_pad),
-    "reshape": Rule(_reshape, _rewrite_reshape),
-    "rev": Rule(_reverse, rebind),
+    "reshape": Rule(_reshape, _rewrite_reshape, fold=_fold_reshape),
+    "rev": Rule(_reverse, rebind, fold=_fold_reverse),
     "stack": Rule(_stack, rebind),
-    "squeeze": Rule(_squeeze, rebind, _squeeze_at_removed),
+    "squeeze": Rule(_squeeze, rebind, _squeeze_at_removed, _fold_reshape),
     "tile": Rule(_tile, _rewrite_tile),
     "unstack": Rule(_unstack, rebind),
-    "transpose": Rule(_transpose, rebind, _transpose_at_removed),
+    "transpose": Rule(_transpose, rebind, _transpose_at_removed, _fold_transpose),
     **{
         name: Rule(_source, _rewrite_source)
-        for name in ("iota", "random_bits", "rng_uniform", "rng_bit_generator")
+        for name in ("random_bits", "rng_uniform", "rng_bit_generator")
     },
     **{
         name: Rule(_source, rebind)
