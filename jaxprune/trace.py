@@ -42,9 +42,10 @@ def trace(
 
     variables and inputs: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and
     dtypes are used, nothing is computed and no array allocated. kwargs are static
-    (`train=False`). With exact=False, groups that masking and cutting treat differently
-    are prunable too, and marked so; else they are frozen. strict: names of modules, or
-    fnmatch patterns, of which only the network's input may freeze anything.
+    (`train=False`). With exact=False, sums leave out what removed channels would add,
+    as at small widths, and groups where that matters are marked; else it is added, or
+    the group frozen. strict: names of modules, or fnmatch patterns, of which only the
+    network's input may freeze anything.
 
     Returns a `Graph`; its groups are in order of first use. Raises GraphError where
     variables hold no array, or arrays without a key path of their own, and where a
