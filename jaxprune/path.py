@@ -21,7 +21,7 @@ from jaxprune.budget import Budget
 from jaxprune.cost import cost
 from jaxprune.criteria import Criterion, Loss, scorer
 from jaxprune.measures import taylor
-from jaxprune.select import allowed_counts
+from jaxprune.select import MultipleOf, allowed_counts
 from jaxprune.steps import Path, Step
 from jaxprune.trees import mask
 
@@ -39,7 +39,7 @@ def prune_path(
     block: float = 0.05,
     until: Budget | None = None,
     kind: budgets.Kind = "flops",
-    multiple_of: int = 1,
+    multiple_of: MultipleOf = 1,
     min_channels: int = 1,
     criterion: Criterion | None = None,
     key: jax.Array | None = None,
@@ -131,9 +131,8 @@ def _cut(
     kept, saved = start.copy(), 0.0
     now = before = float(budgets.measure(graph, kind, kept))
     while saved < target or saved == 0:
-        lower = np.array([_next_lower(a, k) for a, k in zip(allowed.values(), kept)])
+        lower, saving = _units(graph, kept, allowed, kind, now)
         trial = kept - np.diag(kept - lower)
-        saving = now - budgets.measure(graph, kind, trial)
         rise = [t[s - x] - t[s - k] for t, s, x, k in zip(total, start, lower, kept)]
         worth = np.minimum(saving, excess - saved)
         ratio = np.divide(rise, worth, out=np.full(len(kept), np.inf), where=worth > 0)
@@ -147,6 +146,30 @@ def _cut(
         stays[weakest[:cut]] = False
     rise = sum(t[c] for t, c in zip(total, start - kept))
     return keep, float(rise), saved
+
+
+def _units(
+    graph: Graph,
+    kept: np.ndarray,
+    allowed: dict[str, np.ndarray],
+    kind: budgets.Kind,
+    now: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """To what each group falls by a unit, and what that saves.
+
+    A unit is made wider where it saves nothing, as measured time does that is flat.
+    """
+    lower = kept
+    saving = np.zeros(len(kept))
+    while True:
+        flat = saving <= 0
+        next_ = [_next_lower(a, k) for a, k in zip(allowed.values(), lower)]
+        wider = np.where(flat, next_, lower)
+        if np.array_equal(wider, lower):
+            return lower, saving
+        lower = wider
+        trial = kept - np.diag(kept - lower)
+        saving = now - budgets.measure(graph, kind, trial)
 
 
 def _next_lower(counts: np.ndarray, kept: int) -> int:

@@ -13,7 +13,7 @@ from jaxprune.budget import Budget
 from jaxprune.criteria import Criterion, Loss, chain, normalize, score
 from jaxprune.measures import magnitude
 from jaxprune.pruned import Pruned
-from jaxprune.select import select
+from jaxprune.select import MultipleOf, select
 from jaxprune.slim import slim
 from jaxprune.trace import trace
 from jaxprune.trees import shrink
@@ -28,7 +28,7 @@ def prune(
     loss: Loss | None = None,
     batches: Iterable[Any] | None = None,
     key: jax.Array | None = None,
-    multiple_of: int = 1,
+    multiple_of: MultipleOf = 1,
     min_channels: int = 1,
     scope: Literal["global", "local"] = "global",
     overrides: Mapping[str, float | bool] | None = None,

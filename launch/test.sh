@@ -7,8 +7,8 @@
 #
 # PYTHON and JAXPRUNE_VENV: see environment.sh. JAXPRUNE_CAMVID: a CamVid folder, without
 # which the tests on real frames are skipped. JAXPRUNE_TEST_PROCESSES: 2 by default.
-# JAXPRUNE_TEST_OTHER=1: what reads JAX's programs is tested once more on Python 3.13 (or
-# 3.11), if that is here too, with the JAX that is newest for it.
+# Without arguments, what reads JAX's programs is tested once more on Python 3.13 (or 3.11),
+# if that is here too, with the JAX that is newest for it; not with JAXPRUNE_TEST_OTHER=0.
 
 set -euo pipefail
 
@@ -32,12 +32,12 @@ test() {
     python -m pytest --quiet --numprocesses "${JAXPRUNE_TEST_PROCESSES:-2}" \
         --dist loadfile --durations 15 "$@"
 }
-[[ -z "${JAXPRUNE_TEST_OTHER:-}" ]] || other="$(find_other)"
 test "$@"
 
+[[ $# -gt 0 || "${JAXPRUNE_TEST_OTHER:-1}" == 0 ]] || other="$(find_other)"
 if [[ -n "${other:-}" ]]; then
     printf '\nThe transformation once more, with %s\n' "$(version "$other")"
-    JAXPRUNE_TEST_OTHER="" PYTHON="$other" JAXPRUNE_VENV="$root/.venv-other" bash "${BASH_SOURCE[0]}" \
+    PYTHON="$other" JAXPRUNE_VENV="$root/.venv-other" bash "${BASH_SOURCE[0]}" \
         tests/test_{laws,zoo,trace,slim,control,recurrent,mapped,modules,register}.py \
         tests/test_{project,optimisers,cost}.py
 fi

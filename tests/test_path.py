@@ -237,6 +237,32 @@ def test_other_criteria_and_kinds_of_cost(criterion):
     assert all(k.sum() == 3 for k in path.steps[-1].keep.values())
 
 
+class Steps:
+    """Milliseconds that only change by whole fours of channels."""
+
+    def at(self, groups, kept):
+        del groups
+        return (np.asarray(kept) // 4).sum(axis=-1).astype(float)
+
+
+@pytest.mark.parametrize("block", [0.0, 0.3])
+def test_a_cost_that_is_flat_between_steps_is_cut_to_the_next(block):
+    until = budgets.Budget(Steps(), 0.5)
+    path = prune_path(
+        GRAPH,
+        VARIABLES,
+        loss,
+        make_batches(1),
+        until=until,
+        kind=until.kind,
+        block=block,
+    )
+    kept = [np.array([k.sum() for k in s.keep.values()]) for s in path.steps]
+    costs = [until.kind.at((), k) for k in kept]
+    assert costs[-1] <= 0.5 * costs[0] < costs[-2]
+    assert (np.diff(costs) < 0).all()
+
+
 def test_a_network_that_breaks_is_named():
     broken = Criterion(
         lambda graph, variables: (),

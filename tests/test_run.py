@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -243,6 +244,26 @@ def test_every_method_meets_the_budget_and_resumes(tmp_path, fields):
     again = cut.prune_stage(job, graph, dense, Progress(tmp_path))
     chex.assert_trees_all_equal(again.keep, found.keep)
     chex.assert_trees_all_equal(again.variables, found.variables)
+
+
+@pytest.mark.parametrize("method", ["criterion", "path"])
+def test_a_budget_of_milliseconds_is_measured_once(tmp_path, monkeypatch, method):
+    """As if a convolution took as long as its kernel is large."""
+    batches = []
+
+    def timed(reading, features, kernel, repeats):
+        batches.append(features.shape[0])
+        return float(np.prod(kernel.shape))
+
+    monkeypatch.setattr(sys.modules["jaxprune.latency"], "_timed", timed)
+    job, graph, dense = prepared(tmp_path, method=method, budget="latency", ratio=0.7)
+    found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    assert found.keep["first"].sum() == 4
+    assert set(batches) == {job.config.evaluate.batch} and len(batches) == 2
+    shutil.rmtree(tmp_path / "checkpoints")  # killed before the cut was saved
+    again = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    assert len(batches) == 2 and (tmp_path / "timings.json").exists()
+    chex.assert_trees_all_equal(again.keep, found.keep)
 
 
 ROUNDS = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxprune import budget as budgets
 from jaxprune.base import BudgetError, ConfigError, GraphError
 from jaxprune.budget import Budget, channels, flops, params
-from jaxprune.select import allowed_counts, select
+from jaxprune.select import alignment, allowed_counts, select
 
 KINDS = ("flops", "params", "channels", "bytes")
 
@@ -206,6 +206,18 @@ def test_bad_scores(change, words):
         select(graph, scores, flops(0.5))
 
 
+def test_auto_is_a_multiple_that_suits_the_device():
+    graph = toygraphs.chain(32, 20)
+    by_hand = select(graph, random_scores(graph, 0), flops(0.5), multiple_of=8)
+    keep = select(graph, random_scores(graph, 0), flops(0.5), multiple_of="auto")
+    np.testing.assert_array_equal(counts(keep), counts(by_hand))
+    assert {p: alignment(p) for p in ("tpu", "gpu", "cpu")} == {
+        "tpu": 128,
+        "gpu": 8,
+        "cpu": 8,
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -213,6 +225,7 @@ def test_bad_scores(change, words):
         ({"overrides": {"l1": 0.0}}, ConfigError, r"overrides\['l1'\]"),
         ({"overrides": {"l1": False}}, ConfigError, r"overrides\['l1'\]"),
         ({"multiple_of": 0}, ConfigError, "multiple_of=0"),
+        ({"multiple_of": "all"}, ConfigError, "multiple_of='all'"),
         ({"min_channels": 1.5}, ConfigError, "min_channels=1.5"),
         ({"scope": "everywhere"}, ConfigError, "'global' or 'local'"),
     ],

@@ -33,7 +33,7 @@ def choose(
     prune = job.config.prune
     if prune.method == "path":
         return _walk(job, graph, variables, budget, progress)
-    scores = _scores(job, graph, variables)
+    scores = _scores(job, graph, variables, budget.kind)
     if prune.sparse:
         alive = _alive(prune, graph, variables, scores)
         if _measured(graph, alive, budget) <= budgets.limit(graph, budget):
@@ -79,12 +79,14 @@ def _measured(graph: Graph, keep: Keep, budget: Budget) -> float:
     return float(budgets.measure(graph, budget.kind, kept))
 
 
-def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
+def _scores(
+    job: Job, graph: Graph, variables: PyTree, kind: budgets.Kind
+) -> dict[str, np.ndarray]:
     prune = job.config.prune
     name = "magnitude" if prune.sparse else prune.criterion
     looks = name in ("taylor", "fisher", "activation", "reconstruction")
     return score(
-        _criterion(prune, name),
+        _criterion(prune, name, kind),
         graph,
         variables,
         loss=_loss(job) if looks else None,
@@ -93,7 +95,7 @@ def _scores(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
     )
 
 
-def _criterion(prune: Prune, name: str) -> Criterion:
+def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
     known: dict[str, Any] = {
         "taylor": measures.taylor,
         "fisher": measures.fisher,
@@ -109,7 +111,7 @@ def _criterion(prune: Prune, name: str) -> Criterion:
     if prune.normalize != "none":
         parts.append(criteria.normalize(prune.normalize))
     if prune.per_cost:
-        parts.append(criteria.per_cost(prune.budget))
+        parts.append(criteria.per_cost(kind))
     return criteria.chain(*parts)
 
 
@@ -199,7 +201,7 @@ def _walk(
         validation=validation,
         block=prune.block,
         until=budget,
-        kind=prune.budget,
+        kind=budget.kind,
         multiple_of=prune.multiple_of,
         min_channels=prune.min_channels,
         on_step=judge,

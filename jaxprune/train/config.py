@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxprune import budget
 from jaxprune.base import ConfigError, DataError
 from jaxprune.data import Augment
 from jaxprune.train import settings
@@ -101,6 +100,9 @@ Criterion = Literal[
 class Prune:
     """Which channels go. budget, ratio: at most `ratio` of the dense cost stays.
 
+    'latency': the milliseconds of the convolutions, measured on the device at hand for
+    `evaluate.batch` images and kept in the work folder's timings.json.
+
     method: 'criterion' scores and selects; 'lasso' first trains on for `lasso_epochs`
     with proximal steps of `strength` times the learning rate, and cuts what is 0 then,
     or the least where that is over the budget; 'gates' does the same to one trained
@@ -110,7 +112,8 @@ class Prune:
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
-    of it, with every method; where fewer are not 0, zeros fill it up. rounds: the cut
+    of it, with every method; where fewer are not 0, zeros fill it up; 'auto': what the
+    device likes, see `jaxprune.select.alignment`. rounds: the cut
     in so many equal factors, `recovery_epochs` of retraining behind each but the last.
     carry_optimizer: retraining goes on with the cut state of the optimiser.
     reconstruct: training batches to refit kernels that read what is cut by least
@@ -122,10 +125,10 @@ class Prune:
     criterion: Criterion = "taylor"
     normalize: Literal["none", "mean", "max", "sum", "l2"] = "mean"
     per_cost: bool = False
-    budget: Literal["flops", "params", "channels", "bytes"] = "flops"
+    budget: Literal["flops", "params", "channels", "bytes", "latency"] = "flops"
     ratio: float = 0.25
     scope: Literal["global", "local"] = "global"
-    multiple_of: int = 8
+    multiple_of: int | Literal["auto"] = 8
     min_channels: int = 8
     batches: int = 16
     rounds: int = 1
@@ -314,7 +317,11 @@ def _check_prune(prune: Prune) -> None:
     carried = prune.carry_optimizer and prune.method == "gates"
     rules = [
         ("ratio", 0 < prune.ratio <= 1, "the fraction that stays, in (0, 1]"),
-        ("multiple_of", prune.multiple_of > 0, "positive"),
+        (
+            "multiple_of",
+            prune.multiple_of == "auto" or prune.multiple_of > 0,
+            "positive, or 'auto'",
+        ),
         ("min_channels", prune.min_channels > 0, "positive"),
         ("batches", prune.batches > 0, "positive"),
         ("rounds", prune.rounds > 0, "positive"),
@@ -327,7 +334,6 @@ def _check_prune(prune: Prune) -> None:
         ("carry_optimizer", not carried, "false where the method is 'gates'"),
     ]
     _apply("prune", prune, rules)
-    budget.Budget(prune.budget, prune.ratio)
 
 
 def _apply(where: str, of: Any, rules: Sequence[tuple[str, bool, str]]) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 
 from jaxprune import checkpoint, graph_io
 from jaxprune.base import EDGES, CheckpointError, Graph, Keep, PyTree, path_str
-from jaxprune.budget import Budget, measure, sizes
+from jaxprune.budget import Budget, Kind, measure, sizes
 from jaxprune.cost import cost
 from jaxprune.keeps import check_keep, compose
+from jaxprune.latency import timings
 from jaxprune.reconstruct import reconstruct
 from jaxprune.slim import slim
 from jaxprune.train import choose
@@ -55,6 +56,7 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
     if prune.sparse:
         variables, opt_state = sparsify(job, graph, dense, progress)
     cut = Cut(graph.full(), variables, _carried(job, opt_state))
+    kind = _kind(job, graph, variables)
     rows: list[dict[str, Any]] = []
     for number in range(1, prune.rounds + 1):
         last = number == prune.rounds
@@ -64,7 +66,7 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
             cut = _restore(store, number, graph, cut)
             rows += store.meta(number).get("path", [])
         else:
-            cut, more = _round(job, graph, cut, number, progress)
+            cut, more = _round(job, graph, cut, number, kind, progress)
             rows += more
             if last and not (job.workdir / _FILE).exists():
                 _write(job, graph, cut.keep, rows)
@@ -85,7 +87,7 @@ def _text(keep: Keep) -> dict[str, str]:
 
 
 def _round(
-    job: Job, graph: Graph, cut: Cut, number: int, progress: Progress
+    job: Job, graph: Graph, cut: Cut, number: int, kind: Kind, progress: Progress
 ) -> tuple[Cut, list[dict[str, Any]]]:
     """One cut of what the rounds before have left, its validation row, and its path."""
     prune = job.config.prune
@@ -95,10 +97,10 @@ def _round(
     rows: list[dict[str, Any]] | None = None
     if keep is None:
         # Equal factors: each round leaves the same fraction of the one before.
-        whole = measure(graph, prune.budget, sizes(graph))
-        now = measure(smaller, prune.budget, sizes(smaller))
+        whole = measure(graph, kind, sizes(graph))
+        now = measure(smaller, kind, sizes(smaller))
         ratio = min(prune.ratio ** (number / prune.rounds) * float(whole / now), 1.0)
-        budget = Budget(prune.budget, ratio)
+        budget = Budget(kind, ratio)
         keep, rows = choose.choose(here, smaller, cut.variables, budget, progress)
     refitted = _refitted(here, smaller, keep, cut.variables)
     variables, carried = shrink(smaller, keep, (refitted, cut.carried))
@@ -116,6 +118,17 @@ def _round(
     progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")
     cut = Cut(keep, variables, carried)
     return cut, [{**row, "round": number} for row in rows or []]
+
+
+def _kind(job: Job, graph: Graph, variables: PyTree) -> Kind:
+    """The budget's kind of cost; of 'latency', what this device was found to need."""
+    config = job.config
+    if config.prune.budget != "latency":
+        return config.prune.budget
+    batch = (config.evaluate.batch, *config.data.size, 3)
+    images = jax.ShapeDtypeStruct(batch, np.float32)
+    file = job.workdir / "timings.json"
+    return timings(job.apply, graph, variables, images, cache=file, train=False)
 
 
 def _decided(job: Job, before: Keep) -> dict[str, np.ndarray] | None:
