@@ -174,6 +174,15 @@ class Mixed(networks.Drawn):
         s = jax.lax.stop_gradient(y.mean(axis=(1, 2)))
         return y @ jax.lax.linalg.cholesky(jnp.eye(4, dtype=s.dtype) + s.T @ s)
 
+    def do_mix_tokens(self, y: Any, z: Any, b: int) -> Any:
+        """MLP-Mixer's: a dense layer over positions, the channels its batch."""
+        tokens = nn.LayerNorm()(y[:, ::4, ::4].reshape(y.shape[0], 4, y.shape[-1]))
+        rows = jnp.swapaxes(tokens, 1, 2)
+        rows = nn.Dense(4)(nn.gelu(nn.Dense(8)(rows)))
+        tokens = nn.LayerNorm()(tokens + jnp.swapaxes(rows, 1, 2))
+        out = nn.Dense(4)(tokens).reshape(y.shape[0], 2, 2, 4)
+        return jnp.repeat(jnp.repeat(out, 4, 1), 4, 2)
+
     def do_permute(self, y: Any, z: Any, b: int) -> Any:
         order = np.random.default_rng(b).permutation(y.shape[-1])
         if b > 2:

@@ -17,7 +17,7 @@ from jaxprune import jaxpr as jx
 from jaxprune.base import INPUT, WINDOW
 from jaxprune.labels import FROM_INPUT, Axis, Labels, RawTerm, Value, unknown
 from jaxprune.rules.elementwise import zero_product
-from jaxprune.walk import Context, Cut, Rule, rebind
+from jaxprune.walk import Axes, Context, Cut, Rule, rebind
 
 
 def _contract(
@@ -73,7 +73,7 @@ def _add_terms(
 
 
 def _dot_general(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    (left, right), (summed, batch) = ins, eqn.params["dimension_numbers"]
+    (left, right), (summed, _) = ins, eqn.params["dimension_numbers"]
     shape = eqn.invars[0].aval.shape
     ties = [
         (shape[i], _contract(context, eqn, (left, i), (right, j)))
@@ -81,22 +81,41 @@ def _dot_general(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Va
     ]
     labels: list[Axis] = []
     fill: list[float | None] = []
-    for i, j in zip(*batch):
-        tied = context.labels.unify(left.labels[i], right.labels[j], jx.Site(eqn))
-        labels.append(tied)
-        pair = left.removed(i), right.removed(j)
-        fill.append(0.0 if zero_product(*pair) else unknown(*pair))
-    for value, used in (
-        (left, (*summed[0], *batch[0])),
-        (right, (*summed[1], *batch[1])),
-    ):
-        for axis in range(len(value.labels)):
-            if axis not in used:
-                labels.append(value.labels[axis])
-                fill.append(_zero(value, axis))
-    out = Value(tuple(labels), tuple(fill))
+    even: list[bool] = []
+    for pair in _made(eqn):
+        if len(pair) == 2:  # a batch axis
+            lines = [(left, right)[side].labels[axis] for side, axis in pair]
+            labels.append(context.labels.unify_all(lines, jx.Site(eqn)))
+            numbers = [(left, right)[side].removed(axis) for side, axis in pair]
+            fill.append(0.0 if zero_product(*numbers) else unknown(*numbers))
+        else:
+            ((side, axis),) = pair
+            labels.append((left, right)[side].labels[axis])
+            fill.append(_zero((left, right)[side], axis))
+        even.append(all((left, right)[side].is_even(axis) for side, axis in pair))
+    out = Value(tuple(labels), tuple(fill), even=tuple(even))
     _add_terms(context, eqn, out, ties)
     return [out]
+
+
+def _made(eqn: jx.Eqn) -> list[tuple[tuple[int, int], ...]]:
+    """For each axis of a matrix product's output, the (operand, axis) it is made of."""
+    summed, batch = eqn.params["dimension_numbers"]
+    free = [
+        ((side, axis),)
+        for side, (atom, s, b) in enumerate(zip(eqn.invars, summed, batch))
+        for axis in range(len(atom.aval.shape))
+        if axis not in (*s, *b)
+    ]
+    return [*(((0, i), (1, j)) for i, j in zip(*batch)), *free]
+
+
+def _dot_at_removed(cut: Cut, axes: Axes) -> Any:
+    made, args = _made(cut.eqn), []
+    for i in (0, 1):
+        mine = [a for axis in axes for side, a in made[axis] if side == i]
+        args.append(cut.at_removed(i, tuple(mine)))
+    return cut.bind(*args)[0]
 
 
 def _conv(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -197,5 +216,5 @@ def _rewrite_conv(cut: Cut) -> list[Any]:
 
 RULES = {
     "conv_general_dilated": Rule(_conv, _rewrite_conv),
-    "dot_general": Rule(_dot_general, rebind),
+    "dot_general": Rule(_dot_general, rebind, _dot_at_removed),
 }
