@@ -59,7 +59,7 @@ def zeroed(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
             stays = axis_values(leaf.shape[axis], slots, keep, True, bool)
             if not (isinstance(stays, np.ndarray) and stays.all()):
                 numpy = is_numpy(x) and isinstance(stays, np.ndarray)
-                where = np.where if numpy else jnp.where
+                where: Any = np.where if numpy else jnp.where
                 x = where(_along(stays, axis, x.ndim), x, np.zeros((), x.dtype))
         return x
 
