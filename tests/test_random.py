@@ -12,6 +12,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.extend.core as jex_core
 import mixed
 import numpy as np
 import optax
@@ -46,15 +47,20 @@ def halved(graph: jp.Graph, number: int) -> dict[str, np.ndarray]:
 
 def check(ops: Any, number: int, train: bool) -> jp.Graph:
     """Laws 1 to 5 and 9, and for an operation without a rule law 6."""
-    apply, variables, x = mixed.mixed(ops, number)
-    graph = jp.trace(apply, variables, x)
-    keep = halved(graph, number)
-    check_function(apply, graph, keep, variables, x, TRAIN if train else {})
-    check_trees(graph, keep, variables, number)
-    trained = jp.trace(apply, variables, x, **TRAIN)
+    module, variables, x = mixed.mixed(ops, number)
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda a: np.asarray(a, np.float64), variables)
+        x = np.asarray(x, np.float64)
+        apply = recorded(module, double, x)
+        graph = jp.trace(apply, double, x)
+        trained = jp.trace(apply, double, x, train=True)
+        keep = halved(graph, number)
+        with jax.disable_jit():
+            check_function(apply, graph, keep, double, x, number, train)
     assert {n: g.size for n, g in graph.groups.items()} == {
         n: g.size for n, g in trained.groups.items()
     }
+    check_trees(graph, keep, variables, number)
     if any(kind == "unknown" for kind, *_ in ops):
         assert any("cholesky" in f.cause for f in graph.frozen)
     if number % 20 == 0:
@@ -68,23 +74,56 @@ def check(ops: Any, number: int, train: bool) -> jp.Graph:
     return graph
 
 
+def recorded(module: Any, variables: Any, x: Any) -> Any:
+    """The module's two programs, which run without Flax, whose Python is slow."""
+    programs = {}
+    for train, kw in ((False, {}), (True, TRAIN)):
+
+        def outputs(v: Any, x: Any, kw: Any = kw) -> Any:
+            found = module(v, x, **kw)
+            return (found[0], dict(found[1])) if kw else found
+
+        jaxpr, shapes = jax.make_jaxpr(outputs, return_shape=True)(variables, x)
+        programs[train] = jex_core.jaxpr_as_fun(jaxpr), jax.tree.structure(shapes)
+
+    def apply(variables: Any, x: Any, train: bool = False) -> Any:
+        program, tree = programs[train]
+        return tree.unflatten(program(*jax.tree.leaves((variables, x))))
+
+    return apply
+
+
 def check_function(
-    apply: Any, graph: jp.Graph, keep: Any, variables: Any, x: Any, kw: Any
+    apply: Any, graph: Any, keep: Any, variables: Any, x: Any, number: int, train: bool
 ) -> None:
-    """Law 1: outputs and statistics of slim are those of mask, in float64."""
-    with jax.enable_x64(True), jax.disable_jit():
-        double = jax.tree.map(lambda a: np.asarray(a, np.float64), variables)
-        x = np.asarray(x, np.float64)
-        masked, small = jp.mask(graph, keep, double), jp.shrink(graph, keep, double)
-        want = apply(masked, x, **kw)
-        got = jp.slim(apply, graph, keep)(small, x, **kw)
-        if kw:
-            statistics = jax.tree.map(np.asarray, dict(want[1]))
-            if statistics:
-                statistics = jp.shrink(graph, keep, statistics)
-            want, got = (want[0], statistics), (got[0], dict(got[1]))
-    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        scale = max(float(np.max(np.abs(a))), 1e-3)
+    """Law 1: outputs and statistics of slim are those of mask; of a few, gradients."""
+    masked, small = (f(graph, keep, variables) for f in (jp.mask, jp.shrink))
+    slimmed = jp.slim(apply, graph, keep)
+    runs = (lambda v: apply(v, x, train=train)), (lambda v: slimmed(v, x, train=train))
+    if number % 8:
+        close(runs[1](small), cut_statistics(graph, keep, runs[0](masked)))
+        return
+    want, back = jax.vjp(runs[0], masked)
+    got, small_back = jax.vjp(runs[1], small)
+    close(got, cut_statistics(graph, keep, want))
+    rng = np.random.default_rng(number)
+    pulls = jax.tree.map(lambda y: np.asarray(rng.normal(size=y.shape)), want)
+    small_pulls = cut_statistics(graph, keep, pulls)
+    close(small_back(small_pulls)[0], jp.shrink(graph, keep, back(pulls)[0]))
+
+
+def cut_statistics(graph: Any, keep: Any, outputs: Any) -> Any:
+    """What a network returns, its batch statistics cut."""
+    if not (isinstance(outputs, tuple) and outputs[1]):
+        return outputs
+    return outputs[0], jp.shrink(graph, keep, outputs[1])
+
+
+def close(got: Any, want: Any) -> None:
+    """On one scale for all leaves: some gradients are 0 but for rounding."""
+    leaves = jax.tree.leaves(want)
+    scale = max(1e-3, *(float(np.max(np.abs(a), initial=0)) for a in leaves))
+    for a, b in zip(leaves, jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=1e-10 * scale)
 
 
