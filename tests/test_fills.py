@@ -110,6 +110,8 @@ PROGRAMS = {
     "bfloat16 inf": lambda h, x: (
         h.astype(jnp.bfloat16) * jnp.array([1, jnp.inf, 1, 1, 1, 1], jnp.bfloat16)
     ),
+    "log2 rounded": lambda h, x: h + total(jnp.floor(jnp.log2(h + 8)) - 3),
+    "exp2 rounded": lambda h, x: h + total(jnp.floor(jnp.exp2(h + 3)) - 8),
     "jacobian": lambda h, x: jnp.einsum(
         "bij,bj->bi", jax.vmap(jax.jacfwd(jnp.sin))(h), h
     ),
