@@ -98,7 +98,7 @@ def fitted(
 ) -> jax.sharding.NamedSharding:
     """It, without splitting cut axes (not None) whose length no longer divides."""
     parts = list(sharding.spec)
-    for axis, names in enumerate(parts):
+    for axis, names in enumerate(parts[: len(cut)]):  # `jacfwd` leaves longer ones
         names = names if isinstance(names, tuple) else (names,)
         shards = math.prod(sharding.mesh.shape.get(name, 1) for name in names)
         if cut[axis] is not None and shape[axis] % shards:
@@ -140,6 +140,19 @@ def is_array(aval: Any) -> bool:
     )
 
 
+def kind(dtype: Any) -> str:
+    """NumPy's letter: b, i, u, f or c. It has V for JAX's own, bfloat16 and int4."""
+    dtype = np.dtype(dtype)
+    if dtype.kind == "V":
+        for letter, family in _FAMILIES.items():
+            if jax.dtypes.issubdtype(dtype, family):
+                return letter
+    return dtype.kind
+
+
+_FAMILIES = {"i": np.signedinteger, "u": np.unsignedinteger, "f": np.floating}
+
+
 def scalar(value: Any) -> float | None:
     """A literal as a number, or None where it is an array, a key or a tracer."""
     if isinstance(value, jax.core.Tracer) or np.ndim(value):
@@ -168,7 +181,7 @@ def is_finite(value: Any) -> bool:
     """Whether all numbers of a constant are finite; of a tracer, that is assumed."""
     if isinstance(value, jax.core.Tracer) or not is_array(value):
         return True
-    return value.dtype.kind not in "fc" or bool(np.isfinite(np.asarray(value)).all())
+    return kind(value.dtype) not in "fc" or bool(np.isfinite(np.asarray(value)).all())
 
 
 # Frames that are not the user's: of JAX, of this package, of Flax and Optax.

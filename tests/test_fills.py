@@ -57,6 +57,22 @@ PROGRAMS = {
         h + total(jnp.arctan2(h * jnp.where(jnp.arange(6) == 1, -1, 1), -1.0))
     ),
     "angle of minus zero": lambda h, x: h + total(jnp.arctan2(h * -1, -1.0)),
+    "sign bit": lambda h, x: h + total(jnp.signbit(h * -1)),
+    "sign copied": lambda h, x: h + total(jnp.copysign(x[:, :1], h * -1)),
+    "bits of zero": lambda h, x: (
+        h + total(lax.bitcast_convert_type(h * -1, jnp.int64) == 0)
+    ),
+    "branch cut": lambda h, x: (
+        h + total(jnp.log(lax.complex(h - 1 - x[:, :1], h * -1)).imag)
+    ),
+    "branch cut at a number": lambda h, x: (
+        h + total(jnp.arctan(lax.complex(h * -1, h - 2)).real)
+    ),
+    "log of complex zero": lambda h, x: (
+        h + total(jnp.log((h * -1).astype(complex)).imag)
+    ),
+    "to int4": lambda h, x: h + total((jnp.exp(h) * 300).astype(jnp.int4)),
+    "to uint4": lambda h, x: h + total((h - 1).astype(jnp.uint4)),
     "even inf": lambda h, x: h + total(jnp.exp(jnp.log(h) - x[:, :1])),
     "even nan": lambda h, x: h * (jnp.log(h) - jnp.log(h).max(-1, keepdims=True)),
     "largest of none": lambda h, x: h - jnp.log(h).max(-1, keepdims=True),
@@ -91,6 +107,14 @@ PROGRAMS = {
     "pole": lambda h, x: lax.lgamma(h),
     "zero by nan": lambda h, x: h / (h / h),
     "constant inf": lambda h, x: jnp.exp(h + np.where(np.arange(6) == 1, -np.inf, 0)),
+    "bfloat16 inf": lambda h, x: (
+        h.astype(jnp.bfloat16) * jnp.array([1, jnp.inf, 1, 1, 1, 1], jnp.bfloat16)
+    ),
+    "log2 rounded": lambda h, x: h + total(jnp.floor(jnp.log2(h + 8)) - 3),
+    "exp2 rounded": lambda h, x: h + total(jnp.floor(jnp.exp2(h + 3)) - 8),
+    "jacobian": lambda h, x: jnp.einsum(
+        "bij,bj->bi", jax.vmap(jax.jacfwd(jnp.sin))(h), h
+    ),
     "or": lambda h, x: jnp.where((h < -1) | (h >= 0), 1.0, 0.5),
     "xor": lambda h, x: jnp.where((h < -1) ^ (h >= 0), 1.0, 0.5),
     "log compared": lambda h, x: jnp.where(jnp.log(h) < x[:, :1], 1.0, 0.5),
@@ -111,6 +135,18 @@ def test_the_law_holds_at_awkward_numbers(name: str) -> None:
         graph = jp.trace(apply, variables, x)
         keep = {n: np.arange(g.size) != 1 for n, g in graph.groups.items()}
         assert jp.verify(apply, graph, keep, variables, x) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_zero_divided_by_what_is_not_known_is_zero(dtype: Any) -> None:
+    variables = {"a": np.ones((3, 6), np.float32), "c": np.ones((6, 2), np.float32)}
+
+    def apply(v: Any, x: Any) -> Any:
+        h = (x @ v["a"]).astype(dtype) / x[:, :1].astype(dtype)
+        return (h @ v["c"]) / jnp.exp(h * jnp.arange(6)).max(1, keepdims=True)
+
+    (group,) = jp.trace(apply, variables, np.ones((4, 3), np.float32)).groups.values()
+    assert group.size == 6
 
 
 @pytest.mark.parametrize("name", ["relu", "softplus", "gelu", "silu", "mish", "elu"])

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxprune import jaxpr as jx
@@ -92,7 +93,18 @@ _OPAQUE = (
     *("shift_right_logical", "zeta"),
 )
 # Finite functions that tell one zero from the other; others make of them what is inf.
-_SIGNED = ("atan2", "eq_to", "le_to", "lt_to", "nextafter")
+_SIGNED = ("atan2", "complex", "eq_to", "le_to", "lt_to", "nextafter")
+# Of complex numbers these do so too, at their branch cuts.
+_BRANCHED = (
+    *("acos", "acosh", "asin", "asinh", "atan", "atanh", "log", "log1p", "log2"),
+    *("pow", "rsqrt", "sqrt"),
+)
+# XLA rounds these in ways of its own (log2(8) < 3); NumPy agrees where both are exact.
+_ROUNDED = (
+    *("asinh", "atan", "atan2", "cbrt", "cos", "cosh", "div", "erf", "erfc", "exp"),
+    *("exp2", "expm1", "log", "log1p", "log2", "logistic", "pow", "rsqrt", "sin"),
+    *("sinh", "sqrt", "tan", "tanh"),
+)
 # Those of the opaque that are finite wherever their operands are.
 _ENTIRE = ("asin", "acos", "bessel_i0e", "bessel_i1e", "complex", "polynomial")
 
@@ -117,7 +129,14 @@ def _even(eqn: jx.Eqn, ins: Sequence[Value], axis: int, length: int) -> bool:
     """Whether it is computed of the same numbers at all removed indices."""
     full = [v for i, v in enumerate(ins) if _full(eqn, i, axis, length)]
     signed = eqn.primitive.name in _SIGNED and any(v.removed(axis) == 0 for v in full)
-    return all(v.is_even(axis) for v in full) and not signed
+    branched = _is_branched(eqn) and any(v.removed(axis) is not None for v in full)
+    return all(v.is_even(axis) for v in full) and not signed and not branched
+
+
+def _is_branched(eqn: jx.Eqn) -> bool:
+    """Whether the sign of a zero, which is not known, decides between two values."""
+    name, dtype = eqn.primitive.name, eqn.invars[0].aval.dtype
+    return name in _BRANCHED and jx.kind(dtype) == "c"
 
 
 def at_removed(cut: Cut, axes: Axes) -> Any:
@@ -164,7 +183,7 @@ def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
         number = _unknown(name, numbers)
         if number is None and None not in numbers:
             number = _evaluated(eqn, numbers)
-    if dtype.kind in "iub":  # has no number that is not finite
+    if jx.kind(dtype) in "iub":  # has no number that is not finite
         return None if number is None or not math.isfinite(number) else float(number)
     # The one object, so that what is nan equals itself where loops compare.
     return math.nan if number is not None and math.isnan(number) else number
@@ -180,7 +199,7 @@ def _absorbed(
     if name == "or" and dtype.kind == "b" and 1.0 in numbers:
         return 1.0
     if name == "div" and numbers[0] == 0 and numbers[1] is None:
-        return 0.0 if dtype.kind in "fc" else None  # XLA's integer 0 / 0 is -1
+        return 0.0 if jx.kind(dtype) in "fc" else None  # XLA's integer 0 / 0 is -1
     if name == "select_n":
         which, *cases = numbers
         if which is not None and math.isfinite(which):
@@ -218,6 +237,10 @@ def _evaluated(eqn: jx.Eqn, numbers: Sequence[Any]) -> float | None:
             return math.nan
         exact = _plain(np.float64(numbers[0]) ** power)
         return exact if exact in (0.0, 1.0) else unknown(exact)
+    if name == "complex" and numbers[1] == 0:
+        return numbers[0]
+    if _is_branched(eqn):
+        return math.nan if numbers[0] == 0 else unknown(*numbers)
     if name in _OPAQUE:
         return unknown(*numbers) if name in _ENTIRE else math.nan
     if name == "rsqrt" and numbers[0] == 0:
@@ -231,7 +254,7 @@ def _evaluated(eqn: jx.Eqn, numbers: Sequence[Any]) -> float | None:
     given = []
     for number, atom in zip(numbers, eqn.invars):
         own = np.dtype(atom.aval.dtype)
-        if own.kind in "iu" and not _holds(own, number):
+        if jx.kind(own) in "iu" and not _holds(own, number):
             return None
         given.append(np.asarray(number).astype(own)[()])
     with np.errstate(all="ignore"):
@@ -239,12 +262,28 @@ def _evaluated(eqn: jx.Eqn, numbers: Sequence[Any]) -> float | None:
         if found is None:
             return None
         wide = found
-        if dtype.kind in "iu" and name not in ("and", "or", "xor", "not", "select_n"):
+        if jx.kind(dtype) in "iu" and name not in (
+            "and",
+            "or",
+            "xor",
+            "not",
+            "select_n",
+        ):
             # Those beside an integer type's numbers wrap, or are truncated.
             wide = _NUMPY[name](*map(np.float64, numbers))
             if not _holds(dtype, wide):
                 return None
-        return _plain(np.asarray(found).astype(dtype)[()])
+        found = _plain(np.asarray(found).astype(dtype)[()])
+    return unknown(found) if name in _ROUNDED and _rounds(numbers, found) else found
+
+
+def _rounds(numbers: Sequence[float], found: float | None) -> bool:
+    """Whether the last digits of a function at these numbers depend on who computes."""
+    ends = (0.0, 1.0, math.inf)
+    if found == numbers[0] and found in (0.0, 1.0):  # 0 / 3, 1 to any power
+        return False
+    known = found is not None and abs(found) in (0.5, *ends)
+    return not known or not all(abs(n) in ends for n in numbers)
 
 
 def _cast(eqn: jx.Eqn, number: float) -> float | None:
@@ -254,7 +293,7 @@ def _cast(eqn: jx.Eqn, number: float) -> float | None:
     dtype = np.dtype(eqn.params["new_dtype"])
     if dtype.kind == "b":
         return float(number != 0)
-    if dtype.kind in "iu":
+    if jx.kind(dtype) in "iu":
         whole = np.trunc(number)
         return float(whole) if math.isfinite(whole) and _holds(dtype, whole) else None
     with np.errstate(all="ignore"):
@@ -272,7 +311,7 @@ def zero_product(*numbers: float | None) -> bool:
 
 def _holds(dtype: np.dtype, number: Any) -> bool:
     """Whether an integer type, and a float, have this number exactly."""
-    limits = np.iinfo(dtype)
+    limits = jax.numpy.iinfo(dtype)
     inside = limits.min <= number <= limits.max and abs(number) <= 2**53
     return bool(inside and number == np.floor(number))
 
@@ -295,7 +334,11 @@ def _analyse_bitcast(
     """The same bytes as another type: elementwise where the widths agree."""
     if eqn.invars[0].aval.shape != eqn.outvars[0].aval.shape:
         return freeze_all(context, eqn, ins)
-    (value,) = ins  # Of the bytes it is only known what those of 0 are.
+    (value,) = ins
+    made, of = (jx.kind(v.aval.dtype) for v in (*eqn.outvars, *eqn.invars))
+    if of in "fc" and made not in "fc":  # of a float's 0 the sign is not known
+        return [Value(value.labels, (None,) * len(value.labels), leaf=value.leaf)]
+    # Of other bytes it is only known what those of 0 are.
     zero = tuple(0.0 if f == 0 else None for f in value.fill)
     const = 0.0 if value.const == 0 else None
     return [value._replace(fill=zero, const=const, even=())]
