@@ -37,6 +37,7 @@ from jaxprune.path import prune_path
 from jaxprune.prune import prune
 from jaxprune.reconstruct import reconstruct
 from jaxprune.rules import register_rule
+from jaxprune.search import best_of, particle_filter
 from jaxprune.select import select
 from jaxprune.slim import slim, verify
 from jaxprune.sparsity import (
@@ -75,6 +76,7 @@ __all__ = [
     "activation",
     "base",
     "bench",
+    "best_of",
     "bn_scale",
     "bytes",
     "chain",
@@ -105,6 +107,7 @@ __all__ = [
     "models",
     "normalize",
     "params",
+    "particle_filter",
     "per_cost",
     "proximal",
     "proximal_gates",

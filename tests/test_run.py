@@ -218,6 +218,8 @@ def prepared(folder: Path, **fields):
         {"criterion": "activation"},
         {"criterion": "reconstruction", "reconstruct": 2},
         {"criterion": "random", "scope": "local"},
+        {"method": "random_masks", "trials": 3},
+        {"method": "particles", "trials": 6, "stages": 2},
         {"method": "path", "block": 0.1},
         {"method": "lasso", "lasso_epochs": 1.0, "strength": 30.0},
         {"method": "gates", "lasso_epochs": 1.0, "strength": 30.0},

@@ -83,6 +83,7 @@ class Fit:
     augment: float = 1.0
 
 
+Method = Literal["criterion", "lasso", "gates", "path", "random_masks", "particles"]
 Criterion = Literal[
     "magnitude",
     "taylor",
@@ -103,12 +104,13 @@ class Prune:
     'latency': the milliseconds of the convolutions, measured on the device at hand for
     `evaluate.batch` images and kept in the work folder's timings.json.
 
-    method: 'criterion' scores and selects; 'lasso' first trains on for `lasso_epochs`
-    with proximal steps of `strength` times the learning rate, and cuts what is 0 then,
-    or the least where that is over the budget; 'gates' does the same to one trained
-    number per channel, and folds those that stay into the weights; 'path' cuts back by
-    cost complexity, `block` of the cost at a time, and takes the step that `choose`
-    says.
+    method: 'criterion' scores and selects; 'path' cuts back by cost complexity, `block`
+    of the cost at a time, and takes the step that `choose` says; 'lasso' first trains
+    on for `lasso_epochs` with proximal steps of `strength` times the learning rate, and
+    cuts what is 0 then, or the least where that is over the budget; 'gates' does the
+    same to one trained number per channel, and folds those that stay into the weights;
+    'random_masks' takes the best of `trials` random masks by the loss on the validation
+    split; 'particles' cuts, weighs and resamples trials / stages of them in `stages`.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
@@ -121,7 +123,7 @@ class Prune:
     cut.
     """
 
-    method: Literal["criterion", "lasso", "gates", "path"] = "criterion"
+    method: Method = "criterion"
     criterion: Criterion = "taylor"
     normalize: Literal["none", "mean", "max", "sum", "l2"] = "mean"
     per_cost: bool = False
@@ -137,6 +139,8 @@ class Prune:
     strength: float = 0.01
     block: float = 0.05
     choose: Literal["budget", "1se", "min"] = "budget"
+    trials: int = 128
+    stages: int = 8
     carry_optimizer: bool = False
     reconstruct: int = 0
     statistics: int = 40
@@ -329,6 +333,8 @@ def _check_prune(prune: Prune) -> None:
         ("lasso_epochs", prune.lasso_epochs >= 0, "0 or more"),
         ("strength", prune.strength >= 0, "0 or more"),
         ("block", 0 <= prune.block < 1, "in [0, 1)"),
+        ("trials", prune.trials > 0, "positive"),
+        ("stages", 0 < prune.stages <= prune.trials, "from 1 to prune.trials"),
         ("reconstruct", prune.reconstruct >= 0, "0 or more"),
         ("statistics", prune.statistics >= 0, "0 or more"),
         ("carry_optimizer", not carried, "false where the method is 'gates'"),

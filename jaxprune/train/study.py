@@ -40,6 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "lamp": {"criterion": "lamp", "normalize": "none"},
     "random": {"criterion": "random"},
+    "random_masks": {"method": "random_masks"},
+    "particles": {"method": "particles"},
     "lasso": {"method": "lasso"},
     "gates": {"method": "gates"},
 }
