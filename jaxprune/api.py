@@ -53,6 +53,7 @@ from jaxprune.sparsity import (
 from jaxprune.steps import Path, Step
 from jaxprune.trace import trace
 from jaxprune.trees import expand, mask, shrink, shrink_graph
+from jaxprune.weights import keep_zeros, nonzero_cost, prune_weights
 
 if TYPE_CHECKING:  # at run time, `jaxprune` imports them when they are first used
     from jaxprune import models, report, train
@@ -98,6 +99,7 @@ __all__ = [
     "geometric_median",
     "group_lasso",
     "init_gates",
+    "keep_zeros",
     "lamp",
     "latency",
     "load",
@@ -105,6 +107,7 @@ __all__ = [
     "magnitude",
     "mask",
     "models",
+    "nonzero_cost",
     "normalize",
     "params",
     "particle_filter",
@@ -113,6 +116,7 @@ __all__ = [
     "proximal_gates",
     "prune",
     "prune_path",
+    "prune_weights",
     "random",
     "report",
     "reconstruct",

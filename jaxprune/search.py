@@ -81,7 +81,7 @@ def particle_filter(
 
     Sequential importance resampling: every particle is a keep, at first the full one.
     At each stage t of T each is cut at random to the fraction ratio^(t / T) of the
-    cost, weighs w = exp(-(loss - least loss) / (temperature * deviation of the losses)),
+    cost, weighs exp(-(loss - least loss) / (temperature * deviation of the losses)),
     and is resampled in proportion to it. Of those at the budget the best is returned.
     Evaluates particles * stages losses, as `best_of` does with that count.
 

@@ -83,7 +83,9 @@ class Fit:
     augment: float = 1.0
 
 
-Method = Literal["criterion", "lasso", "gates", "path", "random_masks", "particles"]
+Method = Literal[
+    "criterion", "path", "lasso", "gates", "random_masks", "particles", "weights"
+]
 Criterion = Literal[
     "magnitude",
     "taylor",
@@ -110,7 +112,9 @@ class Prune:
     cuts what is 0 then, or the least where that is over the budget; 'gates' does the
     same to one trained number per channel, and folds those that stay into the weights;
     'random_masks' takes the best of `trials` random masks by the loss on the validation
-    split; 'particles' cuts, weighs and resamples trials / stages of them in `stages`.
+    split; 'particles' cuts, weighs and resamples trials / stages of them in `stages`;
+    'weights' cuts no channel but single weights, and holds them at 0 in retraining: the
+    budget then counts what a machine that skips zeros would be spared.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
@@ -149,6 +153,11 @@ class Prune:
     def sparse(self) -> bool:
         """Whether the network is trained on under a penalty before it is cut."""
         return self.method in ("lasso", "gates")
+
+    @property
+    def irregular(self) -> bool:
+        """Whether single weights are cut; all arrays stay as large as before."""
+        return self.method == "weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +298,11 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
             )
             for where in ("train", "retrain")
         ),
+        (
+            "scratch",
+            not (config.scratch and config.prune.irregular),
+            "false where the method is 'weights': no widths change",
+        ),
         # Another optimiser has no use for the moments of the one before.
         (
             "prune.carry_optimizer",
@@ -319,8 +333,10 @@ def _check_fit(where: str, fit: Fit) -> None:
 def _check_prune(prune: Prune) -> None:
     # The moments of a weight are not those of its product with a gate.
     carried = prune.carry_optimizer and prune.method == "gates"
+    counted = not prune.irregular or prune.budget in ("flops", "params")
     rules = [
         ("ratio", 0 < prune.ratio <= 1, "the fraction that stays, in (0, 1]"),
+        ("budget", counted, "flops or params where the method is 'weights'"),
         (
             "multiple_of",
             prune.multiple_of == "auto" or prune.multiple_of > 0,

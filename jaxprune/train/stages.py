@@ -71,13 +71,18 @@ def _stages(
     cut_out = cut.prune_stage(job, graph, dense, progress)
     keep = cut_out.keep
     small = slim(net.apply, graph, keep)
-    job = dataclasses.replace(job, apply=small, carried=cut_out.carried)
+    job = dataclasses.replace(
+        job,
+        apply=small,
+        carried=cut_out.carried,
+        proximal=cut.held(config.prune),
+    )
     pruned = train(job, cut_out.variables, progress).average
 
     costs, epochs = (cost(graph), cost(graph, keep)), pruned_epochs(config)
     networks = {
         "dense": Contender(net.apply, dense.average, costs[0], config.train.epochs),
-        "pruned": Contender(small, pruned, costs[1], epochs),
+        "pruned": Contender(small, pruned, costs[1], epochs, cut.nonzero(job, pruned)),
     }
     if config.scratch:
         plain = models.rebuild(net, pruned)

@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"criterion": "random"},
     "random_masks": {"method": "random_masks"},
     "particles": {"method": "particles"},
+    "weights": {"method": "weights"},
     "lasso": {"method": "lasso"},
     "gates": {"method": "gates"},
 }
@@ -57,7 +58,9 @@ def study(
     """Run all, and write comparison.json and comparison.md; the table's rows.
 
     Methods that train under a penalty before the cut retrain that much shorter. Where
-    the config asks for a network from scratch, it is of the first method's widths.
+    the config asks for a network from scratch, it is of the first method's widths. Of
+    'weights', the budget is the share of FLOPs or parameters that are not of zeros; its
+    rows tell the cost on hardware for dense products, and that share beside it.
     Raises ConfigError for an unknown method, before any work, and what `run` does.
     """
     workdir = Path(os.path.abspath(workdir))
@@ -106,13 +109,21 @@ def planned(
             warmup=min(retrain.warmup, retrain.epochs - spent),
         )
         prune = dataclasses.replace(prune, carry_optimizer=False)
+    if prune.irregular and prune.rounds == 1:
+        # Han et al. cut again and again: three cuts share the retraining.
+        each = retrain.epochs / 3
+        rest = retrain.epochs - 2 * each
+        prune = dataclasses.replace(prune, rounds=3, recovery_epochs=each)
+        retrain = dataclasses.replace(
+            retrain, epochs=rest, warmup=min(retrain.warmup, each, rest)
+        )
     return dataclasses.replace(
         config,
         name=f"{config.name}_{method}",
         seed=config.seed + seed,
         prune=prune,
         retrain=retrain,
-        scratch=config.scratch and method == first,
+        scratch=config.scratch and method == first and not prune.irregular,
     )
 
 
@@ -152,6 +163,9 @@ def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for field in ("flops", "params"):
             share = [n["cost"][field] / dense[0]["cost"][field] for n in unique]
             row[field] = statistics.fmean(share)
+        left = [n["nonzero"]["flops"] for n in unique if "nonzero" in n]
+        whole = dense[0]["cost"]["flops"]
+        row["nonzero"] = statistics.fmean(left) / whole if left else None
         for split in ("val", "test"):
             scores = [n["splits"][split]["miou"] for n in unique]
             row[split] = statistics.fmean(scores)
@@ -171,10 +185,13 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         spread = row[f"{split}_deviation"]
         return f"{row[split]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
+    zeros = any(row.get("nonzero") is not None for row in rows)
     lines = [
         "| method | budget | FLOPs | parameters | mIoU val | mIoU test | ms | epochs |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    if zeros:
+        lines = [lines[0] + " FLOPs, zeros skipped |", lines[1] + " ---: |"]
     for row in rows:
         cells = [
             row["method"],
@@ -186,5 +203,8 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['ms']:.1f}",
             f"{row['epochs']:g}",
         ]
+        if zeros:
+            left = row.get("nonzero")
+            cells.append("" if left is None else f"{left:.1%}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
