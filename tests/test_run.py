@@ -245,7 +245,7 @@ def prepared(folder: Path, **fields):
         {"criterion": "bn_scale", "normalize": "none"},
         {"criterion": "fisher"},
         {"criterion": "lamp"},
-        {"criterion": "activation"},
+        {"criterion": "apoz"},
         {"criterion": "reconstruction", "reconstruct": 2},
         {"criterion": "random", "scope": "local"},
         {"method": "random_masks", "trials": 3},

@@ -110,7 +110,7 @@ def _scores(
 ) -> dict[str, np.ndarray]:
     prune = job.config.prune
     name = "magnitude" if prune.sparse else prune.criterion
-    looks = name in ("taylor", "fisher", "activation", "reconstruction")
+    looks = name in ("taylor", "fisher", "activation", "apoz", "reconstruction")
     return score(
         _criterion(prune, name, kind),
         graph,
@@ -127,6 +127,7 @@ def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
         "fisher": measures.fisher,
         "geometric_median": measures.geometric_median,
         "activation": features.activation,
+        "apoz": functools.partial(features.activation, "apoz"),
         "reconstruction": features.reconstruction,
         "lamp": measures.lamp,
         "magnitude": _magnitude(prune),

@@ -93,6 +93,7 @@ Criterion = Literal[
     "bn_scale",
     "geometric_median",
     "activation",
+    "apoz",
     "reconstruction",
     "lamp",
     "random",

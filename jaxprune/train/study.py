@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bn_scale": {"criterion": "bn_scale"},
     "geometric_median": {"criterion": "geometric_median"},
     "activation": {"criterion": "activation"},
+    "apoz": {"criterion": "apoz"},
     "reconstruction": {
         "criterion": "reconstruction",
         "scope": "local",
