@@ -18,8 +18,8 @@ from PIL import Image
 
 import jaxprune as jp
 from jaxprune import data, report, sparsity, trees
-from jaxprune.base import ConfigError, DataError
-from jaxprune.train import choose, cut, loop, run, sparsify, stages
+from jaxprune.base import BudgetError, ConfigError, DataError
+from jaxprune.train import choose, cut, loop, run, sparsify, stages, study
 from jaxprune.train import step as steps
 from jaxprune.train.config import (
     Config,
@@ -165,6 +165,31 @@ def test_missing_data_leaves_no_folder(tmp_path):
     with pytest.raises(DataError, match="none"):
         run(dataclasses.replace(CONFIG, data=where), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+METHODS = ["criterion", "lasso", "gates", "path", "random_masks", "particles"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_that_cannot_be_met_is_told_before_any_work(method, tmp_path):
+    job, graph, _ = prepared(tmp_path, method=method, ratio=0.3, multiple_of=3)
+    with pytest.raises(
+        BudgetError, match=r"has 0\.5000 of .* flops\(0\.5000\) or more"
+    ):
+        cut.check_budget(job.config.prune, graph)
+    free = dataclasses.replace(job.config.prune, choose="1se")
+    if method == "path":
+        cut.check_budget(free, graph)
+
+
+def test_a_run_that_cannot_be_small_enough_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prune = dataclasses.replace(CONFIG.prune, ratio=0.01)
+    with pytest.raises(BudgetError, match="cannot be met: what must stay has"):
+        run(dataclasses.replace(CONFIG, prune=prune), tmp_path / "run")
+    with pytest.raises(BudgetError, match=r"flops\(0.01\) cannot be met"):
+        study.study(CONFIG, tmp_path / "study", ["l1", "path"], [0.5, 0.01])
+    assert not (tmp_path / "run").exists() and not (tmp_path / "study").exists()
 
 
 def test_the_same_data_may_move_and_others_are_refused(tmp_path, monkeypatch):

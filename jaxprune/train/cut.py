@@ -27,6 +27,7 @@ from jaxprune.cost import cost
 from jaxprune.keeps import check_keep, compose
 from jaxprune.latency import timings
 from jaxprune.reconstruct import reconstruct
+from jaxprune.select import select
 from jaxprune.slim import slim
 from jaxprune.train import choose
 from jaxprune.train import step as steps
@@ -51,6 +52,23 @@ class Cut(NamedTuple):
     keep: Mapping[str, np.ndarray]
     variables: PyTree
     carried: PyTree = None
+
+
+def check_budget(prune: Prune, graph: Graph) -> None:
+    """Raise BudgetError, telling the least, where no keep of the dense graph meets it.
+
+    Milliseconds, and zeros among the weights, are told of when they are counted.
+    """
+    free = prune.method == "path" and prune.choose != "budget"
+    if free or prune.irregular or prune.budget == "latency":
+        return
+    select(
+        graph,
+        {n: np.zeros(g.size) for n, g in graph.groups.items()},
+        Budget(prune.budget, prune.ratio),
+        multiple_of=prune.multiple_of,
+        min_channels=prune.min_channels,
+    )
 
 
 def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) -> Cut:

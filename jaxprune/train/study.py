@@ -62,7 +62,8 @@ def study(
     the config asks for a network from scratch, it is of the first method's widths. Of
     'weights', the budget is the share of FLOPs or parameters that are not of zeros; its
     rows tell the cost on hardware for dense products, and that share beside it.
-    Raises ConfigError for an unknown method, before any work, and what `run` does.
+    Raises ConfigError for an unknown method, BudgetError for a budget that no network
+    meets, before any work, and what `run` does.
     """
     workdir = Path(os.path.abspath(workdir))
     plans = [
@@ -75,6 +76,8 @@ def study(
         raise ConfigError("compare: name at least one method, budget and seed")
     for _, _, _, plan in plans:
         check(plan)
+    classes = stages.load_split(config, "train").classes
+    stages.check_budgets([plan for *_, plan in plans], len(classes))
     found = []
     for method, budget, seed, plan in plans:
         folder = workdir / f"{method}-{budget:g}-seed{seed}"
