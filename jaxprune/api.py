@@ -37,6 +37,7 @@ from jaxprune.path import prune_path
 from jaxprune.prune import prune
 from jaxprune.reconstruct import reconstruct
 from jaxprune.rules import register_rule
+from jaxprune.search import best_of, particle_filter
 from jaxprune.select import select
 from jaxprune.slim import slim, verify
 from jaxprune.sparsity import (
@@ -52,6 +53,7 @@ from jaxprune.sparsity import (
 from jaxprune.steps import Path, Step
 from jaxprune.trace import trace
 from jaxprune.trees import expand, mask, shrink, shrink_graph
+from jaxprune.weights import keep_zeros, nonzero_cost, prune_weights
 
 if TYPE_CHECKING:  # at run time, `jaxprune` imports them when they are first used
     from jaxprune import models, report, train
@@ -75,6 +77,7 @@ __all__ = [
     "activation",
     "base",
     "bench",
+    "best_of",
     "bn_scale",
     "bytes",
     "chain",
@@ -96,6 +99,7 @@ __all__ = [
     "geometric_median",
     "group_lasso",
     "init_gates",
+    "keep_zeros",
     "lamp",
     "latency",
     "load",
@@ -103,13 +107,16 @@ __all__ = [
     "magnitude",
     "mask",
     "models",
+    "nonzero_cost",
     "normalize",
     "params",
+    "particle_filter",
     "per_cost",
     "proximal",
     "proximal_gates",
     "prune",
     "prune_path",
+    "prune_weights",
     "random",
     "report",
     "reconstruct",

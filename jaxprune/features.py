@@ -8,7 +8,7 @@ convolutions are not looked into: what only those read has no score, which is an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,32 +22,39 @@ from jaxprune.taps import Reading, taps
 Found = dict[Path, list[dict[int, jax.Array]]]  # by leaf, by reading, by kernel axis
 
 
-def activation() -> Criterion:
-    """The mean of |feature| over images and positions, where the channel is read.
+def activation(statistic: Literal["mean", "std", "apoz"] = "mean") -> Criterion:
+    """A statistic of the features over images and positions, where a channel is read.
 
-    The mean over its readers and the batches, each weighing the same; what a consumer
-    reads lies behind normalisation and activation function. Raises ConfigError for a
+    'mean': of their absolute values. 'std': their standard deviation. 'apoz': the share
+    that is not 0, one minus the average percentage of zeros. All that is read of a
+    channel, every reader and batch weighing the same; what a consumer reads lies behind
+    normalisation and activation function. Raises ConfigError for another statistic, a
     missing loss or batch, GraphError naming the groups that no convolution or matrix
     product reads plainly.
 
     Source: Molchanov et al., "Pruning convolutional neural networks for resource
-    efficient inference", 2017, section 2.2 (mean activation).
+    efficient inference", 2017, section 2.2 (activation); Hu et al., "Network trimming",
+    2016, eq. 1 (APoZ).
     """
+    if statistic not in _MOMENTS:
+        known = ", ".join(_MOMENTS)
+        raise ConfigError(f"activation({statistic!r}): the statistic is one of {known}")
+    moments = _MOMENTS[statistic]
 
     def look(reading: Reading) -> dict[int, jax.Array]:
-        return {kernel: _mean(reading.features, axis) for kernel, axis in reading.pairs}
+        return {k: _means(reading.features, axis, moments) for k, axis in reading.pairs}
 
     def init(graph: Graph, variables: PyTree) -> PyTree:
         del variables
-        return jnp.zeros(()), {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
+        shapes = {n: (len(moments), g.size) for n, g in graph.groups.items()}
+        return jnp.zeros(()), {n: jnp.zeros(s) for n, s in shapes.items()}
 
     def update(scores: Scores, state: PyTree, evidence: Evidence):
         del scores
         seen = _seen(evidence, "activation", look)
         new = {
             name: sum(
-                values[axis][slot.indices].mean(axis=1)
-                for slot, axis, values in readers
+                v[axis][:, slot.indices].mean(axis=2) for slot, axis, v in readers
             )
             / len(readers)
             for name, readers in _readers(evidence.graph, seen, "activation").items()
@@ -55,14 +62,30 @@ def activation() -> Criterion:
         count, average = state
         count = count + 1
         average = {n: a + (new[n] - a) / count for n, a in average.items()}
-        return average, (count, average)
+        return {n: _of_moments(*a) for n, a in average.items()}, (count, average)
 
     return Criterion(init, update)
 
 
-def _mean(features: jax.Array, axis: int) -> jax.Array:
+# What of each feature is averaged.
+_MOMENTS: dict[str, tuple[Callable[[jax.Array], jax.Array], ...]] = {
+    "mean": (jnp.abs,),
+    "std": (lambda x: x, jnp.square),
+    "apoz": (lambda x: (x != 0).astype(x.dtype),),
+}
+
+
+def _means(features: jax.Array, axis: int, moments: Any) -> jax.Array:
+    """[moments, length of the axis]."""
     others = tuple(a for a in range(features.ndim) if a != axis)
-    return jnp.abs(features.astype(jnp.float32)).mean(axis=others)
+    x = features.astype(jnp.float32)
+    return jnp.stack([moment(x).mean(axis=others) for moment in moments])
+
+
+def _of_moments(first: jax.Array, second: jax.Array | None = None) -> jax.Array:
+    if second is None:
+        return first
+    return jnp.sqrt(jnp.maximum(second - jnp.square(first), 0))
 
 
 def reconstruction(positions: int = 128, steps: int = 48) -> Criterion:
@@ -74,7 +97,9 @@ def reconstruction(positions: int = 128, steps: int = 48) -> Criterion:
     channel to a thousandth of it. The score is the share of them at which beta[c] is
     not 0, plus a thousandth of its mean size there, which settles ties. It ranks the
     channels of a group; for ratios by group take select's scope='local'. Keeps [C, C]
-    numbers a group. Behind it, `jaxprune.reconstruct` refits the readers.
+    numbers a group. Channels are chosen by what the given network reads, all groups at
+    once, where the source chooses layer by layer; behind it, `jaxprune.reconstruct`
+    refits the readers one after the other, by what the cut network reads.
 
     Raises ConfigError for a missing loss, batch or key, or numbers under 1; GraphError
     naming the groups that no convolution or matrix product reads plainly.

@@ -27,8 +27,7 @@ from jaxprune import jaxpr as jx
 from jaxprune.base import Apply, BudgetError, Graph, GraphError, PyTree
 from jaxprune.base import Path as KeyPath
 from jaxprune.budget import Budget
-from jaxprune.taps import Reading, taps
-from jaxprune.trace import struct
+from jaxprune.taps import Reading, readings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +118,7 @@ def timings(
     """
     known = _Known(None if cache is None else Path(cache))
     products = []
-    for reading in _readings(apply, variables, inputs, kwargs):
+    for reading in readings(apply, variables, inputs, kwargs):
         axes = _axes(reading)
         if axes is None:
             continue
@@ -148,22 +147,6 @@ def timings(
 
 def _device() -> str:
     return jax.devices()[0].device_kind
-
-
-def _readings(
-    apply: Apply, variables: PyTree, inputs: Any, kwargs: Mapping[str, Any]
-) -> list[Reading]:
-    """Every product of a kernel, without its numbers."""
-    found: list[Reading] = []
-
-    def look(reading: Reading) -> None:
-        features, kernel = struct(reading.features), struct(reading.kernel)
-        found.append(reading._replace(features=features, kernel=kernel))
-
-    jax.eval_shape(
-        lambda tree, args: taps(apply, look)(tree, *args, **kwargs), variables, inputs
-    )
-    return found
 
 
 def _axes(reading: Reading) -> tuple[int, int] | None:

@@ -44,7 +44,8 @@ def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Cr
     weights in `roles` is measured by all that it has. Raises ConfigError for another p,
     GraphError naming the groups that have no trained weight at all.
 
-    Source: Li et al., "Pruning filters for efficient ConvNets", 2017 (p = 1).
+    Source: Li et al., "Pruning filters for efficient ConvNets", 2017, section 3.1
+    (p = 1).
     """
     if p not in (1, 2):
         raise ConfigError(f"magnitude(p={p!r}): p is 1 or 2")
@@ -96,7 +97,7 @@ def bn_scale() -> Criterion:
     the groups that have none.
 
     Source: Liu et al., "Learning efficient convolutional networks through network
-    slimming", 2017.
+    slimming", 2017, section 3.
     """
 
     def init(graph: Graph, variables: PyTree) -> PyTree:

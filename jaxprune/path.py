@@ -84,7 +84,7 @@ def prune_path(
     batches = _finite(batches, "batches")
     held = batches if validation is None else _finite(validation, "validation")
     estimate = scorer(criterion or taylor(), graph, loss)
-    evaluate = _evaluator(graph, risk or loss)
+    evaluate = evaluator(graph, risk or loss)
 
     def walk() -> Iterator[Step]:
         keep, alpha = graph.full(), 0.0
@@ -178,7 +178,7 @@ def _next_lower(counts: np.ndarray, kept: int) -> int:
     return int(below[-1]) if len(below) else int(kept)
 
 
-def _evaluator(graph: Graph, risk: Risk) -> Callable[..., tuple[float, float]]:
+def evaluator(graph: Graph, risk: Risk) -> Callable[..., tuple[float, float]]:
     """(keep, variables, batches) -> mean risk and its standard error; traced once."""
 
     @jax.jit

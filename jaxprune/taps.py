@@ -154,6 +154,22 @@ def taps(
     return run
 
 
+def readings(
+    f: Apply, variables: PyTree, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Reading]:
+    """Every product of a kernel that `taps` shows, shapes for its numbers."""
+    found: list[Reading] = []
+
+    def look(reading: Reading) -> None:
+        features, kernel = struct(reading.features), struct(reading.kernel)
+        found.append(reading._replace(features=features, kernel=kernel))
+
+    jax.eval_shape(
+        lambda tree, args: taps(f, look)(tree, *args, **kwargs), variables, inputs
+    )
+    return found
+
+
 def run_products(
     program: jx.Program,
     args: Sequence[Any],

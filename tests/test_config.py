@@ -105,6 +105,14 @@ def test_no_more_colour_than_there_is(empty):
 
 
 def test_gates_carry_no_optimiser(empty):
+    for setting, match in (
+        ("prune.budget=channels", "prune.budget = 'channels': must be flops or params"),
+        ("scratch=true", "scratch = True: must be false where the method is 'weights'"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            configs.load_config(empty, ["prune.method=weights", setting])
+    with pytest.raises(ConfigError, match="prune.stages = 9: must be from 1 to"):
+        configs.load_config(empty, ["prune.trials=8", "prune.stages=9"])
     with pytest.raises(ConfigError, match="carry_optimizer = True.*false.*'gates'"):
         configs.load_config(empty, ["prune.method=gates", "prune.carry_optimizer=true"])
 

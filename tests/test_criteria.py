@@ -46,6 +46,20 @@ def make_batches(n=3):
     return [{"x": draw(8, 3), "y": draw(8, 2)} for _ in range(n)]
 
 
+def gradients(batch):
+    """Of `loss` by backpropagation in float64, as a tree like the variables."""
+    reads, names = [np.float64(batch["x"])], list(KERNELS)
+    for name in names[:-1]:
+        reads.append(np.maximum(reads[-1] @ KERNELS[name] + BIASES[name], 0))
+    out = reads[-1] @ KERNELS[names[-1]] + BIASES[names[-1]]
+    back = 2 * (out - batch["y"]) / out.size
+    found = {}
+    for name, read in zip(names[::-1], reads[::-1], strict=True):
+        found[name] = {"kernel": read.T @ back, "bias": back.sum(axis=0)}
+        back = (back @ KERNELS[name].T) * (read > 0)
+    return {"params": found}
+
+
 def given(values):
     """A criterion that puts fixed scores in."""
     return stateless(lambda scores, evidence: values)
@@ -119,11 +133,11 @@ def test_bn_scale_names_groups_without_one():
 def test_taylor_is_the_mean_over_batches_of_the_summed_products(power):
     batches = make_batches()
     scores = score(taylor(power), GRAPH, VARIABLES, loss=loss, batches=batches)
-    gradients = [jax.grad(loss)(VARIABLES, b) for b in batches]
+    found = [gradients(b) for b in batches]
     for name, group in GRAPH.groups.items():
         for c in range(group.size):
             theta = toygraphs.of(VARIABLES, GRAPH, name, c)
-            sums = [theta @ toygraphs.of(g, GRAPH, name, c) for g in gradients]
+            sums = [theta @ toygraphs.of(g, GRAPH, name, c) for g in found]
             expected = np.mean(np.abs(sums) ** power)
             np.testing.assert_allclose(scores[name][c], expected, rtol=1e-4, atol=1e-7)
 
@@ -330,11 +344,11 @@ def test_fisher_squares_each_image():
     images = [
         jax.tree.map(lambda x, i=i: x[i : i + 1], b) for b in batches for i in range(8)
     ]
-    gradients = [jax.grad(loss)(VARIABLES, image) for image in images]
+    found = [gradients(image) for image in images]
     for name, group in GRAPH.groups.items():
         for c in range(group.size):
             theta = toygraphs.of(VARIABLES, GRAPH, name, c)
-            sums = [theta @ toygraphs.of(g, GRAPH, name, c) for g in gradients]
+            sums = [theta @ toygraphs.of(g, GRAPH, name, c) for g in found]
             expected = np.mean(np.square(sums)) / 2
             np.testing.assert_allclose(scores[name][c], expected, rtol=1e-4, atol=1e-7)
 
@@ -364,6 +378,14 @@ def test_geometric_median_over_all_that_makes_a_tied_channel(traced):
     points = np.concatenate(rows).T.astype(np.float64)
     (scores,) = score(geometric_median(), graph, variables).values()
     expected = scipy.spatial.distance.cdist(points, points).sum(1)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    for p in (1, 2):
+        (scores,) = score(magnitude(p), graph, variables).values()
+        expected = np.linalg.norm(points, ord=p, axis=1)
+        np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    (scores,) = score(lamp(), graph, variables).values()
+    squares = np.sum(points**2, axis=1)
+    expected = [s / squares[squares >= s].sum() for s in squares]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's lines run as they stand, on a small network."""
+"""The README's lines run as they stand; the table of cited works is true."""
 
+import ast
+import operator
 import re
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import optax
 
 import jaxprune as jp
+from jaxprune.train import Config, settings, study
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -36,6 +39,24 @@ def train(apply, variables, tx):
     params, opt_state = variables["params"], tx.init(variables["params"])
     updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
     return {**variables, "params": optax.apply_updates(params, updates)}, opt_state
+
+
+def test_the_table_of_cited_works_names_what_there_is():
+    text = (README.parent / "docs" / "method.md").read_text()
+    table = text.partition("## The cited works")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    refs = [n for row in rows[2:] for n in row.split("|")[1].split(",")]
+    assert [int(n) for n in refs] == list(range(1, 22))
+    for name in re.findall(r"jp\.([\w.]+)", table):
+        operator.attrgetter(name)(jp)
+    for name in re.findall(r"test_\w+\.py", table):
+        assert (Path(__file__).parent / name).exists(), name
+    named = {n for row in rows[2:] for n in re.findall(r"\(`(\w+)`\)", row)}
+    assert named <= set(study.METHODS) and len(named) == 8
+    default = Config()
+    for field, value in re.findall(r"`(\w+\.\w+) = (.*?)`", table):
+        changed = settings.override(default, f"{field}={ast.literal_eval(value)}")
+        assert str(settings.get(changed, field)) == str(ast.literal_eval(value))
 
 
 def test_the_lines_for_ones_own_network():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
+import scipy.optimize
 
 import jaxprune as jp
 from jaxprune.base import ConfigError, DataError, GraphError
@@ -173,20 +174,52 @@ def test_what_is_asked_of_reconstruct_is_checked() -> None:
         )
 
 
-def test_activation_is_the_mean_of_what_is_read() -> None:
-    apply, variables, x = networks.two_layers(jnp.tanh)
+@pytest.mark.parametrize(
+    ("statistic", "of"),
+    [
+        ("mean", lambda x: np.abs(x).mean(axis=0)),
+        ("std", lambda x: x.std(axis=0)),
+        ("apoz", lambda x: 1 - (x == 0).mean(axis=0)),
+    ],
+)
+def test_activation_is_a_statistic_of_what_is_read(statistic: str, of: Any) -> None:
+    apply, variables, x = networks.two_layers(jax.nn.relu)
     graph = jp.trace(apply, variables, x)
     (name,) = graph.groups
     batches = [normal(5, 3), normal(5, 3)]
     found = jp.score(
-        jp.activation(),
+        jp.activation(statistic),
         graph,
         variables,
         loss=lambda v, b: apply(v, b).sum(),
         batches=batches,
     )
-    hidden = np.tanh(np.concatenate(batches) @ variables["a"])
-    np.testing.assert_allclose(found[name], np.abs(hidden).mean(axis=0), rtol=1e-5)
+    read = np.float64(np.concatenate(batches)) @ np.float64(variables["a"])
+    np.testing.assert_allclose(found[name], of(np.maximum(read, 0)), rtol=1e-4)
+
+
+def test_activation_averages_over_all_that_read() -> None:
+    """A channel that two layers read, once behind another function."""
+    rng = np.random.default_rng(3)
+    variables = {n: rng.normal(size=s) for n, s in (("a", (3, 4)), ("b", (4, 2)))}
+    variables["c"] = rng.normal(size=(4, 2))
+    variables = jax.tree.map(np.float32, variables)
+
+    def apply(variables: Any, x: Any) -> Any:
+        x = jax.nn.relu(x @ variables["a"])
+        return x @ variables["b"] + (2 * x) @ variables["c"]
+
+    x = normal(9, 3)
+    graph = jp.trace(apply, variables, x)
+    (name,) = graph.groups
+    more = {"loss": lambda v, b: apply(v, b).sum(), "batches": [x]}
+    hidden = np.maximum(np.float64(x) @ np.float64(variables["a"]), 0)
+    both = np.concatenate([hidden, 2 * hidden])
+    for statistic, want in (("mean", both.mean(axis=0)), ("std", both.std(axis=0))):
+        found = jp.score(jp.activation(statistic), graph, variables, **more)
+        np.testing.assert_allclose(found[name], want, rtol=1e-4)
+    with pytest.raises(ConfigError, match="'max'.*one of mean, std, apoz"):
+        jp.activation("max")  # type: ignore[arg-type]
 
 
 def test_the_lasso_path_meets_its_subgradient_conditions() -> None:
@@ -203,6 +236,67 @@ def test_the_lasso_path_meets_its_subgradient_conditions() -> None:
         np.testing.assert_allclose(
             slope[on], strength * np.sign(beta[on]), atol=2e-3 * top
         )
+
+
+def by_bounded_descent(gram: np.ndarray, strength: float) -> np.ndarray:
+    """The lasso's beta as the difference of two vectors that are not negative."""
+    c = len(gram)
+
+    def value(parts: np.ndarray) -> tuple[float, np.ndarray]:
+        rest = 1 - parts[:c] + parts[c:]
+        slope = gram @ rest
+        return rest @ slope / 2 + strength * parts.sum(), strength + np.concatenate(
+            [-slope, slope]
+        )
+
+    found = scipy.optimize.minimize(
+        value,
+        np.zeros(2 * c),
+        jac=True,
+        bounds=[(0, None)] * (2 * c),
+        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 5000},
+    )
+    return found.x[:c] - found.x[c:]
+
+
+def test_the_lasso_path_is_another_solvers() -> None:
+    z = np.float64(normal(40, 6)) * [3, 1, 2, 0.5, 1.5, 1]
+    z[:, 1] += z[:, 0]
+    gram = z.T @ z / 40
+    betas = lasso_path(jnp.asarray(gram, jnp.float32), 12)
+    strengths = np.abs(gram.sum(axis=1)).max() * 1e-3 ** (np.arange(1, 13) / 12)
+    want = [by_bounded_descent(gram, s) for s in strengths]
+    np.testing.assert_allclose(betas, want, atol=5e-4)
+
+
+def test_reconstruction_is_the_share_of_the_path_on_which_a_channel_lasts() -> None:
+    """Of what each channel adds, z[c] = h[c] b[c], where every position is the same."""
+    rng = np.random.default_rng(5)
+    variables = {"a": rng.normal(size=(3, 6)), "b": rng.normal(size=(6, 20))}
+    variables = jax.tree.map(np.float32, variables)
+
+    def apply(variables: Any, x: Any) -> Any:
+        return jnp.tanh(x @ variables["a"]) @ variables["b"]
+
+    x = np.repeat(normal(1, 3), 8, axis=0)
+    graph = jp.trace(apply, variables, x)
+    (name,) = graph.groups
+    found = jp.score(
+        jp.reconstruction(positions=4, steps=20),
+        graph,
+        variables,
+        loss=lambda v, b: apply(v, b).sum(),
+        batches=[x],
+        key=jax.random.key(0),
+    )
+    wide = jax.tree.map(np.float64, variables)
+    added = np.tanh(x[0] @ wide["a"])[:, None] * wide["b"]
+    gram = 4 * added @ added.T
+    strengths = np.abs(gram.sum(axis=1)).max() * 1e-3 ** (np.arange(1, 21) / 20)
+    betas = np.array([by_bounded_descent(gram, s) for s in strengths])
+    size = np.abs(betas).mean(axis=0)
+    want = (np.abs(betas) > 1e-6).mean(axis=0) + 1e-3 * size / (1 + size)
+    np.testing.assert_allclose(found[name], want, atol=1e-4)
 
 
 def test_reconstruction_ranks_by_what_readers_miss() -> None:

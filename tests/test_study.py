@@ -71,6 +71,28 @@ def test_the_table_is_of_means_and_deviations():
     assert "| path | 50% | 49.0% | 49.0% | 0.450 | 0.300 |" in text
 
 
+def test_zeros_are_told_of_beside_the_dense_cost():
+    found = [
+        {
+            "method": method,
+            "budget": 0.5,
+            "seed": 0,
+            "dense": network(0.5, 0.4, 100, 8.0),
+            "pruned": {**network(0.4, 0.3, flops, 8.0), **more},
+        }
+        for method, flops, more in (
+            ("l1", 48, {}),
+            ("weights", 100, {"nonzero": {"flops": 49, "params": 30}}),
+        )
+    ]
+    text = study.as_markdown(study.table(found))
+    assert "| epochs | FLOPs, zeros skipped |" in text
+    assert (
+        "| weights | 50% | 100.0% | 100.0% | 0.400 | 0.300 | 8.0 | 2 | 49.0% |" in text
+    )
+    assert "| l1 | 50% | 48.0% | 48.0% | 0.400 | 0.300 | 8.0 | 2 |  |" in text
+
+
 @pytest.mark.slow
 def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
     config = tmp_path / "tiny.py"

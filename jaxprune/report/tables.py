@@ -66,6 +66,9 @@ def _measures(
         ("activation_bytes", "activations written per image (bytes)"),
     ):
         yield label, _costing(key), words.quantity, "share"
+    if any(n.get("nonzero") for n in networks.values()):
+        label = "FLOPs per image, zeros skipped"
+        yield label, _skipping, words.quantity, "share"
     for label, read in _latencies(networks):
         yield label, read, _milliseconds, "share"
     yield "epochs of training", lambda n: n.get("epochs"), _plain, ""
@@ -77,6 +80,11 @@ def _scored(split: str, key: str) -> Callable[[Mapping[str, Any]], float | None]
 
 def _costing(key: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda network: network["cost"][key]
+
+
+def _skipping(network: Mapping[str, Any]) -> float | None:
+    """Of a machine that skips weights which are 0; all, where none was cut."""
+    return (network.get("nonzero") or network["cost"])["flops"]
 
 
 def _latencies(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import budget as budgets
-from jaxprune import criteria, data, features, measures, path, sparsity
+from jaxprune import criteria, data, features, measures, path, search, sparsity
 from jaxprune.base import Graph, Keep, PyTree, Scores
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
@@ -33,6 +33,8 @@ def choose(
     prune = job.config.prune
     if prune.method == "path":
         return _walk(job, graph, variables, budget, progress)
+    if prune.method in ("random_masks", "particles"):
+        return _tried(job, graph, variables, budget), None
     scores = _scores(job, graph, variables, budget.kind)
     if prune.sparse:
         alive = _alive(prune, graph, variables, scores)
@@ -56,6 +58,30 @@ def estimates(job: Job, count: int) -> list[Any]:
         job.splits.train, batch=job.fit.batch, seed=job.config.seed, augment=how
     )
     return list(itertools.islice(batches, count))
+
+
+def _tried(
+    job: Job, graph: Graph, variables: PyTree, budget: Budget
+) -> dict[str, np.ndarray]:
+    """The best of random masks, by their risk on the validation split."""
+    prune = job.config.prune
+    if prune.method == "random_masks":
+        find = functools.partial(search.best_of, count=prune.trials)
+    else:
+        each = prune.trials // prune.stages
+        find = functools.partial(
+            search.particle_filter, particles=each, stages=prune.stages
+        )
+    return find(
+        graph,
+        variables,
+        _risk(job),
+        _validation(job),
+        budget,
+        key=jax.random.key(job.config.seed),
+        multiple_of=prune.multiple_of,
+        min_channels=prune.min_channels,
+    )
 
 
 def _alive(
@@ -84,7 +110,7 @@ def _scores(
 ) -> dict[str, np.ndarray]:
     prune = job.config.prune
     name = "magnitude" if prune.sparse else prune.criterion
-    looks = name in ("taylor", "fisher", "activation", "reconstruction")
+    looks = name in ("taylor", "fisher", "activation", "apoz", "reconstruction")
     return score(
         _criterion(prune, name, kind),
         graph,
@@ -101,6 +127,7 @@ def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
         "fisher": measures.fisher,
         "geometric_median": measures.geometric_median,
         "activation": features.activation,
+        "apoz": functools.partial(features.activation, "apoz"),
         "reconstruction": features.reconstruction,
         "lamp": measures.lamp,
         "magnitude": _magnitude(prune),

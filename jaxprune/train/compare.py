@@ -26,12 +26,16 @@ _FILE = "evaluation.json"
 
 
 class Contender(NamedTuple):
-    """A trained network; epochs: how many it has seen in all."""
+    """A trained network; epochs: how many it has seen in all.
+
+    nonzero: what of its cost is not of zeros, where single weights were cut.
+    """
 
     apply: Apply
     variables: PyTree
     cost: Cost
     epochs: float
+    nonzero: Cost | None = None
 
 
 def evaluate_stage(
@@ -53,6 +57,7 @@ def evaluate_stage(
                 n: {
                     "splits": _judged(job, c, n, progress),
                     "cost": {k: int(v) for k, v in c.cost._asdict().items()},
+                    **_nonzero(c),
                     "latency_ms": _latency(job.config, forwards[n]),
                     "epochs": c.epochs,
                 }
@@ -93,6 +98,14 @@ def _judged(job: Job, contender: Contender, name: str, progress: Progress) -> di
         place = {"stage": "evaluate", "step": 0, "network": name, "split": split}
         progress.append({**place, **row})
     return splits
+
+
+def _nonzero(contender: Contender) -> dict[str, Any]:
+    """{'nonzero': its FLOPs and parameters}, where there is one."""
+    found = contender.nonzero
+    if found is None:
+        return {}
+    return {"nonzero": {"flops": int(found.flops), "params": int(found.params)}}
 
 
 def _forward(contender: Contender) -> Callable[[Any], Any]:
@@ -156,6 +169,9 @@ def _closing_card(evaluation: Mapping[str, Any], progress: Progress) -> None:
     def share(n: Any, key: str) -> str:
         return f"{n['cost'][key]:,} ({n['cost'][key] / dense['cost'][key]:.0%})"
 
+    def skipped(n: Any) -> str:
+        return share({"cost": n.get("nonzero", n["cost"])}, "flops")
+
     rows = []
     for split in ("val", "test"):
         rows.append(
@@ -171,6 +187,8 @@ def _closing_card(evaluation: Mapping[str, Any], progress: Progress) -> None:
         )
     rows.append(row("parameters", lambda n: share(n, "params")))
     rows.append(row("FLOPs", lambda n: share(n, "flops")))
+    if any("nonzero" in n for n in networks.values()):
+        rows.append(row("FLOPs, zeros skipped", skipped))
     rows.append(row("activation bytes", lambda n: share(n, "activation_bytes")))
     batch = dense["latency_ms"]["batch"]
     for key, title in (("1", "ms, batch 1"), ("N", f"ms, batch {batch}")):

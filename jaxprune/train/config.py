@@ -83,6 +83,9 @@ class Fit:
     augment: float = 1.0
 
 
+Method = Literal[
+    "criterion", "path", "lasso", "gates", "random_masks", "particles", "weights"
+]
 Criterion = Literal[
     "magnitude",
     "taylor",
@@ -90,6 +93,7 @@ Criterion = Literal[
     "bn_scale",
     "geometric_median",
     "activation",
+    "apoz",
     "reconstruction",
     "lamp",
     "random",
@@ -103,12 +107,15 @@ class Prune:
     'latency': the milliseconds of the convolutions, measured on the device at hand for
     `evaluate.batch` images and kept in the work folder's timings.json.
 
-    method: 'criterion' scores and selects; 'lasso' first trains on for `lasso_epochs`
-    with proximal steps of `strength` times the learning rate, and cuts what is 0 then,
-    or the least where that is over the budget; 'gates' does the same to one trained
-    number per channel, and folds those that stay into the weights; 'path' cuts back by
-    cost complexity, `block` of the cost at a time, and takes the step that `choose`
-    says.
+    method: 'criterion' scores and selects; 'path' cuts back by cost complexity, `block`
+    of the cost at a time, and takes the step that `choose` says; 'lasso' first trains
+    on for `lasso_epochs` with proximal steps of `strength` times the learning rate, and
+    cuts what is 0 then, or the least where that is over the budget; 'gates' does the
+    same to one trained number per channel, and folds those that stay into the weights;
+    'random_masks' takes the best of `trials` random masks by the loss on the validation
+    split; 'particles' cuts, weighs and resamples trials / stages of them in `stages`;
+    'weights' cuts no channel but single weights, and holds them at 0 in retraining: the
+    budget then counts what a machine that skips zeros would be spared.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
@@ -121,7 +128,7 @@ class Prune:
     cut.
     """
 
-    method: Literal["criterion", "lasso", "gates", "path"] = "criterion"
+    method: Method = "criterion"
     criterion: Criterion = "taylor"
     normalize: Literal["none", "mean", "max", "sum", "l2"] = "mean"
     per_cost: bool = False
@@ -137,6 +144,8 @@ class Prune:
     strength: float = 0.01
     block: float = 0.05
     choose: Literal["budget", "1se", "min"] = "budget"
+    trials: int = 128
+    stages: int = 8
     carry_optimizer: bool = False
     reconstruct: int = 0
     statistics: int = 40
@@ -145,6 +154,11 @@ class Prune:
     def sparse(self) -> bool:
         """Whether the network is trained on under a penalty before it is cut."""
         return self.method in ("lasso", "gates")
+
+    @property
+    def irregular(self) -> bool:
+        """Whether single weights are cut; all arrays stay as large as before."""
+        return self.method == "weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +299,11 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
             )
             for where in ("train", "retrain")
         ),
+        (
+            "scratch",
+            not (config.scratch and config.prune.irregular),
+            "false where the method is 'weights': no widths change",
+        ),
         # Another optimiser has no use for the moments of the one before.
         (
             "prune.carry_optimizer",
@@ -315,8 +334,10 @@ def _check_fit(where: str, fit: Fit) -> None:
 def _check_prune(prune: Prune) -> None:
     # The moments of a weight are not those of its product with a gate.
     carried = prune.carry_optimizer and prune.method == "gates"
+    counted = not prune.irregular or prune.budget in ("flops", "params")
     rules = [
         ("ratio", 0 < prune.ratio <= 1, "the fraction that stays, in (0, 1]"),
+        ("budget", counted, "flops or params where the method is 'weights'"),
         (
             "multiple_of",
             prune.multiple_of == "auto" or prune.multiple_of > 0,
@@ -329,6 +350,8 @@ def _check_prune(prune: Prune) -> None:
         ("lasso_epochs", prune.lasso_epochs >= 0, "0 or more"),
         ("strength", prune.strength >= 0, "0 or more"),
         ("block", 0 <= prune.block < 1, "in [0, 1)"),
+        ("trials", prune.trials > 0, "positive"),
+        ("stages", 0 < prune.stages <= prune.trials, "from 1 to prune.trials"),
         ("reconstruct", prune.reconstruct >= 0, "0 or more"),
         ("statistics", prune.statistics >= 0, "0 or more"),
         ("carry_optimizer", not carried, "false where the method is 'gates'"),

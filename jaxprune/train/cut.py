@@ -10,23 +10,35 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from jaxprune import checkpoint, graph_io
-from jaxprune.base import EDGES, CheckpointError, Graph, Keep, PyTree, path_str
+from jaxprune.base import (
+    EDGES,
+    CheckpointError,
+    Cost,
+    Graph,
+    Keep,
+    PyTree,
+    path_str,
+)
 from jaxprune.budget import Budget, Kind, measure, sizes
 from jaxprune.cost import cost
 from jaxprune.keeps import check_keep, compose
 from jaxprune.latency import timings
 from jaxprune.reconstruct import reconstruct
+from jaxprune.select import select
 from jaxprune.slim import slim
 from jaxprune.train import choose
 from jaxprune.train import step as steps
+from jaxprune.train.config import Config, Prune
 from jaxprune.train.folder import write_json
 from jaxprune.train.loop import Job, confusion_of, train
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
 from jaxprune.train.sparsify import sparsify
 from jaxprune.trees import shrink, shrink_graph
+from jaxprune.weights import keep_zeros, nonzero_cost, prune_weights
 
 _FILE = "prune.json"
 
@@ -40,6 +52,23 @@ class Cut(NamedTuple):
     keep: Mapping[str, np.ndarray]
     variables: PyTree
     carried: PyTree = None
+
+
+def check_budget(prune: Prune, graph: Graph) -> None:
+    """Raise BudgetError, telling the least, where no keep of the dense graph meets it.
+
+    Milliseconds, and zeros among the weights, are told of when they are counted.
+    """
+    free = prune.method == "path" and prune.choose != "budget"
+    if free or prune.irregular or prune.budget == "latency":
+        return
+    select(
+        graph,
+        {n: np.zeros(g.size) for n, g in graph.groups.items()},
+        Budget(prune.budget, prune.ratio),
+        multiple_of=prune.multiple_of,
+        min_channels=prune.min_channels,
+    )
 
 
 def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) -> Cut:
@@ -91,6 +120,9 @@ def _round(
 ) -> tuple[Cut, list[dict[str, Any]]]:
     """One cut of what the rounds before have left, its validation row, and its path."""
     prune = job.config.prune
+    if prune.irregular:
+        thin = _thinned(job, cut.variables, number, kind, progress)
+        return _judged(job, graph, cut._replace(variables=thin), number, progress), []
     smaller = shrink_graph(graph, cut.keep)
     here = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
     keep = _decided(job, cut.keep) if number == prune.rounds else None
@@ -104,9 +136,52 @@ def _round(
         keep, rows = choose.choose(here, smaller, cut.variables, budget, progress)
     refitted = _refitted(here, smaller, keep, cut.variables)
     variables, carried = shrink(smaller, keep, (refitted, cut.carried))
-    keep = compose(cut.keep, keep)
-    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, keep))
-    variables = _restated(slimmed, variables)
+    cut = Cut(compose(cut.keep, keep), variables, carried)
+    cut = _judged(job, graph, cut, number, progress)
+    return cut, [{**row, "round": number} for row in rows or []]
+
+
+def held(prune: Prune) -> optax.GradientTransformation | None:
+    """What retraining has behind its optimiser, so that cut weights stay 0."""
+    return keep_zeros() if prune.irregular else None
+
+
+def nonzero(job: Job, variables: PyTree) -> Cost | None:
+    """The cost without zeros among the weights; None where channels are cut."""
+    if not job.config.prune.irregular:
+        return None
+    return nonzero_cost(job.apply, variables, _images(job.config, 1), train=False)
+
+
+def _images(config: Config, count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *config.data.size, 3), np.float32)
+
+
+def _thinned(
+    job: Job, variables: PyTree, number: int, kind: Kind, progress: Progress
+) -> PyTree:
+    """The variables with as many zeros as the budget of this round asks for."""
+    prune = job.config.prune
+    thin = prune_weights(
+        job.apply,
+        variables,
+        _images(job.config, 1),
+        budget=Budget(kind, prune.ratio ** (number / prune.rounds)),
+        scope=prune.scope,
+        train=False,
+    )
+    if (left := nonzero(job, thin)) is not None:
+        progress.note(
+            f"prune: {left.flops:,} FLOPs and {left.params:,} parameters are not of "
+            "zeros; on hardware for dense products this saves no time"
+        )
+    return jax.tree.map(np.asarray, thin)
+
+
+def _judged(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
+    """The cut with batch statistics of its own; writes its validation row."""
+    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
+    variables = _restated(slimmed, cut.variables)
     evaluate = jax.jit(
         steps.make_evaluate(slimmed.apply, job.splits.val.classes.ignore)
     )
@@ -116,8 +191,7 @@ def _round(
     progress.rewind("prune", number - 1)
     progress.append({"stage": "prune", "step": number, "split": "val", **found})
     progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")
-    cut = Cut(keep, variables, carried)
-    return cut, [{**row, "round": number} for row in rows or []]
+    return cut._replace(variables=variables)
 
 
 def _kind(job: Job, graph: Graph, variables: PyTree) -> Kind:
@@ -125,8 +199,7 @@ def _kind(job: Job, graph: Graph, variables: PyTree) -> Kind:
     config = job.config
     if config.prune.budget != "latency":
         return config.prune.budget
-    batch = (config.evaluate.batch, *config.data.size, 3)
-    images = jax.ShapeDtypeStruct(batch, np.float32)
+    images = _images(config, config.evaluate.batch)
     file = job.workdir / "timings.json"
     return timings(job.apply, graph, variables, images, cache=file, train=False)
 
@@ -183,6 +256,7 @@ def _recover(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) 
         apply=slim(job.apply, graph, cut.keep),
         fit=fit,
         carried=cut.carried,
+        proximal=held(job.config.prune),
     )
     state = train(job, cut.variables, progress)
     return Cut(cut.keep, state.average, _carried(job, state.opt_state))

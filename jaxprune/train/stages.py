@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from jaxprune.train.progress import Progress
 def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     """Run a config in a work folder, from wherever it got to; the evaluation.
 
-    Raises ConfigError before any work for a bad config, or a folder that another config
-    made, another run is using, or that began with other data; DataError for data that
-    is missing or damaged; NonFinite for a diverged run.
+    Raises, before any work, ConfigError for a bad config, or a folder that another
+    config made, another run is using, or that began with other data; BudgetError for a
+    budget that no network meets; DataError for data that is missing or damaged. Raises
+    NonFinite for a diverged run.
     SIGTERM saves and exits with 143; a kill loses the steps since the last save.
     """
     check(config)
@@ -46,6 +48,8 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     folder.check_free(config, workdir)
     splits = Splits(*(load_split(config, n) for n in ("train", "val", "test")))
     args = network_args(config, len(splits.train.classes))
+    if not (workdir / "graph.json").exists():
+        check_budgets([config], len(splits.train.classes))
     net = models.build(config.network.name, args)
     with folder.claim(config, workdir):
         folder.check_data((splits.train, splits.val, splits.test), workdir)
@@ -71,13 +75,18 @@ def _stages(
     cut_out = cut.prune_stage(job, graph, dense, progress)
     keep = cut_out.keep
     small = slim(net.apply, graph, keep)
-    job = dataclasses.replace(job, apply=small, carried=cut_out.carried)
+    job = dataclasses.replace(
+        job,
+        apply=small,
+        carried=cut_out.carried,
+        proximal=cut.held(config.prune),
+    )
     pruned = train(job, cut_out.variables, progress).average
 
     costs, epochs = (cost(graph), cost(graph, keep)), pruned_epochs(config)
     networks = {
         "dense": Contender(net.apply, dense.average, costs[0], config.train.epochs),
-        "pruned": Contender(small, pruned, costs[1], epochs),
+        "pruned": Contender(small, pruned, costs[1], epochs, cut.nonzero(job, pruned)),
     }
     if config.scratch:
         plain = models.rebuild(net, pruned)
@@ -101,6 +110,18 @@ def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
     judge = jax.jit(steps.make_evaluate(pruned.apply, found.classes.ignore))
     matrix = confusion_of(judge, pruned.variables, found, config.evaluate.batch)
     return {**measures(matrix), "confusion": matrix.tolist()}
+
+
+def check_budgets(configs: Sequence[Config], classes: int) -> None:
+    """Raise BudgetError for the first budget that not even the narrowest network meets.
+
+    configs: of one network and one size of images.
+    """
+    first = configs[0]
+    net = models.build(first.network.name, network_args(first, classes))
+    graph = _traced(net, first)
+    for config in configs:
+        cut.check_budget(config.prune, graph)
 
 
 def pruned_epochs(config: Config) -> float:
@@ -152,11 +173,15 @@ def _graph(net: Any, config: Config, workdir: Path) -> Graph:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it, and it is traced again"
             ) from error
-    images = jax.ShapeDtypeStruct((1, *config.data.size, 3), jax.numpy.float32)
-    variables = jax.eval_shape(net.init, jax.random.key(0), images)
-    graph = trace(net.apply, variables, images, train=False)
+    graph = _traced(net, config)
     folder.write_text(path, graph_to_json(graph))
     return graph
+
+
+def _traced(net: Any, config: Config) -> Graph:
+    images = jax.ShapeDtypeStruct((1, *config.data.size, 3), jax.numpy.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    return trace(net.apply, variables, images, train=False)
 
 
 def _from_scratch(job: Job, net: Any, epochs: float, progress: Progress) -> PyTree:

@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bn_scale": {"criterion": "bn_scale"},
     "geometric_median": {"criterion": "geometric_median"},
     "activation": {"criterion": "activation"},
+    "apoz": {"criterion": "apoz"},
     "reconstruction": {
         "criterion": "reconstruction",
         "scope": "local",
@@ -40,6 +41,9 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "lamp": {"criterion": "lamp", "normalize": "none"},
     "random": {"criterion": "random"},
+    "random_masks": {"method": "random_masks"},
+    "particles": {"method": "particles"},
+    "weights": {"method": "weights"},
     "lasso": {"method": "lasso"},
     "gates": {"method": "gates"},
 }
@@ -55,8 +59,11 @@ def study(
     """Run all, and write comparison.json and comparison.md; the table's rows.
 
     Methods that train under a penalty before the cut retrain that much shorter. Where
-    the config asks for a network from scratch, it is of the first method's widths.
-    Raises ConfigError for an unknown method, before any work, and what `run` does.
+    the config asks for a network from scratch, it is of the first method's widths. Of
+    'weights', the budget is the share of FLOPs or parameters that are not of zeros; its
+    rows tell the cost on hardware for dense products, and that share beside it.
+    Raises ConfigError for an unknown method, BudgetError for a budget that no network
+    meets, before any work, and what `run` does.
     """
     workdir = Path(os.path.abspath(workdir))
     plans = [
@@ -69,6 +76,8 @@ def study(
         raise ConfigError("compare: name at least one method, budget and seed")
     for _, _, _, plan in plans:
         check(plan)
+    classes = stages.load_split(config, "train").classes
+    stages.check_budgets([plan for *_, plan in plans], len(classes))
     found = []
     for method, budget, seed, plan in plans:
         folder = workdir / f"{method}-{budget:g}-seed{seed}"
@@ -104,13 +113,21 @@ def planned(
             warmup=min(retrain.warmup, retrain.epochs - spent),
         )
         prune = dataclasses.replace(prune, carry_optimizer=False)
+    if prune.irregular and prune.rounds == 1:
+        # Han et al. cut again and again: three cuts share the retraining.
+        each = retrain.epochs / 3
+        rest = retrain.epochs - 2 * each
+        prune = dataclasses.replace(prune, rounds=3, recovery_epochs=each)
+        retrain = dataclasses.replace(
+            retrain, epochs=rest, warmup=min(retrain.warmup, each, rest)
+        )
     return dataclasses.replace(
         config,
         name=f"{config.name}_{method}",
         seed=config.seed + seed,
         prune=prune,
         retrain=retrain,
-        scratch=config.scratch and method == first,
+        scratch=config.scratch and method == first and not prune.irregular,
     )
 
 
@@ -150,6 +167,9 @@ def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for field in ("flops", "params"):
             share = [n["cost"][field] / dense[0]["cost"][field] for n in unique]
             row[field] = statistics.fmean(share)
+        left = [n["nonzero"]["flops"] for n in unique if "nonzero" in n]
+        whole = dense[0]["cost"]["flops"]
+        row["nonzero"] = statistics.fmean(left) / whole if left else None
         for split in ("val", "test"):
             scores = [n["splits"][split]["miou"] for n in unique]
             row[split] = statistics.fmean(scores)
@@ -169,10 +189,13 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         spread = row[f"{split}_deviation"]
         return f"{row[split]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
+    zeros = any(row.get("nonzero") is not None for row in rows)
     lines = [
         "| method | budget | FLOPs | parameters | mIoU val | mIoU test | ms | epochs |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    if zeros:
+        lines = [lines[0] + " FLOPs, zeros skipped |", lines[1] + " ---: |"]
     for row in rows:
         cells = [
             row["method"],
@@ -184,5 +207,8 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['ms']:.1f}",
             f"{row['epochs']:g}",
         ]
+        if zeros:
+            left = row.get("nonzero")
+            cells.append("" if left is None else f"{left:.1%}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that cut single weights, and budgets that nothing meets."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+from test_run import CONFIG, prepared
+
+from jaxprune.base import BudgetError
+from jaxprune.train import cut, loop, run, stages, study
+from jaxprune.train import step as steps
+from jaxprune.train.progress import Progress
+
+METHODS = ["criterion", "lasso", "gates", "path", "random_masks", "particles"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_that_cannot_be_met_is_told_before_any_work(method, tmp_path):
+    job, graph, _ = prepared(tmp_path, method=method, ratio=0.3, multiple_of=3)
+    with pytest.raises(
+        BudgetError, match=r"has 0\.5000 of .* flops\(0\.5000\) or more"
+    ):
+        cut.check_budget(job.config.prune, graph)
+    free = dataclasses.replace(job.config.prune, choose="1se")
+    if method == "path":
+        cut.check_budget(free, graph)
+
+
+def test_a_run_that_cannot_be_small_enough_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prune = dataclasses.replace(CONFIG.prune, ratio=0.01)
+    with pytest.raises(BudgetError, match="cannot be met: what must stay has"):
+        run(dataclasses.replace(CONFIG, prune=prune), tmp_path / "run")
+    with pytest.raises(BudgetError, match=r"flops\(0.01\) cannot be met"):
+        study.study(CONFIG, tmp_path / "study", ["l1", "path"], [0.5, 0.01])
+    assert not (tmp_path / "run").exists() and not (tmp_path / "study").exists()
+
+
+def test_single_weights_are_held_in_retraining_and_counted(tmp_path, monkeypatch):
+    """The stages of a run that cuts weights, no training and no evaluation."""
+    proximal, seen = {}, {}
+
+    def train(job, variables, progress):
+        proximal[job.stage] = job.proximal
+        return steps.State(0, variables, variables, None)
+
+    def prune_stage(job, graph, dense, progress):
+        odd = jax.tree.map(
+            lambda x: x * (np.arange(x.size) % 2).reshape(x.shape), dense.average
+        )
+        return cut.Cut(graph.full(), odd)
+
+    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(cut, "prune_stage", prune_stage)
+    monkeypatch.setattr(
+        stages.compare, "evaluate_stage", lambda job, networks, _: seen.update(networks)
+    )
+    monkeypatch.setattr(stages, "_save", lambda *args: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prune = dataclasses.replace(CONFIG.prune, method="weights")
+    run(dataclasses.replace(CONFIG, prune=prune, scratch=False), tmp_path / "run")
+    assert proximal["train"] is None and proximal["retrain"] is not None
+    dense, pruned = seen["dense"], seen["pruned"]
+    assert dense.nonzero is None and pruned.cost == dense.cost
+    # Of the dense kernels, as many weights of each lie at even places as at odd ones.
+    assert pruned.nonzero.flops == dense.cost.flops // 2
+
+
+def test_single_weights_stay_cut_through_rounds_and_resumes(tmp_path, monkeypatch):
+    rounds = {"rounds": 2, "recovery_epochs": 2 / 3, "batches": 2, "statistics": 2}
+    job, graph, dense = prepared(tmp_path, method="weights", ratio=0.4, **rounds)
+    seen = []
+
+    def train(job, variables, progress):
+        state = loop.train(job, variables, progress)
+        seen.extend([variables, state.variables, state.average])
+        return state
+
+    monkeypatch.setattr(cut, "train", train)
+    found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    assert all(k.all() for k in found.keep.values())
+    kernels = [
+        np.concatenate([np.ravel(v["params"][n]["kernel"]) for n in ("first", "last")])
+        for v in (*seen, found.variables)
+    ]
+    assert (kernels[0] != kernels[1]).any()
+    before, *trained, after = (k == 0 for k in kernels)
+    for zeros in trained:
+        np.testing.assert_array_equal(zeros, before)
+    assert after[before].all()
+    # Each weight is used as often as any other: both kernels at every pixel.
+    for zeros, share in ((before, 0.4**0.5), (after, 0.4)):
+        assert share - 1 / 324 < 1 - zeros.mean() <= share
+    left = cut.nonzero(job, found.variables)
+    assert left.flops == 2 * 8 * 12 * (324 - after.sum())
+    assert left.params == 324 + 6 + 3 + 12 - after.sum()
+    again = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    chex.assert_trees_all_equal(again.variables, found.variables)
