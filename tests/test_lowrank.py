@@ -16,7 +16,6 @@ import pytest
 import jaxprune as jp
 from jaxprune import factors as by
 from jaxprune.base import ConfigError, DataError, GraphError
-from jaxprune.factors import largest_rank
 from jaxprune.models.segnet import SegNet
 
 RNG = np.random.default_rng(0)
@@ -136,20 +135,22 @@ def test_responses_of_low_rank_are_kept_whole() -> None:
 
 
 def test_the_ranks_are_the_largest_that_fit() -> None:
-    for shape, strides, method, rank in (
-        ((3, 3, 64, 64), (1, 1), "svd", 9 * 64 * 64 // 4 // (9 * 64 + 64)),
-        (
-            (3, 3, 64, 64),
-            (2, 2),
-            "separable",
-            9 * 64 * 64 // 4 // (3 * 64 * 2 + 3 * 64),
-        ),
-        ((3, 3, 64, 64), (1, 1), "cp", 9 * 64 * 64 // 4 // (64 + 3 + 3 + 64)),
-        ((1, 1, 64, 64), (1, 1), "cp", 0),
-        ((256, 10), (), "svd", 256 * 10 // 4 // 266),
-        ((4, 4), (), "svd", 0),
+    for (kh, kw, read, out), stride, method, rank in (
+        ((3, 3, 12, 16), 1, "svd", 9 * 12 * 16 // 4 // (9 * 12 + 16)),
+        ((3, 3, 12, 16), 2, "separable", 9 * 12 * 16 // 4 // (3 * 12 * 2 + 3 * 16)),
+        ((3, 3, 12, 16), 1, "cp", 9 * 12 * 16 // 4 // (12 + 3 + 3 + 16)),
+        ((3, 3, 12, 16), 2, "cp", 9 * 12 * 16 // 4 // (12 * 4 + 3 * 2 + 3 + 16)),
     ):
-        assert largest_rank(shape, strides, method, 0.25) == rank
+        x = normal(1, 8, 8, read)
+        layer = nn.Conv(out, (kh, kw), strides=stride)
+        apply, variables, graph = one_layer(layer, x)
+        found = jp.factorize(apply, graph, variables, x, method=method, ratio=0.25)
+        assert found.chains["params/kernel"].rank == rank
+        before = jp.cost(graph).flops
+        after = jp.cost(jp.trace(found.apply, found.variables, x)).flops
+        assert after <= 0.25 * before
+        one = after / rank  # what each rank costs
+        assert after + one > 0.25 * before
 
 
 def test_segnet_runs_trains_and_is_pruned_on() -> None:
@@ -194,7 +195,7 @@ def test_what_cannot_be_is_said() -> None:
     x = normal(1, 6, 6, 8)
     apply, variables, graph = one_layer(nn.Conv(12, (3, 3)), x)
     for more, error, match in (
-        ({"method": "tucker"}, ConfigError, "one of svd, separable, cp, responses"),
+        ({"method": "tucker"}, ConfigError, "one of svd, separable, cp, pred"),
         ({"ratio": 1.0}, ConfigError, "ratio=1.0"),
         ({"method": "responses"}, DataError, "needs batches"),
         ({"method": "responses", "batches": []}, DataError, "batches is empty"),
