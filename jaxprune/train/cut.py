@@ -106,18 +106,21 @@ def _round(
     variables, carried = shrink(smaller, keep, (refitted, cut.carried))
     keep = compose(cut.keep, keep)
     slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, keep))
-    variables = _restated(slimmed, variables)
-    evaluate = jax.jit(
-        steps.make_evaluate(slimmed.apply, job.splits.val.classes.ignore)
-    )
+    variables = restated(slimmed, variables)
+    judge(slimmed, variables, number, progress)
+    cut = Cut(keep, variables, carried)
+    return cut, [{**row, "round": number} for row in rows or []]
+
+
+def judge(job: Job, variables: PyTree, number: int, progress: Progress) -> None:
+    """A row of how the cut network `job.apply` does on the validation split."""
+    evaluate = jax.jit(steps.make_evaluate(job.apply, job.splits.val.classes.ignore))
     found = measures(
         confusion_of(evaluate, variables, job.splits.val, job.config.evaluate.batch)
     )
     progress.rewind("prune", number - 1)
     progress.append({"stage": "prune", "step": number, "split": "val", **found})
     progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")
-    cut = Cut(keep, variables, carried)
-    return cut, [{**row, "round": number} for row in rows or []]
 
 
 def _kind(job: Job, graph: Graph, variables: PyTree) -> Kind:
@@ -155,7 +158,7 @@ def _refitted(job: Job, graph: Graph, keep: Keep, variables: PyTree) -> PyTree:
     return reconstruct(job.apply, graph, keep, variables, images, train=False)
 
 
-def _restated(job: Job, variables: PyTree) -> PyTree:
+def restated(job: Job, variables: PyTree) -> PyTree:
     """The variables with batch statistics of the network as it is now."""
 
     @jax.jit
@@ -215,7 +218,7 @@ def _write(job: Job, graph: Graph, keep: Keep, rows: list[dict[str, Any]]) -> No
             }
         )
     document = {
-        "method": _described(job),
+        "method": described(job),
         "keep": _text(keep),
         "groups": groups,
         "frozen": [
@@ -226,7 +229,8 @@ def _write(job: Job, graph: Graph, keep: Keep, rows: list[dict[str, Any]]) -> No
     write_json(job.workdir / _FILE, document)
 
 
-def _described(job: Job) -> str:
+def described(job: Job) -> str:
+    """The method and the budget in words."""
     prune = job.config.prune
     method = prune.criterion if prune.method == "criterion" else prune.method
     rounds = f", {prune.rounds} rounds" if prune.rounds > 1 else ""
