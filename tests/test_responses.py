@@ -51,7 +51,7 @@ def filled(net: nn.Module, x: np.ndarray) -> Any:
 def test_a_relu_is_found_behind_a_bias_and_a_batch_norm() -> None:
     net, x = Net(), normal(2, 5, 6, 3)
     variables = filled(net, x)
-    parts: dict[Any, Any] = {}
+    parts: dict[Any, Any] = {}  # in the program's order
 
     def look(found: Answers) -> Any:
         parts[found.path] = found
@@ -59,18 +59,16 @@ def test_a_relu_is_found_behind_a_bias_and_a_batch_norm() -> None:
 
     out, seen = jax.jit(behind(net.apply, look))(variables, x)
     np.testing.assert_allclose(out, net.apply(variables, x), rtol=1e-5, atol=1e-5)
-    names = [path[1] for path in seen]
+    names = [path[1] for path in parts]
     assert names == ["normed", "biased", "leaky", "shared", "gated", "last"]
-    with_relu = {p[1] for p, f in seen.items() if f.before is not None}
+    with_relu = {p[1] for p, f in parts.items() if f.before is not None}
     assert with_relu == {"normed", "biased"}
     p, stats = variables["params"], variables["batch_stats"]["norm"]
-    first = seen["params", "normed", "kernel"]
+    got, before = seen["params", "normed", "kernel"]
     answers = nn.Conv(6, (3, 3), use_bias=False).apply({"params": p["normed"]}, x)
-    np.testing.assert_allclose(first.answers, answers, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, answers, rtol=1e-4, atol=1e-4)
     want = (answers - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * p["norm"]["scale"]
-    np.testing.assert_allclose(
-        first.before, want + p["norm"]["bias"], rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(before, want + p["norm"]["bias"], rtol=1e-4, atol=1e-4)
 
 
 def test_each_element_goes_where_its_cost_is_least() -> None:

@@ -19,10 +19,10 @@ CONFIG = Config(
     name="thin",
     network=Network("segnet_basic", widths=(8,)),
     data=Data("synthetic", size=(16, 16), counts=(4, 4, 4)),
-    train=FIT,
+    train=dataclasses.replace(FIT, epochs=0),
     prune=Prune(method="asymmetric", ratio=0.4, multiple_of=1, batches=1, statistics=1),
     retrain=FIT,
-    evaluate=Evaluate(every=1, batch=4, repeats=1, samples=1),
+    evaluate=Evaluate(every=1, batch=4, repeats=0, samples=1),
 )
 
 
@@ -32,7 +32,7 @@ def test_a_run_meets_the_budget_and_is_resumed(tmp_path, monkeypatch, capsys):
     evaluation = run(CONFIG, folder)
     dense, pruned = (evaluation["networks"][n] for n in ("dense", "pruned"))
     assert 0.37 < pruned["cost"]["flops"] / dense["cost"]["flops"] <= 0.4
-    assert pruned["epochs"] == 2
+    assert pruned["epochs"] == 1
     # From the folder alone, what was evaluated.
     loaded = jp.load(folder / "final")
     assert loaded.info["network"]["name"] == "segnet_basic"
@@ -48,7 +48,7 @@ def test_a_run_meets_the_budget_and_is_resumed(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert run(CONFIG, folder) == evaluation
     said = capsys.readouterr().out
-    for stage in ("train", "prune", "retrain", "evaluate"):
+    for stage in ("prune", "retrain", "evaluate"):
         assert f"{stage}: done already" in said
 
 
