@@ -28,9 +28,8 @@ from jaxprune.base import (
     key_path,
     path_str,
 )
-from jaxprune.budget import Budget, rounded_up
+from jaxprune.budget import Budget
 from jaxprune.chains import factorized, is_plain
-from jaxprune.cost import cost
 from jaxprune.taps import Reading, taps
 from jaxprune.trace import struct
 
@@ -47,7 +46,6 @@ Method = Literal[
     "asymmetric3d",
 ]
 _SEEING = ("responses", "nonlinear", "asymmetric", "asymmetric3d")  # want batches
-_EVENLY = ("cp", "predicted")  # of which no spectrum tells the energy
 
 
 class Chain(NamedTuple):
@@ -137,26 +135,36 @@ def factorize(
             apply, list(batches or ()), readings, positions, seed, kwargs
         )
     own = seen_by(variables) if seen_by else None
-    kind = budget.kind if budget else "flops"
-    table = {
-        path: _choices(method, variables, path, reading, str(kind), own, multiple_of)
-        for path, reading in readings.items()
-    }
-    chosen = _chosen(graph, table, method, ratio, budget)
+    table = {}
+    for path, reading in readings.items():
+        kernel = _float64(variables, path)
+        spectrum = None
+        if own:
+            biased = _biased(variables, path, kernel)
+            spectrum = responses.spectrum(own(path).answers, biased)
+        kind = str(budget.kind) if budget else "flops"
+        table[path] = ranks.choices(
+            method, kernel, reading, kind, spectrum, multiple_of
+        )
+    if budget is None:
+        found = ranks.within(table, 0.5 if ratio is None else ratio)
+    else:
+        found = ranks.together(graph, table, method, budget)
+    chosen = {path: choice.rank for path, choice in found.items() if choice.rank}
     if not chosen:
         what = f"to {ratio or 0.5:.0%} " if budget is None else ""
         raise GraphError(
             f"factorize: no kernel of {', '.join(only)} can be cut {what}by "
             f"{method!r}; try another ratio or method"
         )
-    if seen_by is None:
+    if seen_by is None or own is None:
         made = {
             path: factors.METHODS[method](_float64(variables, path), rank, seed)
             for path, rank in chosen.items()
         }
         new, relu = variables, set[Path]()
     else:
-        made, new, relu = _fitted(method, variables, chosen, seen_by)
+        made, new, relu = _fitted(method, variables, chosen, own, seen_by)
     thin = chains.with_chains(
         new,
         {
@@ -166,7 +174,7 @@ def factorize(
     )
     if method == "predicted":
         thin = chains.fix_first(thin, list(made))
-    found = {
+    made_of = {
         path_str(path): Chain(
             rank,
             factors.full_rank(method, readings[path].kernel.shape),
@@ -174,89 +182,18 @@ def factorize(
         )
         for path, rank in chosen.items()
     }
-    return Factorized(factorized(apply), thin, found)
-
-
-def _choices(
-    method: str,
-    variables: PyTree,
-    path: Path,
-    reading: Reading,
-    kind: str,
-    own: Callable[[Path], responses.Sample] | None,
-    multiple_of: int,
-) -> list[ranks.Choice]:
-    """The whole kernel, and the ranks that cost less."""
-    shape = tuple(reading.kernel.shape)
-    images, axes = _axes(reading)
-
-    def costs(parts: Sequence[tuple[int, ...]]) -> int:
-        if kind == "params":
-            trained = parts[1:] if method == "predicted" and len(parts) > 1 else parts
-            return sum(int(np.prod(part)) for part in trained)
-        return 2 * images * factors.multiply_adds(parts, axes)
-
-    whole = ranks.Choice(0, costs([shape]), 1.0)
-    full = factors.full_rank(method, shape)
-    found = range(multiple_of, full, multiple_of)
-    priced = [(r, costs(factors.shapes(method, shape, r))) for r in found]
-    priced = [(r, price) for r, price in priced if price < whole.cost]
-    energy = np.ones(len(priced))
-    if method not in _EVENLY and priced:
-        kept = [r for r, _ in priced]
-        kernel = _float64(variables, path)
-        if own is None:
-            energy = ranks.energies(factors.spectrum(method, kernel), kept)
-        else:
-            answers = own(path).answers
-            biased = _biased(variables, path, kernel)
-            energy = ranks.energies(responses.spectrum(answers, biased), kept)
-        if method == "asymmetric3d":
-            inner = [factors.inner_rank(shape, r) for r in kept]
-            spectrum = factors.spectrum(method, kernel)
-            energy = energy * ranks.energies(spectrum, inner)
-    return [
-        whole,
-        *(ranks.Choice(r, c, float(e)) for (r, c), e in zip(priced, energy)),
-    ]
-
-
-def _chosen(
-    graph: Graph,
-    table: Mapping[Path, Sequence[ranks.Choice]],
-    method: str,
-    ratio: float | None,
-    budget: Budget | None,
-) -> dict[Path, int]:
-    """The rank of each kernel that does not stay whole."""
-    found: list[ranks.Choice] | None
-    if budget is None:
-        found = [
-            ranks.by_ratio(c, 0.5 if ratio is None else ratio) for c in table.values()
-        ]
-    else:
-        choices = list(table.values())
-        whole = getattr(cost(graph), str(budget.kind))
-        rest = whole - sum(c[0].cost for c in choices)
-        select = ranks.evenly if method in _EVENLY else ranks.greedily
-        found = select(choices, whole * budget.ratio - rest)
-        if found is None:
-            least = rest + sum(ranks.cheapest(c).cost for c in choices)
-            raise BudgetError(
-                f"factorize: {budget.kind}({budget.ratio}) is out of reach of "
-                f"{method!r}; the lowest ranks leave {rounded_up(least / whole)}"
-            )
-    return {p: c.rank for p, c in zip(table, found, strict=True) if c.rank}
+    return Factorized(factorized(apply), thin, made_of)
 
 
 def _fitted(
     method: str,
     variables: PyTree,
     chosen: Mapping[Path, int],
+    own: Callable[[Path], responses.Sample],
     seen_by: Callable[[PyTree], Callable[[Path], responses.Sample]],
 ) -> tuple[dict[Path, list[np.ndarray]], PyTree, set[Path]]:
     """(factors, the tree with new biases, kernels that were fitted to a ReLU)."""
-    own, tree = seen_by(variables), variables
+    tree = variables
     made: dict[Path, list[np.ndarray]] = {}
     biases: dict[Path, np.ndarray] = {}
     relu: set[Path] = set()
@@ -287,25 +224,6 @@ def _fitted(
         tree = _replaced(tree, changed)
         relu |= {path} if new.relu else set()
     return made, _replaced(variables, biases), relu
-
-
-def _axes(reading: Reading) -> tuple[int, list[factors.Axis]]:
-    """Images (or rows) at a time, and positions along each window axis."""
-    read, made = reading.features.shape, reading.eqn.outvars[0].aval.shape
-    if reading.eqn.primitive.name == "dot_general":
-        summed = [f for _, f in reading.pairs]
-        return int(np.prod([n for a, n in enumerate(read) if a not in summed])), []
-    dims = reading.eqn.params["dimension_numbers"]
-    axes = []
-    for dilation, i, o in zip(
-        reading.eqn.params["lhs_dilation"],
-        dims.lhs_spec[2:],
-        dims.out_spec[2:],
-        strict=True,
-    ):
-        at = read[i] if dilation > 1 else made[o]
-        axes.append(factors.Axis(read[i], at, made[o]))
-    return read[dims.lhs_spec[0]], axes
 
 
 def _readings(

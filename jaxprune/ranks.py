@@ -9,10 +9,18 @@ kernels of the energies that stay is made large, greedily.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from jaxprune import factors
+from jaxprune.base import BudgetError, Graph, Path
+from jaxprune.budget import Budget, rounded_up
+from jaxprune.cost import cost
+from jaxprune.taps import Reading
+
+_EVENLY = ("cp", "predicted")  # of which no spectrum tells the energy
 
 
 class Choice(NamedTuple):
@@ -23,10 +31,88 @@ class Choice(NamedTuple):
     energy: float
 
 
-def by_ratio(choices: Sequence[Choice], ratio: float) -> Choice:
-    """The largest rank within the ratio of what the whole kernel, the first, costs."""
-    fits = [c for c in choices[1:] if c.cost <= ratio * choices[0].cost]
-    return max(fits, default=choices[0])
+def choices(
+    method: str,
+    kernel: np.ndarray,
+    reading: Reading,
+    kind: str,
+    spectrum: np.ndarray | None,
+    multiple_of: int = 1,
+) -> list[Choice]:
+    """The whole kernel, and the ranks that cost less, rising.
+
+    kind: 'flops' for the inputs of the reading, or 'params' that are trained. spectrum:
+    of what the kernel answers; None: of the kernel itself.
+    """
+    shape = tuple(kernel.shape)
+    images, axes = _axes(reading)
+
+    def costs(parts: Sequence[tuple[int, ...]]) -> int:
+        if kind == "params":
+            trained = parts[1:] if method == "predicted" and len(parts) > 1 else parts
+            return sum(map(math.prod, trained))
+        return 2 * images * factors.multiply_adds(parts, axes)
+
+    whole = Choice(0, costs([shape]), 1.0)
+    found = range(multiple_of, factors.full_rank(method, shape), multiple_of)
+    priced = [(r, costs(factors.shapes(method, shape, r))) for r in found]
+    priced = [(r, price) for r, price in priced if price < whole.cost]
+    kept = [r for r, _ in priced]
+    energy = np.ones(len(kept))
+    if method not in _EVENLY and kept:
+        own = factors.spectrum(method, kernel) if spectrum is None else spectrum
+        energy = energies(own, kept)
+        if method == "asymmetric3d":
+            inner = [factors.inner_rank(shape, r) for r in kept]
+            energy = energy * energies(factors.spectrum(method, kernel), inner)
+    of_ranks = zip(priced, energy, strict=True)
+    return [whole, *(Choice(r, price, float(e)) for (r, price), e in of_ranks)]
+
+
+def _axes(reading: Reading) -> tuple[int, list[factors.Axis]]:
+    """Images (or rows) at a time, and positions along each window axis."""
+    read, made = reading.features.shape, reading.eqn.outvars[0].aval.shape
+    if reading.eqn.primitive.name == "dot_general":
+        summed = [f for _, f in reading.pairs]
+        return int(np.prod([n for a, n in enumerate(read) if a not in summed])), []
+    dims = reading.eqn.params["dimension_numbers"]
+    axes = []
+    for dilation, i, o in zip(
+        reading.eqn.params["lhs_dilation"],
+        dims.lhs_spec[2:],
+        dims.out_spec[2:],
+        strict=True,
+    ):
+        at = read[i] if dilation > 1 else made[o]
+        axes.append(factors.Axis(read[i], at, made[o]))
+    return read[dims.lhs_spec[0]], axes
+
+
+def within(table: Mapping[Path, Sequence[Choice]], ratio: float) -> dict[Path, Choice]:
+    """For each kernel the largest rank of at most that fraction of its cost."""
+    found = {}
+    for path, (whole, *thinner) in table.items():
+        fits = [c for c in thinner if c.cost <= ratio * whole.cost]
+        found[path] = max(fits, key=lambda c: c.rank, default=whole)
+    return found
+
+
+def together(
+    graph: Graph, table: Mapping[Path, Sequence[Choice]], method: str, budget: Budget
+) -> dict[Path, Choice]:
+    """Ranks within a budget of the whole network; BudgetError where none are."""
+    rows = list(table.values())
+    whole = getattr(cost(graph), str(budget.kind))
+    rest = whole - sum(row[0].cost for row in rows)
+    select = evenly if method in _EVENLY else greedily
+    found = select(rows, whole * budget.ratio - rest)
+    if found is None:
+        least = rest + sum(cheapest(row).cost for row in rows)
+        raise BudgetError(
+            f"factorize: {budget.kind}({budget.ratio}) is out of reach of {method!r}; "
+            f"the lowest ranks leave {rounded_up(least / whole)}"
+        )
+    return dict(zip(table, found, strict=True))
 
 
 def evenly(table: Sequence[Sequence[Choice]], limit: float) -> list[Choice] | None:

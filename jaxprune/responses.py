@@ -210,6 +210,6 @@ def _line(y: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     slope = np.where(dead, 1.0, slope / np.where(dead, 1.0, variance))
     offset = u.mean(axis=0) - slope * y.mean(axis=0)
     error = u - slope * y - offset
-    if np.sqrt(np.mean(error**2)) > 1e-3 * np.sqrt(np.mean(u**2)) + 1e-30:
+    if np.sqrt(np.mean(error**2)) > 1e-2 * np.sqrt(np.mean(u**2)) + 1e-30:
         return None
     return slope, offset

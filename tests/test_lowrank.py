@@ -250,8 +250,10 @@ def test_a_dictionary_predicts_the_weights_and_is_not_trained() -> None:
     channels = sum(kernel[i, j] @ kernel[i, j].T for i in range(3) for j in range(3))
     channels = channels / np.mean(np.diag(channels))
     covariance = np.zeros((36, 36))
-    for a, b in itertools.product(range(36), range(36)):
-        (i, j, c), (k, m, d) = (np.unravel_index(n, (3, 3, 4)) for n in (a, b))
+    places = [*itertools.product(range(3), range(3), range(4))]
+    for (a, (i, j, c)), (b, (k, m, d)) in itertools.product(
+        enumerate(places), repeat=2
+    ):
         near = np.exp(-((i - k) ** 2 + (j - m) ** 2) / 2)
         covariance[a, b] = near * channels[c, d]
     inner = covariance[np.ix_(known, known)] + 1e-4 * np.eye(chain.rank)

@@ -30,12 +30,12 @@ TEXTS = sorted(
 
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
-    "base jaxpr factors ranks",
+    "base jaxpr factors",
     "labels walk plan rules splits groups trace taps behind chains",
     "keeps matching placement",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
-    "sparsity steps path pruned prune reconstruct responses lowrank",
+    "sparsity steps path pruned prune reconstruct responses ranks lowrank",
     "integrity leaves storage store checkpoint export bench",
     "data models",
     "train",

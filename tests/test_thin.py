@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tinyrun
 
 import jaxprune as jp
 from jaxprune import report
@@ -24,6 +25,13 @@ CONFIG = Config(
     retrain=FIT,
     evaluate=Evaluate(every=1, batch=4, repeats=0, samples=1),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """The same programs are compiled again and again: keep them."""
+    with tinyrun.compilations(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 def test_a_run_meets_the_budget_and_is_resumed(tmp_path, monkeypatch, capsys):
