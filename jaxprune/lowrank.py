@@ -135,17 +135,8 @@ def factorize(
             apply, list(batches or ()), readings, positions, seed, kwargs
         )
     own = seen_by(variables) if seen_by else None
-    table = {}
-    for path, reading in readings.items():
-        kernel = _float64(variables, path)
-        spectrum = None
-        if own:
-            biased = _biased(variables, path, kernel)
-            spectrum = responses.spectrum(own(path).answers, biased)
-        kind = str(budget.kind) if budget else "flops"
-        table[path] = ranks.choices(
-            method, kernel, reading, kind, spectrum, multiple_of
-        )
+    kind = str(budget.kind) if budget else "flops"
+    table = _table(method, variables, readings, own, kind, multiple_of)
     if budget is None:
         found = ranks.within(table, 0.5 if ratio is None else ratio)
     else:
@@ -165,24 +156,37 @@ def factorize(
         new, relu = variables, set[Path]()
     else:
         made, new, relu = _fitted(method, variables, chosen, own, seen_by)
-    thin = chains.with_chains(
-        new,
-        {
-            path: [jnp.asarray(f, _at(variables, path).dtype) for f in parts]
-            for path, parts in made.items()
-        },
-    )
+    parts = {
+        path: [jnp.asarray(f, _at(variables, path).dtype) for f in made[path]]
+        for path in made
+    }
+    thin = chains.with_chains(new, parts)
     if method == "predicted":
         thin = chains.fix_first(thin, list(made))
-    made_of = {
-        path_str(path): Chain(
-            rank,
-            factors.full_rank(method, readings[path].kernel.shape),
-            path in relu,
+    full = {p: factors.full_rank(method, r.kernel.shape) for p, r in readings.items()}
+    of = {path_str(p): Chain(r, full[p], p in relu) for p, r in chosen.items()}
+    return Factorized(factorized(apply), thin, of)
+
+
+def _table(
+    method: str,
+    variables: PyTree,
+    readings: Mapping[Path, Reading],
+    own: Callable[[Path], responses.Sample] | None,
+    kind: str,
+    multiple_of: int,
+) -> dict[Path, list[ranks.Choice]]:
+    """What each kernel may become, at which cost, and how much of it stays."""
+    table = {}
+    for path, reading in readings.items():
+        kernel, spectrum = _float64(variables, path), None
+        if own is not None:
+            biased = _biased(variables, path, kernel)
+            spectrum = responses.spectrum(own(path).answers, biased)
+        table[path] = ranks.choices(
+            method, kernel, reading, kind, spectrum, multiple_of
         )
-        for path, rank in chosen.items()
-    }
-    return Factorized(factorized(apply), thin, made_of)
+    return table
 
 
 def _fitted(

@@ -110,7 +110,8 @@ def together(
         least = rest + sum(cheapest(row).cost for row in rows)
         raise BudgetError(
             f"factorize: {budget.kind}({budget.ratio}) is out of reach of {method!r}; "
-            f"the lowest ranks leave {rounded_up(least / whole)}"
+            "take more kernels (only) or finer ranks (multiple_of): of these, the "
+            f"lowest ranks leave {rounded_up(least / whole)}"
         )
     return dict(zip(table, found, strict=True))
 
@@ -219,10 +220,6 @@ def _filled(
 
 def energies(spectrum: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
     """The fraction that so many of the largest values make, float[len(ranks)]."""
-    total = np.maximum(np.cumsum(np.maximum(spectrum, 0)), 0)
+    total = np.cumsum(np.maximum(spectrum, 0))
     places = np.minimum(np.asarray(ranks, int), len(total)) - 1
-    return (
-        total[places] / total[-1]
-        if len(total) and total[-1] > 0
-        else np.ones(len(places))
-    )
+    return total[places] / total[-1] if total[-1] > 0 else np.ones(len(places))

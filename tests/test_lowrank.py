@@ -77,6 +77,15 @@ def test_a_chain_computes_what_its_product_does(
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("method", ["svd", "separable", "cp"])
+def test_a_chain_of_rank_one_is_not_depthwise(method: str) -> None:
+    conv, x = nn.Conv(5, (3, 2), use_bias=False), normal(1, 5, 4, 4)
+    factors = chain(method, (3, 2, 4, 5), 1)
+    whole = {"params": {"kernel": np.float32(product(method, factors))}}
+    got = jp.factorized(conv.apply)({"params": {"kernel": factors}}, x)
+    np.testing.assert_allclose(got, conv.apply(whole, x), rtol=1e-4, atol=1e-4)
+
+
 def one_layer(layer: nn.Module, x: np.ndarray) -> tuple[Any, Any, jp.Graph]:
     variables = layer.init(jax.random.key(0), x)
     return layer.apply, variables, jp.trace(layer.apply, variables, x)
