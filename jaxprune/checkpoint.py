@@ -20,6 +20,7 @@ import jax
 
 from jaxprune import integrity, keeps, leaves, storage, trees
 from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree
+from jaxprune.chains import factorized, is_factorized
 from jaxprune.graph_io import (
     graph_from_json,
     graph_to_json,
@@ -81,7 +82,8 @@ def load(
 ) -> Pruned:
     """The network that `save` wrote, bit for bit, with no dense model at hand.
 
-    apply: the dense function that was pruned, for a network that is not shipped.
+    apply: the dense function that was pruned, for a network that is not shipped; of a
+    factorised one, the function that `factorize` was given.
     sharding: a Sharding of the arrays, or a Mesh over which they are replicated; the
     default device if None. Variables come back as nested dicts (an nnx state in the
     form of `nnx.to_pure_dict`), or in the containers of `like`, whose shapes do not
@@ -96,6 +98,8 @@ def load(
     variables = storage.read_as_saved(folder, records, sharding, like)
     try:
         _check_variables(card.graph, card.keep, variables)
+        if is_factorized(card.graph):
+            dense = factorized(dense)
         small = slim(dense, card.graph, card.keep)
     except GraphError as error:
         raise CheckpointError(f"{folder}: {error}") from error

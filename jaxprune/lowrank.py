@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """`factorize`: convolutions and matrix products as chains of thinner ones.
 
-A kernel in the tree becomes a dict of factors, and `factorized` is the transformation
-of the function that runs such a tree: at each product with a factorised kernel it runs
-the chain. It looks at the tree alone, so that trained, saved, shrunk or hand-made
-factors of any ranks go in.
+A kernel in the tree becomes a dict of factors, which `chains.factorized` runs.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import factors
-from jaxprune import jaxpr as jx
+from jaxprune import chains, factors, ranks, responses
 from jaxprune.base import (
     Apply,
+    BudgetError,
     ConfigError,
     DataError,
     Graph,
@@ -31,18 +28,43 @@ from jaxprune.base import (
     key_path,
     path_str,
 )
-from jaxprune.taps import Reading, run_products, taps
-from jaxprune.trace import abstract_inputs, is_arraylike, struct
+from jaxprune.budget import Budget
+from jaxprune.chains import factorized, is_plain
+from jaxprune.taps import Reading, taps
+from jaxprune.trace import struct
 
-Method = Literal["svd", "responses", "separable", "cp"]
-_NAME = "factor"
+__all__ = ["Chain", "Factorized", "Method", "factorize", "factorized"]
+
+Method = Literal[
+    "svd",
+    "separable",
+    "cp",
+    "predicted",
+    "responses",
+    "nonlinear",
+    "asymmetric",
+    "asymmetric3d",
+]
+_SEEING = ("responses", "nonlinear", "asymmetric", "asymmetric3d")  # want batches
+
+
+class Chain(NamedTuple):
+    """A factorised kernel: its rank, of how many, and whether it is fit to a ReLU."""
+
+    rank: int
+    full: int
+    relu: bool = False
 
 
 class Factorized(NamedTuple):
-    """A function and its tree, in which factorised kernels are {'factor0': ...}."""
+    """A function and its tree, in which factorised kernels are {'factor0': ...}.
+
+    chains: by the kernel's key path, 'params/conv/kernel'.
+    """
 
     apply: Apply
     variables: PyTree
+    chains: Mapping[str, Chain]
 
 
 def factorize(
@@ -51,264 +73,161 @@ def factorize(
     variables: PyTree,
     *inputs: Any,
     method: Method = "svd",
-    ratio: float = 0.5,
+    ratio: float | None = None,
+    budget: Budget | None = None,
     only: Sequence[str] = ("*",),
     batches: Iterable[Any] | None = None,
+    positions: int = 512,
+    multiple_of: int = 1,
     seed: int = 0,
     **kwargs: Any,
 ) -> Factorized:
-    """Kernels as products of factors, each at most `ratio` of its multiply-adds.
+    """Kernels as products of factors, each within a ratio, or all within a budget.
 
-    inputs, kwargs: as of `trace`, whose graph this is; variables: nested dicts. only:
-    fnmatch patterns of key paths ('params/encoder*'). A kernel [kh, kw, in, out] of a
-    plain convolution, or a matrix [in, out], becomes with rank r
+    inputs, kwargs: as of `trace`, whose graph this is; variables: nested dicts. ratio:
+    of its multiply-adds that each kernel may keep, 0.5 where neither is given. budget:
+    `flops(r)` or `params(r)` of the whole network; ranks are then chosen as by Zhang et
+    al. ("Rank selection for whole-model acceleration"), so that the product of the
+    energies that stay is large ('cp' and 'predicted': one ratio for all kernels). only:
+    fnmatch patterns of key paths ('params/encoder*'). multiple_of: of ranks. A kernel
+    [kh, kw, in, out] of a plain convolution, or a matrix [in, out], becomes with rank r
 
     - 'svd': [kh, kw, in, r], [1, 1, r, out], the nearest such (Denton et al., 2014,
-      "Exploiting linear structure within convolutional networks", section 3.2);
-    - 'responses': the same shapes, nearest in what it answers on `batches` (inputs of
-      apply, each an array or a tuple), the mean in the bias (Zhang et al., 2016,
-      "Accelerating very deep convolutional networks", eq. 3, without the nonlinearity);
+      "Exploiting linear structure within convolutional networks", section 3.2, the
+      matrix decomposition; not its clusters of filters);
     - 'separable': [kh, 1, in, r], [1, kw, r, out], the nearest (Jaderberg et al., 2014,
       "Speeding up convolutional neural networks with low rank expansions", scheme 2);
     - 'cp': [1, 1, in, r], [kh, 1, 1, r], [1, kw, 1, r], [1, 1, r, out] by alternating
       least squares (Lebedev et al., 2015, "Speeding-up convolutional neural networks
-      using fine-tuned CP-decomposition").
+      using fine-tuned CP-decomposition");
+    - 'predicted': the shapes of 'svd', the first a dictionary that predicts all weights
+      of a filter from r of them, the second what is learned (Denil et al., 2013,
+      "Predicting parameters in deep learning"). The dictionary moves from 'params' to
+      the collection 'dictionary', which is not trained nor counted among parameters;
+      multiply-adds are as many as those of 'svd';
+    - 'responses': the shapes of 'svd', nearest in what it answers on `batches` (inputs
+      of apply, each an array or a tuple, `positions` of each), the mean in the bias;
+    - 'nonlinear': the same in what the ReLU behind it makes of the answers, through a
+      bias or batch norm. Where there is no ReLU, or another reader, as 'responses';
+    - 'asymmetric': 'nonlinear', layer after layer, each fed by those before it as they
+      are by then, and held to what the given network makes;
+    - 'asymmetric3d': [kh, 1, in, s], [1, kw, s, r], [1, 1, r, out]: 'asymmetric' on top
+      of 'separable', both steps leaving the same fraction.
 
-    The last two need two window axes; a matrix has none: [in, r], [r, out]. r is the
-    largest that fits; a kernel stays where r would be 0, or so large that nothing is
-    left out. What runs is plain convolutions, to be trained, traced and pruned like any
-    others.
+    The last four are Zhang et al., 2016, "Accelerating very deep convolutional networks
+    for classification and detection". Chains of window axes need two of them; a matrix
+    has none: [in, r], [r, out]. A kernel stays where no rank saves anything. What runs
+    is plain convolutions, to be trained, traced and pruned like any others.
 
-    Raises ConfigError for an unknown method or a ratio outside (0, 1), DataError for
-    missing batches, GraphError for variables that do not fit the graph or are no dicts,
-    and where no kernel can be factorised so.
+    Raises ConfigError for an unknown method or a ratio outside (0, 1), BudgetError for
+    a budget that no ranks meet, DataError for missing batches, GraphError for variables
+    that do not fit the graph or are no dicts, and where no kernel can be factorised so.
     """
-    _check(method, ratio, batches)
-    _check_tree(graph, variables)
+    _check(method, ratio, budget, batches, multiple_of)
+    _check_tree(graph, variables, method)
     readings = _readings(apply, variables, inputs, kwargs, only)
-    responses = {}
-    if method == "responses":
-        responses = _responses(apply, variables, list(batches or ()), readings, kwargs)
-    found: dict[Path, PyTree] = {}
-    biases: dict[Path, np.ndarray] = {}
-    for path, reading in readings.items():
-        strides = reading.eqn.params.get("window_strides", ())
-        rank = factors.largest_rank(reading.kernel.shape, strides, method, ratio)
-        if not rank:
-            continue
-        kernel = np.asarray(_at(variables, path), np.float64)
-        if method == "responses":
-            mean, covariance = responses[path]
-            made, basis = factors.by_responses(kernel, covariance, rank)
-            bias = (*path[:-1], "bias")
-            if _biased(variables, path, kernel):
-                old = np.asarray(_at(variables, bias))
-                # The mean answer stays what it was: only deviations are projected.
-                biases[bias] = old + mean - mean @ basis @ basis.T
-        else:
-            made = factors.METHODS[method](kernel, rank, seed)
-        dtype = _at(variables, path).dtype
-        found[path] = {f"{_NAME}{i}": jnp.asarray(f, dtype) for i, f in enumerate(made)}
-    if not found:
+    readings = {
+        p: r for p, r in readings.items() if factors.full_rank(method, r.kernel.shape)
+    }
+    seen_by = None
+    if method in _SEEING and readings:
+        seen_by = responses.sampler(
+            apply, list(batches or ()), readings, positions, seed, kwargs
+        )
+    own = seen_by(variables) if seen_by else None
+    kind = str(budget.kind) if budget else "flops"
+    table = _table(method, variables, readings, own, kind, multiple_of)
+    if budget is None:
+        found = ranks.within(table, 0.5 if ratio is None else ratio)
+    else:
+        found = ranks.together(graph, table, method, budget)
+    chosen = {path: choice.rank for path, choice in found.items() if choice.rank}
+    if not chosen:
+        what = f"to {ratio or 0.5:.0%} " if budget is None else ""
         raise GraphError(
-            f"factorize: no kernel of {', '.join(only)} can be cut to {ratio:.0%} by "
+            f"factorize: no kernel of {', '.join(only)} can be cut {what}by "
             f"{method!r}; try another ratio or method"
         )
-    changed = {p: jnp.asarray(b, _at(variables, p).dtype) for p, b in biases.items()}
-    return Factorized(factorized(apply), _replaced(variables, found | changed))
-
-
-def factorized(apply: Apply) -> Apply:
-    """`apply` for trees of which kernels may be dicts {'factor0': ..., 'factor1': ...}.
-
-    Factors are convolution kernels [window..., in, out], one after the other, or a
-    matrix's [in, r] and [r, out]; one with a single input channel where there are more
-    is depthwise. Where a factorised kernel is used otherwise, it is multiplied out.
-    Derivatives of one's own are kept; a `jax.checkpoint` around a factorised kernel is
-    not. Raises GraphError for factors that make no chain.
-    """
-
-    @functools.wraps(apply)
-    def run(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
-        flat, treedef = jax.tree_util.tree_flatten_with_path(
-            variables, is_leaf=_is_factors
-        )
-        abstract, rebuild = abstract_inputs((inputs, kwargs))
-        given = [x for x in jax.tree.leaves((inputs, kwargs)) if is_arraylike(x)]
-        chains = {
-            i: _ordered(path_str(key_path(keys)), x)
-            for i, (keys, x) in enumerate(flat)
-            if _is_factors(x)
+    if seen_by is None or own is None:
+        made = {
+            path: factors.METHODS[method](_float64(variables, path), rank, seed)
+            for path, rank in chosen.items()
         }
-        structs = [
-            _dense_struct(chains[i]) if i in chains else struct(x)
-            for i, (_, x) in enumerate(flat)
-        ]
-
-        def dense(flat_variables: list[Any], flat_inputs: list[Any]) -> Any:
-            args, more = rebuild(flat_inputs)
-            return apply(jax.tree.unflatten(treedef, flat_variables), *args, **more)
-
-        program, out = jx.trace(dense, structs, abstract)
-
-        def product(number: int, eqn: jx.Eqn, x: Any, kernel: Any, first: bool) -> Any:
-            if number not in chains:
-                return None
-            if not _plain(Reading((), eqn, x, structs[number], first)):
-                args = (x, kernel()) if first else (kernel(), x)
-                return jx.bind(eqn, *args)
-            return [_chained(eqn, x, chains[number])]
-
-        arrays: list[Any] = [
-            functools.partial(_whole, chains[i]) if i in chains else jnp.asarray(x)
-            for i, (_, x) in enumerate(flat)
-        ]
-        origins = [*range(len(arrays)), *(None for _ in given)]
-        values, _ = run_products(program, [*arrays, *given], origins, product)
-        values = [v() if callable(v) else v for v in values]
-        return jax.tree.unflatten(jax.tree.structure(out), values)
-
-    return run
+        new, relu = variables, set[Path]()
+    else:
+        made, new, relu = _fitted(method, variables, chosen, own, seen_by)
+    parts = {
+        path: [jnp.asarray(f, _at(variables, path).dtype) for f in made[path]]
+        for path in made
+    }
+    thin = chains.with_chains(new, parts)
+    if method == "predicted":
+        thin = chains.fix_first(thin, list(made))
+    full = {p: factors.full_rank(method, r.kernel.shape) for p, r in readings.items()}
+    of = {path_str(p): Chain(r, full[p], p in relu) for p, r in chosen.items()}
+    return Factorized(factorized(apply), thin, of)
 
 
-def _is_factors(x: Any) -> bool:
-    return isinstance(x, Mapping) and f"{_NAME}0" in x
-
-
-def _ordered(name: str, parts: Mapping[str, Any]) -> list[Any]:
-    """The factors in order, checked to be a chain."""
-    names = [f"{_NAME}{i}" for i in range(len(parts))]
-    if set(names) != set(parts):
-        raise GraphError(f"{name}: factors are {', '.join(names)}, not {list(parts)}")
-    chain = [jnp.asarray(parts[n]) for n in names]
-    channels = chain[0].shape[-2]
-    for i, factor in enumerate(chain):
-        read, made = factor.shape[-2:]
-        if factor.ndim != chain[0].ndim or not (
-            read == channels or read == 1 and made == channels
-        ):
-            shapes = ", ".join(str(f.shape) for f in chain)
-            raise GraphError(
-                f"{name}: the factors {shapes} make no chain: {names[i]} reads {read} "
-                f"of {channels} channels"
-            )
-        channels = made
-    return chain
-
-
-def _dense_struct(chain: Sequence[Any]) -> jax.ShapeDtypeStruct:
-    """Of the kernel that the factors stand for."""
-    shapes = [f.shape for f in chain]
-    window = tuple(max(sizes) for sizes in zip(*(s[:-2] for s in shapes)))
-    shape = (*window, shapes[0][-2], shapes[-1][-1])
-    return jax.ShapeDtypeStruct(shape, chain[0].dtype)
-
-
-def _whole(chain: Sequence[Any]) -> jax.Array:
-    """The kernel: [window..., in, out], multiplied out."""
-    whole = chain[0]
-    for factor in chain[1:]:
-        if factor.shape[-2] == 1 != whole.shape[-1]:
-            whole = whole * factor  # depthwise
-        else:
-            whole = jnp.einsum("...ir,...ro->...io", whole, factor)
-    return whole
-
-
-def _chained(eqn: jx.Eqn, x: jax.Array, chain: Sequence[Any]) -> jax.Array:
-    """The product with the kernel, factor by factor."""
-    p = eqn.params
-    if eqn.primitive.name == "dot_general":
-        (axis,), _ = p["dimension_numbers"][0]
-        for factor in chain:
-            contract = (((axis,), (0,)), ((), ()))
-            x = jax.lax.dot_general(x, factor, contract, precision=p["precision"])
-            axis = x.ndim - 1
-        return x.astype(eqn.outvars[0].aval.dtype)
-    ndim = chain[0].ndim
-    image = (0, ndim - 1, *range(1, ndim - 1))
-    kernel = (ndim - 1, ndim - 2, *range(ndim - 2))
-    dims = p["dimension_numbers"]
-    # Along each window axis one factor moves: it has the stride, padding and dilations.
-    moves = [
-        next((i for i, f in enumerate(chain) if f.shape[axis] > 1), 0)
-        for axis in range(ndim - 2)
-    ]
-    for i, factor in enumerate(chain):
-        mine = [move == i for move in moves]
-        depthwise = factor.shape[-2] == 1 != factor.shape[-1] and i > 0
-        x = jax.lax.conv_general_dilated(
-            x,
-            factor,
-            [s if m else 1 for s, m in zip(p["window_strides"], mine)],
-            [s if m else (0, 0) for s, m in zip(p["padding"], mine)],
-            [s if m else 1 for s, m in zip(p["lhs_dilation"], mine)],
-            [s if m else 1 for s, m in zip(p["rhs_dilation"], mine)],
-            jax.lax.ConvDimensionNumbers(
-                dims.lhs_spec if i == 0 else image,
-                kernel,
-                dims.out_spec if i == len(chain) - 1 else image,
-            ),
-            feature_group_count=factor.shape[-1] if depthwise else 1,
-            precision=p["precision"],
-        )
-    return x.astype(eqn.outvars[0].aval.dtype)
-
-
-def _plain(reading: Reading) -> bool:
-    """Whether the kernel lies as [window..., in, out], or [in, out]."""
-    if reading.eqn.primitive.name == "dot_general":
-        return reading.first and reading.kernel.ndim == 2 and reading.pairs[0][0] == 0
-    ndim = reading.kernel.ndim
-    dims = reading.eqn.params["dimension_numbers"]
-    return dims.rhs_spec == (ndim - 1, ndim - 2, *range(ndim - 2))
-
-
-def _responses(
-    apply: Apply,
+def _table(
+    method: str,
     variables: PyTree,
-    batches: Sequence[Any],
     readings: Mapping[Path, Reading],
-    kwargs: Mapping[str, Any],
-) -> dict[Path, tuple[np.ndarray, np.ndarray]]:
-    """Mean [out] and covariance [out, out] of each product's answers."""
-
-    @jax.jit
-    def collect(tree: PyTree, inputs: Any) -> dict[str, Any]:
-        def look(reading: Reading) -> Any:
-            if reading.path not in readings:
-                return None
-            answers = jx.bind(reading.eqn, *_operands(reading))[0]
-            axis = answers.ndim - 1
-            if reading.eqn.primitive.name != "dot_general":
-                axis = reading.eqn.params["dimension_numbers"].out_spec[1]
-            y = jnp.moveaxis(answers, axis, -1).reshape(-1, answers.shape[axis])
-            return y.sum(axis=0), y.T @ y, len(y)
-
-        _, seen = taps(apply, look)(tree, *inputs, **kwargs)
-        return {path_str(p): x for p, x in seen.items()}
-
-    sums: dict[str, Any] = {}
-    for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
-        for name, found in collect(variables, inputs).items():
-            for parts in found:
-                new = [np.asarray(x, np.float64) for x in parts]
-                old = sums.get(name, [0, 0, 0])
-                sums[name] = [a + b for a, b in zip(old, new, strict=True)]
-    if not sums:
-        raise DataError("factorize: batches is empty (or was used up before)")
-    moments = {}
-    for path in readings:
-        total, square, count = sums[path_str(path)]
-        mean = total / count
-        moments[path] = mean, square / count - np.outer(mean, mean)
-    return moments
+    own: Callable[[Path], responses.Sample] | None,
+    kind: str,
+    multiple_of: int,
+) -> dict[Path, list[ranks.Choice]]:
+    """What each kernel may become, at which cost, and how much of it stays."""
+    table = {}
+    for path, reading in readings.items():
+        kernel, spectrum = _float64(variables, path), None
+        if own is not None:
+            biased = _biased(variables, path, kernel)
+            spectrum = responses.spectrum(own(path).answers, biased)
+        table[path] = ranks.choices(
+            method, kernel, reading, kind, spectrum, multiple_of
+        )
+    return table
 
 
-def _operands(reading: Reading) -> tuple[Any, Any]:
-    pair = (reading.features, reading.kernel)
-    return pair if reading.first else pair[::-1]
+def _fitted(
+    method: str,
+    variables: PyTree,
+    chosen: Mapping[Path, int],
+    own: Callable[[Path], responses.Sample],
+    seen_by: Callable[[PyTree], Callable[[Path], responses.Sample]],
+) -> tuple[dict[Path, list[np.ndarray]], PyTree, set[Path]]:
+    """(factors, the tree with new biases, kernels that were fitted to a ReLU)."""
+    tree = variables
+    made: dict[Path, list[np.ndarray]] = {}
+    biases: dict[Path, np.ndarray] = {}
+    relu: set[Path] = set()
+    for path, rank in chosen.items():  # as the program reads them
+        kernel = _float64(variables, path)
+        parts = [kernel]
+        if method == "asymmetric3d":
+            parts = factors.separable(kernel, factors.inner_rank(kernel.shape, rank))
+        seen = own(path).answers
+        if method.startswith("asymmetric"):
+            before = np.asarray(chains.whole_kernel(parts))
+            tree = _replaced(tree, {path: before})
+            seen = seen_by(tree)(path).answers
+        biased = _biased(variables, path, kernel)
+        new = responses.replacement(
+            own(path), seen, rank, biased=biased, relu=method != "responses"
+        )
+        ones = (1,) * (kernel.ndim - 2)
+        made[path] = [
+            *parts[:-1],
+            parts[-1] @ new.first,
+            new.last.reshape(*ones, *new.last.shape),
+        ]
+        changed = {path: np.asarray(chains.whole_kernel(made[path]))}
+        if biased:
+            bias = (*path[:-1], "bias")
+            changed[bias] = biases[bias] = _float64(variables, bias) + new.bias
+        tree = _replaced(tree, changed)
+        relu |= {path} if new.relu else set()
+    return made, _replaced(variables, biases), relu
 
 
 def _readings(
@@ -333,22 +252,35 @@ def _readings(
         path: readings[0]
         for path, readings in found.items()
         if len(readings) == 1
-        and _plain(readings[0])
+        and is_plain(readings[0])
         and any(fnmatch.fnmatchcase(path_str(path), pattern) for pattern in only)
     }
 
 
-def _check(method: str, ratio: float, batches: Any) -> None:
-    known = (*factors.METHODS, "responses")
+def _check(
+    method: str, ratio: Any, budget: Any, batches: Any, multiple_of: Any
+) -> None:
+    known = get_args(Method)
     if method not in known:
         raise ConfigError(f"factorize(method={method!r}): one of {', '.join(known)}")
-    if not 0 < ratio < 1:
+    if ratio is not None and not 0 < ratio < 1:
         raise ConfigError(f"factorize(ratio={ratio!r}): must lie in (0, 1)")
-    if method == "responses" and batches is None:
-        raise DataError("factorize: 'responses' needs batches=[inputs of apply, ...]")
+    if ratio is not None and budget is not None:
+        raise ConfigError("factorize: give a ratio for each kernel or a budget for all")
+    if budget is not None and budget.kind not in ("flops", "params"):
+        raise BudgetError("factorize: a budget is jp.flops(r) or jp.params(r)")
+    if not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ConfigError(f"factorize(multiple_of={multiple_of!r}): 1 or more")
+    if method in _SEEING and batches is None:
+        raise DataError(f"factorize: {method!r} needs batches=[inputs of apply, ...]")
 
 
-def _check_tree(graph: Graph, variables: PyTree) -> None:
+def _check_tree(graph: Graph, variables: PyTree, method: str) -> None:
+    if method == "predicted" and "params" not in variables:
+        raise GraphError(
+            "factorize: 'predicted' keeps what is not trained beside 'params'; pass "
+            "{'params': variables}, and an apply that takes it"
+        )
     shapes = {leaf.path: leaf.shape for leaf in graph.leaves}
     for keys, x in jax.tree_util.tree_flatten_with_path(variables)[0]:
         path = key_path(keys)
@@ -368,6 +300,10 @@ def _at(tree: PyTree, path: Path) -> Any:
     return functools.reduce(lambda node, name: node[name], path, tree)
 
 
+def _float64(tree: PyTree, path: Path) -> np.ndarray:
+    return np.asarray(_at(tree, path), np.float64)
+
+
 def _biased(variables: PyTree, path: Path, kernel: np.ndarray) -> bool:
     """Whether a vector 'bias' lies beside the kernel."""
     beside = _at(variables, path[:-1])
@@ -376,7 +312,10 @@ def _biased(variables: PyTree, path: Path, kernel: np.ndarray) -> bool:
 
 
 def _replaced(tree: PyTree, new: Mapping[Path, Any]) -> PyTree:
+    """The tree with new numbers at some key paths, of the leaves' own dtypes."""
+
     def of(keys: Any, x: Any) -> Any:
-        return new.get(key_path(keys), x)
+        found = new.get(key_path(keys))
+        return x if found is None else jnp.asarray(found, x.dtype)
 
     return jax.tree_util.tree_map_with_path(of, tree)

@@ -128,17 +128,7 @@ def taps(
     """
 
     def run(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
-        flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
-        paths = [key_path(keys) for keys, _ in flat]
-        arrays = [x for _, x in flat]
-        abstract, rebuild = abstract_inputs((inputs, kwargs))
-        given = [x for x in jax.tree.leaves((inputs, kwargs)) if is_arraylike(x)]
-
-        def plain(flat_variables: list[Any], flat_inputs: list[Any]) -> Any:
-            args, more = rebuild(flat_inputs)
-            return f(jax.tree.unflatten(treedef, flat_variables), *args, **more)
-
-        program, out = jx.trace(plain, [struct(x) for x in arrays], abstract)
+        program, out, paths, values = opened(f, variables, inputs, kwargs)
         seen: dict[Path, list[Any]] = {}
 
         def show(number: int, eqn: jx.Eqn, *rest: Any) -> None:
@@ -146,8 +136,7 @@ def taps(
             if found is not None:
                 seen.setdefault(paths[number], []).append(found)
 
-        origins = [*range(len(arrays)), *(None for _ in given)]
-        values = [*map(jnp.asarray, arrays), *given]
+        origins = [*range(len(paths)), *(None for _ in values[len(paths) :])]
         values, _ = run_products(program, values, origins, show, CALLS | DERIVED)
         return jax.tree.unflatten(jax.tree.structure(out), values), seen
 
@@ -168,6 +157,27 @@ def readings(
         lambda tree, args: taps(f, look)(tree, *args, **kwargs), variables, inputs
     )
     return found
+
+
+def opened(
+    f: Apply, variables: PyTree, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[jx.Program, PyTree, list[Path], list[Any]]:
+    """f's program, its outputs' tree, the variables' paths, and what the program takes.
+
+    The variables come first, then the arrays among the inputs.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
+    arrays = [x for _, x in flat]
+    abstract, rebuild = abstract_inputs((inputs, kwargs))
+    given = [x for x in jax.tree.leaves((inputs, kwargs)) if is_arraylike(x)]
+
+    def plain(flat_variables: list[Any], flat_inputs: list[Any]) -> Any:
+        args, more = rebuild(flat_inputs)
+        return f(jax.tree.unflatten(treedef, flat_variables), *args, **more)
+
+    program, out = jx.trace(plain, [struct(x) for x in arrays], abstract)
+    paths = [key_path(keys) for keys, _ in flat]
+    return program, out, paths, [*map(jnp.asarray, arrays), *given]
 
 
 def run_products(
@@ -207,7 +217,7 @@ def run_products(
             of = numbers
             if callable(values[0]):
                 outs = [functools.partial(_cast, eqn, values[0])]
-        elif _shown(eqn, numbers):
+        elif is_shown(eqn, numbers):
             k = 1 if numbers[0] is None else 0
             outs = product(numbers[k], eqn, values[1 - k], values[k], k == 1)
         if outs is None:
@@ -221,7 +231,7 @@ def _cast(eqn: jx.Eqn, make: Callable[[], Any]) -> Any:
     return jx.bind(eqn, make())[0]
 
 
-def _shown(eqn: jx.Eqn, numbers: Sequence[int | None]) -> bool:
+def is_shown(eqn: jx.Eqn, numbers: Sequence[int | None]) -> bool:
     """Whether exactly one operand is a variable, and the product is a plain one."""
     p = eqn.params
     if eqn.primitive.name == "conv_general_dilated":

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -16,8 +19,7 @@ import pytest
 import jaxprune as jp
 from jaxprune import factors as by
 from jaxprune.base import ConfigError, DataError, GraphError
-from jaxprune.factors import largest_rank
-from jaxprune.models.segnet import SegNet
+from jaxprune.models import max_pool, unpool
 
 RNG = np.random.default_rng(0)
 
@@ -73,6 +75,15 @@ def test_a_chain_computes_what_its_product_does(
     want = conv.apply(jax.tree.map(jnp.float32, whole), x)
     got = jp.factorized(conv.apply)(thin, x)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("method", ["svd", "separable", "cp"])
+def test_a_chain_of_rank_one_is_not_depthwise(method: str) -> None:
+    conv, x = nn.Conv(5, (3, 2), use_bias=False), normal(1, 5, 4, 4)
+    factors = chain(method, (3, 2, 4, 5), 1)
+    whole = {"params": {"kernel": np.float32(product(method, factors))}}
+    got = jp.factorized(conv.apply)({"params": {"kernel": factors}}, x)
+    np.testing.assert_allclose(got, conv.apply(whole, x), rtol=1e-4, atol=1e-4)
 
 
 def one_layer(layer: nn.Module, x: np.ndarray) -> tuple[Any, Any, jp.Graph]:
@@ -136,33 +147,53 @@ def test_responses_of_low_rank_are_kept_whole() -> None:
 
 
 def test_the_ranks_are_the_largest_that_fit() -> None:
-    for shape, strides, method, rank in (
-        ((3, 3, 64, 64), (1, 1), "svd", 9 * 64 * 64 // 4 // (9 * 64 + 64)),
-        (
-            (3, 3, 64, 64),
-            (2, 2),
-            "separable",
-            9 * 64 * 64 // 4 // (3 * 64 * 2 + 3 * 64),
-        ),
-        ((3, 3, 64, 64), (1, 1), "cp", 9 * 64 * 64 // 4 // (64 + 3 + 3 + 64)),
-        ((1, 1, 64, 64), (1, 1), "cp", 0),
-        ((256, 10), (), "svd", 256 * 10 // 4 // 266),
-        ((4, 4), (), "svd", 0),
+    for (kh, kw, read, out), stride, method, rank in (
+        ((3, 3, 12, 16), 1, "svd", 9 * 12 * 16 // 4 // (9 * 12 + 16)),
+        ((3, 3, 12, 16), 2, "separable", 9 * 12 * 16 // 4 // (3 * 12 * 2 + 3 * 16)),
+        ((3, 3, 12, 16), 1, "cp", 9 * 12 * 16 // 4 // (12 + 3 + 3 + 16)),
+        ((3, 3, 12, 16), 2, "cp", 9 * 12 * 16 // 4 // (12 * 4 + 3 * 2 + 3 + 16)),
     ):
-        assert largest_rank(shape, strides, method, 0.25) == rank
+        x = normal(1, 8, 8, read)
+        layer = nn.Conv(out, (kh, kw), strides=stride)
+        apply, variables, graph = one_layer(layer, x)
+        found = jp.factorize(apply, graph, variables, x, method=method, ratio=0.25)
+        assert found.chains["params/kernel"].rank == rank
+        before = jp.cost(graph).flops
+        after = jp.cost(jp.trace(found.apply, found.variables, x)).flops
+        assert after <= 0.25 * before
+        one = after / rank  # what each rank costs
+        assert after + one > 0.25 * before
 
 
-def test_segnet_runs_trains_and_is_pruned_on() -> None:
-    net = SegNet(3, widths=(8, 8, 16, 16, 16))
-    x = normal(2, 17, 20, 3)
+class SmallSegNet(nn.Module):
+    """Two convolutions, pooled, un-pooled to where values came from, and two more."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        def block(x: jax.Array, name: str, features: int) -> jax.Array:
+            x = nn.Conv(features, (3, 3), name=name)(x)
+            x = nn.BatchNorm(use_running_average=not train, name=f"{name}_bn")(x)
+            return nn.relu(x)
+
+        x = block(x, "encoder1", 8)
+        size = x.shape[1], x.shape[2]
+        x, code = max_pool(block(x, "encoder2", 12))
+        x = block(unpool(x, code, size), "decoder2", 8)
+        return nn.Conv(3, (1, 1), name="classifier")(x)
+
+
+def test_a_segnet_runs_trains_and_is_pruned_on() -> None:
+    """Un-pooling by the encoder's locations, batch norm, odd sizes."""
+    net = SmallSegNet()
+    x = normal(2, 9, 10, 3)
     variables = net.init(jax.random.key(0), x)
     graph = jp.trace(net.apply, variables, x)
     found = jp.factorize(net.apply, graph, variables, x, method="separable", ratio=0.4)
     thin = jp.trace(found.apply, found.variables, x)
-    # The first layer and the classifier are too thin to gain.
     assert jp.cost(thin).flops < 0.5 * jp.cost(graph).flops
     keep = networks.random_keep(thin, 0)
-    assert len(keep) > 21  # the ranks are channels, too
+    # The ranks are channels, too.
+    assert len(keep) == len(graph.groups) + len(found.chains)
     assert jp.verify(found.apply, thin, keep, found.variables, x) < 1e-4
 
     def loss(variables: Any) -> Any:
@@ -171,8 +202,94 @@ def test_segnet_runs_trains_and_is_pruned_on() -> None:
 
     slopes = jax.jit(jax.grad(loss))(found.variables)
     chex.assert_tree_all_finite(slopes)
-    first = slopes["params"]["encoder3_conv2"]["kernel"]
+    first = slopes["params"]["encoder2"]["kernel"]
     assert all(np.abs(g).max() > 0 for g in first.values())
+
+
+@pytest.mark.parametrize("method", ["predicted", "asymmetric3d"])
+def test_chains_are_pruned_saved_loaded_and_exported(
+    method: str, tmp_path: Path
+) -> None:
+    net = SmallSegNet()
+    x = normal(1, 8, 8, 3)
+    variables = net.init(jax.random.key(0), x)
+    graph = jp.trace(net.apply, variables, x, train=False)
+    found = jp.factorize(
+        net.apply,
+        graph,
+        variables,
+        x,
+        method=method,
+        budget=jp.flops(0.5),
+        batches=[x],
+        train=False,
+    )
+    thin = jp.trace(found.apply, found.variables, x, train=False)
+    scores = jp.score(jp.magnitude(), thin, found.variables)
+    keep = jp.select(thin, scores, jp.flops(0.3))
+    small = jp.shrink(thin, keep, found.variables)
+    pruned = jp.Pruned(jp.slim(found.apply, thin, keep), small, thin, keep)
+    want = pruned.apply(small, x, train=False)
+    jp.save(tmp_path / "net", pruned)
+    for apply in (net.apply, found.apply):
+        loaded = jp.load(tmp_path / "net", apply)
+        chex.assert_trees_all_equal(loaded.variables, jax.tree.map(np.asarray, small))
+        got = loaded.apply(loaded.variables, x, train=False)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    if importlib.util.find_spec("flatbuffers"):
+        folder = jp.export(loaded, tmp_path / "program", x, train=False)
+        run = jp.load_export(folder)
+        np.testing.assert_allclose(run(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dictionary_predicts_the_weights_and_is_not_trained() -> None:
+    """The regression of a filter on its known weights, written out in NumPy."""
+    x = normal(1, 6, 6, 4)
+    apply, variables, graph = one_layer(nn.Conv(9, (3, 3)), x)
+    found = jp.factorize(
+        apply, graph, variables, x, method="predicted", ratio=0.5, seed=3
+    )
+    chain = found.chains["params/kernel"]
+    assert chain.rank == 9 * 4 * 9 // 2 // (9 * 4 + 9)
+    dictionary = found.variables["dictionary"]["kernel"]["factor0"]
+    learned = found.variables["params"]["kernel"]
+    assert list(learned) == ["factor1"]
+    kernel = np.float64(variables["params"]["kernel"])
+    known = np.random.default_rng(3).permutation(36)[: chain.rank]
+    channels = sum(kernel[i, j] @ kernel[i, j].T for i in range(3) for j in range(3))
+    channels = channels / np.mean(np.diag(channels))
+    covariance = np.zeros((36, 36))
+    places = [*itertools.product(range(3), range(3), range(4))]
+    for (a, (i, j, c)), (b, (k, m, d)) in itertools.product(
+        enumerate(places), repeat=2
+    ):
+        near = np.exp(-((i - k) ** 2 + (j - m) ** 2) / 2)
+        covariance[a, b] = near * channels[c, d]
+    inner = covariance[np.ix_(known, known)] + 1e-4 * np.eye(chain.rank)
+    want = covariance[:, known] @ np.linalg.inv(inner)
+    np.testing.assert_allclose(dictionary.reshape(36, -1), want, rtol=1e-3, atol=1e-4)
+    # What is learned begins where the product is nearest.
+    whole = dictionary.reshape(36, -1) @ learned["factor1"][0, 0]
+    residue = np.float64(whole) - kernel.reshape(36, 9)
+    np.testing.assert_allclose(want.T @ residue, 0, atol=1e-3)
+    conv = {"params": {**variables["params"], "kernel": whole.reshape(3, 3, 4, 9)}}
+    got = found.apply(found.variables, x)
+    np.testing.assert_allclose(got, apply(conv, x), rtol=1e-4, atol=1e-4)
+    # It saves parameters as its rank does, and no more multiply-adds than an SVD.
+    thin = jp.trace(found.apply, found.variables, x)
+    assert jp.cost(thin).params == chain.rank * 9 + 9
+    plain = jp.factorize(apply, graph, variables, x, method="svd", ratio=0.5)
+    same = jp.cost(jp.trace(plain.apply, plain.variables, x))
+    assert same.flops == jp.cost(thin).flops
+
+
+def test_alternating_least_squares_never_climbs() -> None:
+    kernel = np.float64(normal(3, 3, 6, 8))
+    parts, errors = by.alternate(kernel, 5, 0)
+    assert len(errors) > 3
+    assert np.all(np.diff(errors) <= 1e-9 * errors[0])
+    whole = np.einsum("hr,wr,ir,or->hwio", *parts)
+    np.testing.assert_allclose(np.sum((kernel - whole) ** 2), errors[-1], rtol=1e-6)
 
 
 def test_derivatives_of_ones_own_and_other_uses_are_kept() -> None:
@@ -194,7 +311,7 @@ def test_what_cannot_be_is_said() -> None:
     x = normal(1, 6, 6, 8)
     apply, variables, graph = one_layer(nn.Conv(12, (3, 3)), x)
     for more, error, match in (
-        ({"method": "tucker"}, ConfigError, "one of svd, separable, cp, responses"),
+        ({"method": "tucker"}, ConfigError, "one of svd, separable, cp, pred"),
         ({"ratio": 1.0}, ConfigError, "ratio=1.0"),
         ({"method": "responses"}, DataError, "needs batches"),
         ({"method": "responses", "batches": []}, DataError, "batches is empty"),

@@ -31,11 +31,11 @@ TEXTS = sorted(
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
     "base jaxpr factors",
-    "labels walk plan rules splits groups trace taps",
+    "labels walk plan rules splits groups trace taps behind chains",
     "keeps matching placement",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
-    "sparsity steps path search weights pruned prune reconstruct lowrank",
+    "sparsity steps path search weights pruned prune reconstruct responses ranks lowrank",
     "integrity leaves storage store checkpoint export bench",
     "data models",
     "train",

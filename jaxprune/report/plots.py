@@ -112,8 +112,10 @@ def _kind(stage: str) -> str:
     return stage.rstrip("0123456789")  # recover1, recover2, ...
 
 
-def widths(groups: Sequence[Mapping[str, Any]], file: Path) -> Path:
-    """A bar a group: its channels, and how many of them stay."""
+def widths(
+    groups: Sequence[Mapping[str, Any]], file: Path, unit: str = "channels"
+) -> Path:
+    """A bar a group: its channels (or a kernel's ranks), and how many of them stay."""
     figure, (ax,) = _figure(1.2 + 0.26 * len(groups))
     y = np.arange(len(groups))
     before = np.array([g["before"] for g in groups])
@@ -127,7 +129,7 @@ def widths(groups: Sequence[Mapping[str, Any]], file: Path) -> Path:
     ax.set_yticks(y, [words.shorten(g["name"]) for g in groups], fontsize=8)
     ax.set_xlim(0, before.max() * 1.22)
     ax.set_ylim(len(groups) - 0.4, -0.6)
-    ax.set_xlabel("channels")
+    ax.set_xlabel(unit)
     ax.grid(False, axis="y")
     figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     return _save(figure, file)

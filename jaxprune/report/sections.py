@@ -140,8 +140,9 @@ def _pruning(record: files.Record, out: Path) -> list[str]:
     parts = []
     groups, steps = record.prune["groups"], record.prune["path"]
     if groups:
-        title = words.widths(groups)
-        plots.widths(groups, out / "widths.png")
+        unit = record.prune.get("unit", "channels")
+        title = words.widths(groups, unit)
+        plots.widths(groups, out / "widths.png", unit)
         method = record.prune.get("method")
         note = [html.text(f"Method: {method}.", "note")] if method else []
         parts.append(html.section(title, html.plot("widths.png", title), *note))

@@ -99,13 +99,13 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> str:
     return "Training has begun"
 
 
-def widths(groups: Sequence[Mapping[str, Any]]) -> str:
-    """What the widths before and after show."""
+def widths(groups: Sequence[Mapping[str, Any]], unit: str = "channels") -> str:
+    """What the widths (or ranks) before and after show."""
     before = sum(g["before"] for g in groups)
     after = sum(g["after"] for g in groups)
     least = min(groups, key=lambda g: g["after"] / g["before"])
     return (
-        f"{after:,} of {before:,} channels stay; {shorten(least['name'])} loses most "
+        f"{after:,} of {before:,} {unit} stay; {shorten(least['name'])} loses most "
         f"({least['before']} → {least['after']})"
     )
 

@@ -10,10 +10,11 @@ import re
 import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxprune.base import ConfigError, DataError
 from jaxprune.data import Augment
+from jaxprune.lowrank import Method as LowRank
 from jaxprune.train import settings
 
 
@@ -115,7 +116,9 @@ class Prune:
     'random_masks' takes the best of `trials` random masks by the loss on the validation
     split; 'particles' cuts, weighs and resamples trials / stages of them in `stages`;
     'weights' cuts no channel but single weights, and holds them at 0 in retraining: the
-    budget then counts what a machine that skips zeros would be spared.
+    budget then counts what a machine that skips zeros would be spared. Low rank instead
+    of fewer channels, of FLOPs or parameters: a method of `jaxprune.factorize`, 'svd'
+    or 'asymmetric' for example, over `batches`; ranks are multiples of multiple_of.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
@@ -128,7 +131,7 @@ class Prune:
     cut.
     """
 
-    method: Method = "criterion"
+    method: Method | LowRank = "criterion"
     criterion: Criterion = "taylor"
     normalize: Literal["none", "mean", "max", "sum", "l2"] = "mean"
     per_cost: bool = False
@@ -149,6 +152,11 @@ class Prune:
     carry_optimizer: bool = False
     reconstruct: int = 0
     statistics: int = 40
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether kernels become chains, and no channel goes."""
+        return self.method in get_args(LowRank)
 
     @property
     def sparse(self) -> bool:
@@ -291,6 +299,11 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
         ("evaluate.repeats", evaluate.repeats >= 0, "0 or more"),
         ("evaluate.samples", evaluate.samples > 0, "positive"),
         ("save_every", config.save_every > 0, "positive"),
+        (
+            "scratch",
+            not (config.scratch and config.prune.low_rank),
+            "false where prune.method is one of low rank: widths stay as they are",
+        ),
         *(
             (
                 f"{where}.augment",
@@ -356,7 +369,18 @@ def _check_prune(prune: Prune) -> None:
         ("statistics", prune.statistics >= 0, "0 or more"),
         ("carry_optimizer", not carried, "false where the method is 'gates'"),
     ]
-    _apply("prune", prune, rules)
+    _apply("prune", prune, rules + (_low_rank_rules(prune) if prune.low_rank else []))
+
+
+def _low_rank_rules(prune: Prune) -> list[tuple[str, bool, str]]:
+    where = f"where the method is {prune.method!r}"
+    kinds = prune.budget in ("flops", "params")
+    return [
+        ("budget", kinds, f"flops or params {where}"),
+        ("rounds", prune.rounds == 1, f"1 {where}"),
+        ("reconstruct", prune.reconstruct == 0, f"0 {where}"),
+        ("carry_optimizer", not prune.carry_optimizer, f"false {where}"),
+    ]
 
 
 def _apply(where: str, of: Any, rules: Sequence[tuple[str, bool, str]]) -> None:

@@ -60,7 +60,7 @@ def check_budget(prune: Prune, graph: Graph) -> None:
     Milliseconds, and zeros among the weights, are told of when they are counted.
     """
     free = prune.method == "path" and prune.choose != "budget"
-    if free or prune.irregular or prune.budget == "latency":
+    if free or prune.irregular or prune.low_rank or prune.budget == "latency":
         return
     select(
         graph,
@@ -121,8 +121,9 @@ def _round(
     """One cut of what the rounds before have left, its validation row, and its path."""
     prune = job.config.prune
     if prune.irregular:
-        thin = _thinned(job, cut.variables, number, kind, progress)
-        return _judged(job, graph, cut._replace(variables=thin), number, progress), []
+        variables = restated(job, _thinned(job, cut.variables, number, kind, progress))
+        judge(job, variables, number, progress)
+        return cut._replace(variables=variables), []
     smaller = shrink_graph(graph, cut.keep)
     here = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
     keep = _decided(job, cut.keep) if number == prune.rounds else None
@@ -136,8 +137,10 @@ def _round(
         keep, rows = choose.choose(here, smaller, cut.variables, budget, progress)
     refitted = _refitted(here, smaller, keep, cut.variables)
     variables, carried = shrink(smaller, keep, (refitted, cut.carried))
-    cut = Cut(compose(cut.keep, keep), variables, carried)
-    cut = _judged(job, graph, cut, number, progress)
+    keep = compose(cut.keep, keep)
+    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, keep))
+    cut = Cut(keep, restated(slimmed, variables), carried)
+    judge(slimmed, cut.variables, number, progress)
     return cut, [{**row, "round": number} for row in rows or []]
 
 
@@ -178,20 +181,15 @@ def _thinned(
     return jax.tree.map(np.asarray, thin)
 
 
-def _judged(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
-    """The cut with batch statistics of its own; writes its validation row."""
-    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
-    variables = _restated(slimmed, cut.variables)
-    evaluate = jax.jit(
-        steps.make_evaluate(slimmed.apply, job.splits.val.classes.ignore)
-    )
+def judge(job: Job, variables: PyTree, number: int, progress: Progress) -> None:
+    """A row of how the cut network `job.apply` does on the validation split."""
+    evaluate = jax.jit(steps.make_evaluate(job.apply, job.splits.val.classes.ignore))
     found = measures(
         confusion_of(evaluate, variables, job.splits.val, job.config.evaluate.batch)
     )
     progress.rewind("prune", number - 1)
     progress.append({"stage": "prune", "step": number, "split": "val", **found})
     progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")
-    return cut._replace(variables=variables)
 
 
 def _kind(job: Job, graph: Graph, variables: PyTree) -> Kind:
@@ -228,7 +226,7 @@ def _refitted(job: Job, graph: Graph, keep: Keep, variables: PyTree) -> PyTree:
     return reconstruct(job.apply, graph, keep, variables, images, train=False)
 
 
-def _restated(job: Job, variables: PyTree) -> PyTree:
+def restated(job: Job, variables: PyTree) -> PyTree:
     """The variables with batch statistics of the network as it is now."""
 
     @jax.jit
@@ -289,7 +287,7 @@ def _write(job: Job, graph: Graph, keep: Keep, rows: list[dict[str, Any]]) -> No
             }
         )
     document = {
-        "method": _described(job),
+        "method": described(job),
         "keep": _text(keep),
         "groups": groups,
         "frozen": [
@@ -300,7 +298,8 @@ def _write(job: Job, graph: Graph, keep: Keep, rows: list[dict[str, Any]]) -> No
     write_json(job.workdir / _FILE, document)
 
 
-def _described(job: Job) -> str:
+def described(job: Job) -> str:
+    """The method and the budget in words."""
     prune = job.config.prune
     method = prune.criterion if prune.method == "criterion" else prune.method
     rounds = f", {prune.rounds} rounds" if prune.rounds > 1 else ""

@@ -24,7 +24,7 @@ from jaxprune.graph_io import graph_from_json, graph_to_json
 from jaxprune.pruned import Pruned
 from jaxprune.slim import slim
 from jaxprune.trace import trace
-from jaxprune.train import compare, cut, folder
+from jaxprune.train import compare, cut, folder, thin
 from jaxprune.train import step as steps
 from jaxprune.train.compare import Contender
 from jaxprune.train.config import Config, check, differences
@@ -72,18 +72,19 @@ def _stages(
     dense = train(job, start, progress)
     teacher = (net.apply, dense.average) if config.distill.weight else None
     job = dataclasses.replace(job, stage="retrain", fit=config.retrain, teacher=teacher)
-    cut_out = cut.prune_stage(job, graph, dense, progress)
-    keep = cut_out.keep
-    small = slim(net.apply, graph, keep)
+    if config.prune.low_rank:
+        begun, carried = thin.thin_stage(job, graph, dense, progress), None
+    else:
+        keep, start, carried = cut.prune_stage(job, graph, dense, progress)
+        begun = Pruned(slim(net.apply, graph, keep), start, graph, keep)
+    small = begun.apply
     job = dataclasses.replace(
-        job,
-        apply=small,
-        carried=cut_out.carried,
-        proximal=cut.held(config.prune),
+        job, apply=small, carried=carried, proximal=cut.held(config.prune)
     )
-    pruned = train(job, cut_out.variables, progress).average
+    pruned = train(job, begun.variables, progress).average
 
-    costs, epochs = (cost(graph), cost(graph, keep)), pruned_epochs(config)
+    costs = cost(graph), cost(begun.graph, begun.keep)
+    epochs = pruned_epochs(config)
     networks = {
         "dense": Contender(net.apply, dense.average, costs[0], config.train.epochs),
         "pruned": Contender(small, pruned, costs[1], epochs, cut.nonzero(job, pruned)),
@@ -93,7 +94,7 @@ def _stages(
         fresh = _from_scratch(job, plain, epochs, progress)
         networks["scratch"] = Contender(plain.apply, fresh, costs[1], epochs)
     evaluation = compare.evaluate_stage(job, networks, progress)
-    _save(config, args, splits, workdir, Pruned(small, pruned, graph, keep))
+    _save(config, args, splits, workdir, begun._replace(variables=pruned))
     return evaluation
 
 

@@ -16,9 +16,10 @@ import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jaxprune.base import ConfigError
+from jaxprune.lowrank import Method as LowRank
 from jaxprune.train import stages
 from jaxprune.train.config import Config, check, to_json
 from jaxprune.train.folder import CONFIG, write_json, write_text
@@ -46,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "weights": {"method": "weights"},
     "lasso": {"method": "lasso"},
     "gates": {"method": "gates"},
+    **{name: {"method": name} for name in get_args(LowRank)},
 }
 
 
@@ -121,13 +123,21 @@ def planned(
         retrain = dataclasses.replace(
             retrain, epochs=rest, warmup=min(retrain.warmup, each, rest)
         )
+    if prune.low_rank:
+        more = prune.recovery_epochs * (prune.rounds - 1)
+        retrain = dataclasses.replace(retrain, epochs=retrain.epochs + more)
+        prune = dataclasses.replace(
+            prune, rounds=1, reconstruct=0, carry_optimizer=False
+        )
     return dataclasses.replace(
         config,
         name=f"{config.name}_{method}",
         seed=config.seed + seed,
         prune=prune,
         retrain=retrain,
-        scratch=config.scratch and method == first and not prune.irregular,
+        scratch=config.scratch
+        and method == first
+        and not (prune.irregular or prune.low_rank),
     )
 
 
