@@ -35,7 +35,7 @@ LAYERS = (
     "keeps matching placement",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
-    "sparsity steps path pruned prune reconstruct lowrank",
+    "sparsity steps path path_io risks weakest pruned prune reconstruct lowrank",
     "integrity leaves storage store checkpoint export bench",
     "data models",
     "train",
