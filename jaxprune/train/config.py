@@ -108,7 +108,10 @@ class Prune:
     or the least where that is over the budget; 'gates' does the same to one trained
     number per channel, and folds those that stay into the weights; 'path' cuts back by
     cost complexity, `block` of the cost at a time, and takes the step that `choose`
-    says.
+    says (`Path.select`). estimate: of what the loss gains, for 'path', over `batches`:
+    'taylor' squared, 'taylor1' first order, 'fisher' second; 'reconstruction': the
+    relative error of what reads; 'measured': the loss itself without each group's next
+    unit, which 'taylor' ranks.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
@@ -136,7 +139,10 @@ class Prune:
     lasso_epochs: float = 20.0
     strength: float = 0.01
     block: float = 0.05
-    choose: Literal["budget", "1se", "min"] = "budget"
+    choose: Literal["budget", "1se", "min", "knee"] = "budget"
+    estimate: Literal["taylor", "taylor1", "fisher", "measured", "reconstruction"] = (
+        "taylor"
+    )
     carry_optimizer: bool = False
     reconstruct: int = 0
     statistics: int = 40

@@ -91,33 +91,42 @@ def _round(
 ) -> tuple[Cut, list[dict[str, Any]]]:
     """One cut of what the rounds before have left, its validation row, and its path."""
     prune = job.config.prune
-    smaller = shrink_graph(graph, cut.keep)
-    here = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
     keep = _decided(job, cut.keep) if number == prune.rounds else None
     rows: list[dict[str, Any]] | None = None
     if keep is None:
+        smaller = shrink_graph(graph, cut.keep)
+        here = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
         # Equal factors: each round leaves the same fraction of the one before.
         whole = measure(graph, kind, sizes(graph))
         now = measure(smaller, kind, sizes(smaller))
         ratio = min(prune.ratio ** (number / prune.rounds) * float(whole / now), 1.0)
         budget = Budget(kind, ratio)
-        keep, rows = choose.choose(here, smaller, cut.variables, budget, progress)
-    refitted = _refitted(here, smaller, keep, cut.variables)
-    variables, carried = shrink(smaller, keep, (refitted, cut.carried))
-    keep = compose(cut.keep, keep)
-    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, keep))
-    variables = _restated(slimmed, variables)
-    evaluate = jax.jit(
-        steps.make_evaluate(slimmed.apply, job.splits.val.classes.ignore)
-    )
-    found = measures(
-        confusion_of(evaluate, variables, job.splits.val, job.config.evaluate.batch)
-    )
+        keep, rows = choose.choose(
+            here, smaller, cut.variables, budget, progress, number
+        )
+    cut = apply_cut(job, graph, cut, keep)
+    slimmed = slim(job.apply, graph, cut.keep)
+    evaluate = jax.jit(steps.make_evaluate(slimmed, job.splits.val.classes.ignore))
+    batch = job.config.evaluate.batch
+    found = measures(confusion_of(evaluate, cut.variables, job.splits.val, batch))
     progress.rewind("prune", number - 1)
     progress.append({"stage": "prune", "step": number, "split": "val", **found})
     progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")
-    cut = Cut(keep, variables, carried)
     return cut, [{**row, "round": number} for row in rows or []]
+
+
+def apply_cut(job: Job, graph: Graph, before: Cut, keep: Keep) -> Cut:
+    """`keep` of what `before` left, cut out: refitted and restated as the config says.
+
+    job: of the retraining, with the dense network's apply.
+    """
+    smaller = shrink_graph(graph, before.keep)
+    here = dataclasses.replace(job, apply=slim(job.apply, graph, before.keep))
+    refitted = _refitted(here, smaller, keep, before.variables)
+    variables, carried = shrink(smaller, keep, (refitted, before.carried))
+    keep = compose(before.keep, keep)
+    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, keep))
+    return Cut(keep, _restated(slimmed, variables), carried)
 
 
 def _kind(job: Job, graph: Graph, variables: PyTree) -> Kind:
@@ -172,18 +181,18 @@ def _restated(job: Job, variables: PyTree) -> PyTree:
     return jax.tree.map(np.asarray, variables)
 
 
-def _recover(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
-    """Retrain for a while between two cuts."""
+def recovery(job: Job, number: int) -> Job:
+    """The job of the retraining behind round `number`; its apply is still the job's."""
     fit = job.config.retrain
     epochs = job.config.prune.recovery_epochs
     fit = dataclasses.replace(fit, epochs=epochs, warmup=min(fit.warmup, epochs))
-    job = dataclasses.replace(
-        job,
-        stage=f"recover{number}",
-        apply=slim(job.apply, graph, cut.keep),
-        fit=fit,
-        carried=cut.carried,
-    )
+    return dataclasses.replace(job, stage=f"recover{number}", fit=fit)
+
+
+def _recover(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
+    """Retrain for a while between two cuts."""
+    small = slim(job.apply, graph, cut.keep)
+    job = dataclasses.replace(recovery(job, number), apply=small, carried=cut.carried)
     state = train(job, cut.variables, progress)
     return Cut(cut.keep, state.average, _carried(job, state.opt_state))
 

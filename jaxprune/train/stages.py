@@ -18,9 +18,11 @@ import jax
 import jaxprune
 from jaxprune import checkpoint, data, models
 from jaxprune.base import CheckpointError, ConfigError, Graph, GraphError, PyTree
+from jaxprune.budget import Budget
 from jaxprune.cost import cost
 from jaxprune.graph_io import graph_from_json, graph_to_json
 from jaxprune.pruned import Pruned
+from jaxprune.select import check_budget
 from jaxprune.slim import slim
 from jaxprune.trace import trace
 from jaxprune.train import compare, cut, folder
@@ -45,6 +47,7 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(os.path.abspath(workdir))
     folder.check_free(config, workdir)
     splits = Splits(*(load_split(config, n) for n in ("train", "val", "test")))
+    _check_choice(config, splits.val)
     args = network_args(config, len(splits.train.classes))
     net = models.build(config.network.name, args)
     with folder.claim(config, workdir):
@@ -57,7 +60,8 @@ def _stages(
 ) -> dict[str, Any]:
     """The run in its folder; the evaluation."""
     progress = Progress(workdir, speaks=jax.process_index() == 0)
-    graph = _graph(net, config, workdir)
+    graph = read_graph(net, config, workdir)
+    _check_budget(config, graph)
     _opening_card(config, graph, splits, workdir, progress)
 
     job = Job("train", net.apply, config.train, config, splits, workdir)
@@ -84,7 +88,8 @@ def _stages(
         fresh = _from_scratch(job, plain, epochs, progress)
         networks["scratch"] = Contender(plain.apply, fresh, costs[1], epochs)
     evaluation = compare.evaluate_stage(job, networks, progress)
-    _save(config, args, splits, workdir, Pruned(small, pruned, graph, keep))
+    found = Pruned(small, pruned, graph, keep)
+    save_network(config, args, splits, workdir / "final", found, overwrite=True)
     return evaluation
 
 
@@ -134,6 +139,27 @@ def load_split(config: Config, name: str, *, evaluated: bool = False) -> data.Sp
     )
 
 
+def _check_choice(config: Config, val: data.Split) -> None:
+    """Raise ConfigError where the 1-SE rule would find no standard error."""
+    if config.prune.method != "path" or config.prune.choose != "1se":
+        return
+    counted = sum(bool((label != val.classes.ignore).any()) for label in val.labels)
+    if counted < 2:
+        raise ConfigError(
+            "prune.choose = '1se': a standard error needs 2 labelled validation images "
+            f"or more, {counted} counted; set prune.choose to min, knee or budget, or "
+            "validate on more (data.counts)"
+        )
+
+
+def _check_budget(config: Config, graph: Graph) -> None:
+    """Raise BudgetError where no widths meet it; milliseconds are not known yet."""
+    prune = config.prune
+    if prune.budget != "latency":
+        budget = Budget(prune.budget, prune.ratio)
+        check_budget(graph, budget, prune.multiple_of, prune.min_channels)
+
+
 def _check_devices(config: Config) -> None:
     for name in ("train", "retrain"):
         batch, devices = getattr(config, name).batch, jax.device_count()
@@ -143,7 +169,8 @@ def _check_devices(config: Config) -> None:
             )
 
 
-def _graph(net: Any, config: Config, workdir: Path) -> Graph:
+def read_graph(net: Any, config: Config, workdir: Path) -> Graph:
+    """The network's graph, from graph.json, or traced and written there."""
     path = workdir / "graph.json"
     if path.exists():
         try:
@@ -170,21 +197,25 @@ def _from_scratch(job: Job, net: Any, epochs: float, progress: Progress) -> PyTr
     return train(job, variables, progress).average
 
 
-def _save(
+def save_network(
     config: Config,
     args: dict[str, Any],
     splits: Splits,
-    workdir: Path,
+    folder: Path,
     pruned: Pruned,
+    *,
+    overwrite: bool = False,
+    **more: Any,
 ) -> None:
-    """`final/`: the pruned network, which `jaxprune.load` opens by itself."""
+    """A folder with the pruned network, which `jaxprune.load` opens by itself."""
     checkpoint.save(
-        workdir / "final",
+        folder,
         pruned,
-        overwrite=True,
+        overwrite=overwrite,
         network={"name": config.network.name, "args": args},
         classes=dataclasses.asdict(splits.train.classes),
         size=list(config.data.size),
+        **more,
     )
 
 
