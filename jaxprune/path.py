@@ -58,10 +58,9 @@ def prune_path(
     when a channel goes, dR; then units of `multiple_of` channels, those with least dR
     first, are cut from the group with the least dR/dC, where dC is the fraction of the
     dense cost that this saves now (as far as `until` asks for it), until the block is
-    full. A block's alpha is its
-    dR/dC, or that of the block before where that is larger: the block would have been
-    cut along with it. So alphas rise, as CART's do, and of steps with equal alpha the
-    last is the one that minimises risk + alpha * cost.
+    full. A block's alpha is its dR/dC, or that of the block before where that is
+    larger: the block would have been cut along with it. So alphas rise, as CART's do,
+    and of steps with equal alpha the last is the one that minimises risk + alpha * cost.
 
     Args:
       graph: of the dense network; variables: trained, dense.
@@ -86,8 +85,10 @@ def prune_path(
         are masked again when they are back; `step` has the risk before. The walk goes
         on from what it returns, and the step's risk is evaluated anew.
       file: every step is kept there at once, and a walk that was stopped goes on behind
-        the last one, to the same path; see `Path.load`. With `recover`, each step's
-        shrunk variables lie beside it (`path_io.load_variables`).
+        the last one, to the same path; see `Path.load`. Arrays and numbers are compared
+        with those that it began with; that the functions and the criterion are the same
+        is up to you. With `recover`, each step's shrunk variables lie beside it
+        (`path_io.load_variables`).
       key: for a criterion that draws random numbers; folded with the step's number.
       on_step: called with every new step, as soon as it is known.
 

@@ -171,7 +171,7 @@ def path(
         knees = [s for s in ending if "knee" in (s.get("rules") or ())]
         for marked, look, size, name in (
             ([s for s in steps if s.get("chosen")], "D", 9, "chosen"),
-            (knees, "v", 6, "knee"),
+            (knees, "v", 9, "knee"),
         ):
             found = [s for s in marked if s.get(key) is not None]
             if found:
