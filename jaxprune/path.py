@@ -60,7 +60,8 @@ def prune_path(
     dense cost that this saves now (as far as `until` asks for it), until the block is
     full. A block's alpha is its dR/dC, or that of the block before where that is
     larger: the block would have been cut along with it. So alphas rise, as CART's do,
-    and of steps with equal alpha the last is the one that minimises risk + alpha * cost.
+    and of steps with equal alpha the last is the one that minimises risk +
+    alpha * cost.
 
     Args:
       graph: of the dense network; variables: trained, dense.
