@@ -19,7 +19,7 @@ from jaxprune.criteria import (
     score,
 )
 from jaxprune.export import export, load_export
-from jaxprune.features import activation, reconstruction
+from jaxprune.features import activation, reconstruction, reconstruction_error
 from jaxprune.keeps import compose
 from jaxprune.latency import Timings, latency, timings
 from jaxprune.lowrank import Factorized, factorize, factorized
@@ -29,6 +29,7 @@ from jaxprune.measures import (
     geometric_median,
     lamp,
     magnitude,
+    measured,
     random,
     taylor,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "load_export",
     "magnitude",
     "mask",
+    "measured",
     "models",
     "nonzero_cost",
     "normalize",
@@ -121,6 +123,7 @@ __all__ = [
     "report",
     "reconstruct",
     "reconstruction",
+    "reconstruction_error",
     "register_rule",
     "save",
     "score",

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxprune import base
 
@@ -67,6 +68,15 @@ BENCH = (
         "Python: jaxprune.bench({'dense': (apply, variables), ...}, images)."
     ),
 )
+PATH = (
+    "show a run's pruning path, and cut any of its points out",
+    (
+        "Each step's costs, validation risk and mIoU, and what each rule chooses. With "
+        "--at and --out, the network of that step is written into a folder that "
+        "jaxprune.load opens: the weights that the walk began with, shrunk, batch "
+        "statistics estimated anew, not retrained."
+    ),
+)
 REPORT = (
     "draw DIR/report/index.html anew from the run's files",
     "Needs no accelerator; a run that has not ended gives a report of what is there.",
@@ -115,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
         ("eval", EVAL, _eval, _add_eval),
         ("predict", PREDICT, _predict, _add_predict),
         ("bench", BENCH, _bench, _add_bench),
+        ("path", PATH, _path, _add_path),
         ("report", REPORT, _report, _add_report),
     ):
         text = f"{short.capitalize()}. {more}"
@@ -209,6 +220,19 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--repeats", type=_positive, default=30, help="calls (30)")
     verb.add_argument("--json", metavar="FILE", help="also write the numbers there")
+
+
+def _add_path(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", metavar="DIR", help="a work folder")
+    verb.add_argument(
+        "--at",
+        metavar="POINT",
+        help="step=7, min, 1se, knee, or a budget such as flops=0.4",
+    )
+    verb.add_argument("--out", metavar="OUT", help="where to write that network")
+    verb.add_argument(
+        "--round", type=_positive, metavar="N", help="of prune.rounds (the last)"
+    )
 
 
 def _add_report(verb: argparse.ArgumentParser) -> None:
@@ -311,11 +335,43 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _path(args: argparse.Namespace) -> int:
+    from jaxprune.train import cutout
+
+    if (args.at is None) != (args.out is None):
+        raise base.ConfigError("path: --at POINT and --out FOLDER go together")
+    print(cutout.describe(args.folder, args.round))
+    if args.at is not None:
+        place, _ = cutout.cut_out(
+            args.folder, _point(args.at), Path(args.out), args.round
+        )
+        print(f"step {place}, not retrained: {args.out}")
+    return 0
+
+
 def _report(args: argparse.Namespace) -> int:
     from jaxprune import report
 
     print(report.write(args.folder))
     return 0
+
+
+def _point(text: str) -> Any:
+    """`step=7` as 7, a rule as it is, `flops=0.4` as a budget."""
+    from jaxprune import inspection
+
+    name, _, number = text.partition("=")
+    if name == "step":
+        if not number.isdecimal():
+            raise base.ConfigError(f"--at {text!r}: write step=7")
+        return int(number)
+    if text in ("min", "1se", "knee"):
+        return text
+    if "=" not in text:
+        raise base.ConfigError(
+            f"--at {text!r}: a point is step=7, min, 1se, knee or flops=0.4"
+        )
+    return inspection.parse_budget(text)
 
 
 def _size(text: str) -> tuple[int, int]:

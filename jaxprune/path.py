@@ -7,25 +7,29 @@ saved. The networks T0 > T1 > ... are nested; alpha, the ratio at which each is 
 the one before, rises along the path.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import budget as budgets
-from jaxprune.base import ConfigError, DataError, Graph, Keep, PyTree
+from jaxprune import path_io, risks, weakest
+from jaxprune.base import ConfigError, DataError, Graph, GraphError, Keep, PyTree
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
 from jaxprune.criteria import Criterion, Loss, scorer
 from jaxprune.measures import taylor
-from jaxprune.select import MultipleOf, allowed_counts
+from jaxprune.risks import Risk
+from jaxprune.select import MultipleOf, allowed_counts, check_budget
 from jaxprune.steps import Path, Step
 from jaxprune.trees import mask
 
-Risk = Callable[[PyTree, Any], Any]
+Recover = Callable[[Step, PyTree], PyTree]
 
 
 def prune_path(
@@ -42,6 +46,9 @@ def prune_path(
     multiple_of: MultipleOf = 1,
     min_channels: int = 1,
     criterion: Criterion | None = None,
+    measured: bool = False,
+    recover: Recover | None = None,
+    file: str | os.PathLike[str] | None = None,
     key: jax.Array | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Path:
@@ -51,27 +58,45 @@ def prune_path(
     when a channel goes, dR; then units of `multiple_of` channels, those with least dR
     first, are cut from the group with the least dR/dC, where dC is the fraction of the
     dense cost that this saves now (as far as `until` asks for it), until the block is
-    full. A block's alpha is its
-    dR/dC, or that of the block before where that is larger: the block would have been
-    cut along with it. So alphas rise, as CART's do, and of steps with equal alpha the
-    last is the one that minimises risk + alpha * cost.
+    full. A block's alpha is its dR/dC, or that of the block before where that is
+    larger: the block would have been cut along with it. So alphas rise, as CART's do,
+    and of steps with equal alpha the last is the one that minimises risk +
+    alpha * cost.
 
     Args:
       graph: of the dense network; variables: trained, dense.
       loss: loss(variables, batch) -> scalar, for the criterion.
       batches: a finite iterable, kept in memory and used before every block.
-      risk: risk(variables, batch) -> [B], one per image, or ([B], bool[B] which count);
+      risk: risk(variables, batch) -> [B], one per image, or ([B], bool[B] which count),
+        or, with {name: array} to be summed over the batches (`Step.sums`), all three;
         by default the loss, one a batch.
       validation: batches for the risk; `batches` by default.
       block: the fraction of the dense cost to cut between two estimates; 0: one unit.
       until: stop when this is met; otherwise when nothing may be cut.
       kind: of the cost.
       multiple_of, min_channels: as for `select`.
-      criterion: `taylor()` by default.
-      key: for a criterion that draws random numbers.
-      on_step: called with every step, as soon as it is known.
+      criterion: `taylor()` by default; `taylor(1)`, `fisher()`, `measured()` and
+        `reconstruction_error()` estimate a rise as well.
+      measured: the criterion only ranks the channels of a group. dR of the units that
+        are next in each is what the mean loss over `batches` gains without them: a pass
+        over `batches` for every group and for every unit cut. Units without which it
+        is not finite stay.
+      recover: recover(step, variables) -> variables, of the same shapes, behind every
+        block: `variables` retrained for a while. They come masked, at dense shapes, and
+        are masked again when they are back; `step` has the risk before. The walk goes
+        on from what it returns, and the step's risk is evaluated anew.
+      file: every step is kept there at once, and a walk that was stopped goes on behind
+        the last one, to the same path; see `Path.load`. Arrays and numbers are compared
+        with those that it began with; that the functions and the criterion are the same
+        is up to you. With `recover`, each step's shrunk variables lie beside it
+        (`path_io.load_variables`).
+      key: for a criterion that draws random numbers; folded with the step's number.
+      on_step: called with every new step, as soon as it is known.
 
-    Raises ConfigError, BudgetError, DataError or GraphError for malformed arguments.
+    Raises ConfigError, BudgetError, DataError or GraphError for malformed arguments:
+    before any work for an `until` that no cut meets, and for a file of another walk;
+    DataError for a dense network whose risk is not finite, GraphError for estimates
+    that are not.
 
     The masked loss and risk are compiled once for the whole path.
     """
@@ -79,126 +104,152 @@ def prune_path(
         raise ConfigError(
             f"block={block!r}: the fraction of the cost per step, in [0, 1)"
         )
-    dense = float(budgets.measure(graph, kind, budgets.sizes(graph)))
-    allowed = allowed_counts(graph, multiple_of, min_channels)
+    if until is not None:
+        check_budget(graph, until, multiple_of, min_channels)
     batches = _finite(batches, "batches")
     held = batches if validation is None else _finite(validation, "validation")
-    estimate = scorer(criterion or taylor(), graph, loss)
-    evaluate = evaluator(graph, risk or loss)
-
-    def walk() -> Iterator[Step]:
-        keep, alpha = graph.full(), 0.0
-        while True:
-            yield Step(alpha, keep, cost(graph, keep), *evaluate(keep, variables, held))
-            if until is not None and _met(graph, keep, until):
-                return
-            rises = estimate(variables, batches=batches, key=key, keep=keep)
-            excess = _excess(graph, keep, until, kind)
-            target = min(block * dense, excess)
-            keep, rise, saved = _cut(graph, keep, rises, allowed, kind, target, excess)
-            if not saved:
-                return
-            alpha = max(alpha, rise * dense / saved)
-
-    steps = []
-    for step in walk():
+    walk = _Walk(
+        graph,
+        batches,
+        held,
+        scorer(criterion or taylor(), graph, loss),
+        risks.mean_loss(graph, loss, batches) if measured else None,
+        risks.evaluator(graph, risk or loss),
+        recover,
+        allowed_counts(graph, multiple_of, min_channels),
+        kind,
+        block,
+        until,
+        key,
+    )
+    steps: list[Step] = []
+    if file is not None:
+        steps += path_io.resume(file, _described(walk, variables))
+        if recover is not None and len(steps) > 1:
+            last = len(steps) - 1, steps[-1]
+            variables = path_io.masked_variables(graph, file, *last, variables)
+    while (found := _next(walk, steps, variables)) is not None:
+        step, variables = found
+        if file is not None:
+            if recover is not None and steps:
+                path_io.save_variables(graph, file, len(steps), step, variables)
+            path_io.append(file, step)
         steps.append(step)
         if on_step is not None:
             on_step(step)
     return Path(tuple(steps))
 
 
-def _cut(
-    graph: Graph,
-    keep: Keep,
-    rises: dict[str, np.ndarray],
-    allowed: dict[str, np.ndarray],
-    kind: budgets.Kind,
-    target: float,
-    excess: float,
-) -> tuple[dict[str, np.ndarray], float, float]:
-    """Cut the weakest units until `target` is saved: (keep, dR of all, cost saved).
+class _Walk(NamedTuple):
+    """What stays the same along a path."""
 
-    What a unit saves beyond the `excess` over the budget is worth nothing.
-    """
-    order, total = [], []
-    for name, stays in keep.items():
-        remaining = np.flatnonzero(stays)
-        weakest = remaining[np.argsort(rises[name][remaining], kind="stable")]
-        order.append(weakest)
-        total.append(np.append(0.0, np.cumsum(rises[name][weakest], dtype=float)))
-    start = np.array([len(o) for o in order])
-    kept, saved = start.copy(), 0.0
-    now = before = float(budgets.measure(graph, kind, kept))
-    while saved < target or saved == 0:
-        lower, saving = _units(graph, kept, allowed, kind, now)
-        trial = kept - np.diag(kept - lower)
-        rise = [t[s - x] - t[s - k] for t, s, x, k in zip(total, start, lower, kept)]
-        worth = np.minimum(saving, excess - saved)
-        ratio = np.divide(rise, worth, out=np.full(len(kept), np.inf), where=worth > 0)
-        if not np.isfinite(ratio).any():
-            break
-        kept = trial[ratio.argmin()]
-        now = float(budgets.measure(graph, kind, kept))
-        saved = before - now
-    keep = {n: k.copy() for n, k in keep.items()}
-    for stays, weakest, cut in zip(keep.values(), order, start - kept):
-        stays[weakest[:cut]] = False
-    rise = sum(t[c] for t, c in zip(total, start - kept))
-    return keep, float(rise), saved
+    graph: Graph
+    batches: list[Any]
+    held: list[Any]
+    estimate: Callable[..., dict[str, np.ndarray]]
+    measure: Callable[[Keep, PyTree], float] | None
+    evaluate: Callable[..., risks.Found]
+    recover: Recover | None
+    allowed: dict[str, np.ndarray]
+    kind: budgets.Kind
+    block: float
+    until: Budget | None
+    key: jax.Array | None
 
 
-def _units(
-    graph: Graph,
-    kept: np.ndarray,
-    allowed: dict[str, np.ndarray],
-    kind: budgets.Kind,
-    now: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """To what each group falls by a unit, and what that saves.
-
-    A unit is made wider where it saves nothing, as measured time does that is flat.
-    """
-    lower = kept
-    saving = np.zeros(len(kept))
-    while True:
-        flat = saving <= 0
-        next_ = [_next_lower(a, k) for a, k in zip(allowed.values(), lower)]
-        wider = np.where(flat, next_, lower)
-        if np.array_equal(wider, lower):
-            return lower, saving
-        lower = wider
-        trial = kept - np.diag(kept - lower)
-        saving = now - budgets.measure(graph, kind, trial)
-
-
-def _next_lower(counts: np.ndarray, kept: int) -> int:
-    """The largest allowed count below `kept`, or `kept` itself where there is none."""
-    below = counts[counts < kept]
-    return int(below[-1]) if len(below) else int(kept)
+def _next(
+    walk: _Walk, steps: Sequence[Step], variables: PyTree
+) -> tuple[Step, PyTree] | None:
+    """The step behind these and its variables; None where the path ends."""
+    if not steps:
+        step = _looked_at(walk, 0.0, walk.graph.full(), variables)
+        if not math.isfinite(step.risk):
+            raise DataError(
+                f"the risk of the dense network is {step.risk}; are weights, risk and "
+                "validation batches finite?"
+            )
+        return step, variables
+    last = steps[-1]
+    if walk.until is not None and _met(walk.graph, last.keep, walk.until):
+        return None
+    link = _weakest(walk, last.keep, len(steps), variables)
+    if link is None:
+        return None
+    alpha = max(last.alpha, link.rise * _dense(walk) / link.saved)
+    step = _looked_at(walk, alpha, link.keep, variables)
+    if walk.recover is not None:
+        variables = _recovered(walk.graph, walk.recover, step, variables)
+        step = _looked_at(walk, alpha, link.keep, variables)
+    return step, variables
 
 
-def evaluator(graph: Graph, risk: Risk) -> Callable[..., tuple[float, float]]:
-    """(keep, variables, batches) -> mean risk and its standard error; traced once."""
+def _weakest(
+    walk: _Walk, keep: Keep, number: int, variables: PyTree
+) -> weakest.Link | None:
+    """The block that is cut before step `number`."""
+    graph, kind, measure = walk.graph, walk.kind, walk.measure
+    # By number, so that a resumed walk draws what an uninterrupted one would have.
+    key = None if walk.key is None else jax.random.fold_in(walk.key, number)
+    scores = walk.estimate(variables, batches=walk.batches, key=key, keep=keep)
+    order = weakest.order(keep, scores)
+    if measure is None:
+        rises = weakest.summed(scores, order)
+    else:
+        rises = weakest.measured(keep, order, lambda k: measure(k, variables))
+    excess = _excess(graph, keep, walk.until, kind)
+    target = min(walk.block * _dense(walk), excess)
+    return weakest.cut(graph, keep, order, rises, walk.allowed, kind, target, excess)
 
-    @jax.jit
-    def risks(keep: Keep, variables: PyTree, batch: Any) -> tuple[jax.Array, jax.Array]:
-        result = risk(mask(graph, keep, variables), batch)
-        values, counts = result if isinstance(result, tuple) else (result, None)
-        values = jnp.atleast_1d(values)
-        return values, jnp.ones(values.shape, bool) if counts is None else counts
 
-    def evaluate(keep: Keep, variables: PyTree, batches: Any) -> tuple[float, float]:
-        parts = [jax.device_get(risks(keep, variables, b)) for b in batches]
-        values = np.concatenate([v[c.astype(bool)] for v, c in parts]).astype(
-            np.float64
+def _looked_at(walk: _Walk, alpha: float, keep: Keep, variables: PyTree) -> Step:
+    found = walk.evaluate(keep, variables, walk.held)
+    return Step(alpha, dict(keep), cost(walk.graph, keep), *found)
+
+
+def _recovered(graph: Graph, recover: Recover, step: Step, variables: PyTree) -> PyTree:
+    """The variables after the user's retraining, masked before and behind it."""
+    before = mask(graph, step.keep, variables)
+    after = recover(step, before)
+    if _shapes(after) != _shapes(before):
+        raise GraphError(
+            "recover must return the variables that it was given, retrained: the same "
+            "containers, shapes and dtypes"
         )
-        if not len(values):
-            raise DataError("the risk counts no image of the validation batches")
-        spread = values.std(ddof=1) if len(values) > 1 else 0.0
-        return float(values.mean()), float(spread / math.sqrt(len(values)))
+    return mask(graph, step.keep, after)
 
-    return evaluate
+
+def _shapes(tree: PyTree) -> Any:
+    leaves, treedef = jax.tree.flatten(jax.eval_shape(lambda x: x, tree))
+    return treedef, [(x.shape, x.dtype) for x in leaves]
+
+
+def _dense(walk: _Walk) -> float:
+    sizes = budgets.sizes(walk.graph)
+    return float(budgets.measure(walk.graph, walk.kind, sizes))
+
+
+def _described(walk: _Walk, variables: PyTree) -> dict[str, Any]:
+    """What tells walks apart, but for functions: these must be the same by themselves.
+
+    A cost of one's own is known by what it says of the dense and the least network.
+    """
+    graph, until = walk.graph, walk.until
+    least = np.array([counts[0] for counts in walk.allowed.values()])
+    allowed = {n: counts.tolist() for n, counts in walk.allowed.items()}
+    return {
+        "graph": path_io.checksum(np.frombuffer(graph.to_json().encode(), np.uint8)),
+        "variables": path_io.checksum(variables),
+        "batches": path_io.checksum(walk.batches),
+        "validation": path_io.checksum(walk.held),
+        "key": None if walk.key is None else path_io.checksum(walk.key),
+        "block": float(walk.block),
+        "kind": str(walk.kind) if isinstance(walk.kind, str) else "measured",
+        "costs": [_dense(walk), float(budgets.measure(graph, walk.kind, least))],
+        "until": None if until is None else budgets.limit(graph, until),
+        "widths": path_io.checksum(np.frombuffer(str(allowed).encode(), np.uint8)),
+        "measured": walk.measure is not None,
+        "recover": walk.recover is not None,
+    }
 
 
 def _finite(batches: Iterable[Any], what: str) -> list[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxprune.base import ConfigError, DataError, Graph, GraphError, Keep, PyTree
 from jaxprune.budget import Budget, measure, sizes
 from jaxprune.keeps import compose
-from jaxprune.path import Risk, evaluator
+from jaxprune.risks import Risk, evaluator
 from jaxprune.select import MultipleOf, select
 from jaxprune.trees import shrink_graph
 

@@ -100,6 +100,16 @@ def allowed_counts(
     return counts
 
 
+def check_budget(
+    graph: Graph, budget: Budget, multiple_of: MultipleOf, min_channels: int
+) -> None:
+    """Raise BudgetError, saying the least ratio, where no allowed widths meet it."""
+    counts = allowed_counts(graph, multiple_of, min_channels)
+    least = np.array([c[0] for c in counts.values()], int)
+    if budgets.measure(graph, budget.kind, least) > budgets.limit(graph, budget):
+        _refuse(graph, least, budget)
+
+
 class _Blocks(NamedTuple):
     """Blocks in the order in which they stay: whose they are, and how many channels."""
 

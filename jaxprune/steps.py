@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pruning path: nested networks with their costs and risks, and the choice of one."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,14 +17,17 @@ from jaxprune import graph_io
 from jaxprune.base import BudgetError, ConfigError, Cost, DataError
 from jaxprune.budget import Budget
 
+Rule = Literal["1se", "min", "knee"]
+
 
 class Step(NamedTuple):
     """A network of the path.
 
     alpha: the criterion's increase per fraction of the dense cost saved at which it was
     cut from the one before; 0 for the dense one. keep: {group: bool[C]}. cost: of the
-    shrunk network. risk, stderr: mean over the validation images and its standard
-    error.
+    shrunk network. risk, stderr: mean over the validation images that count, and its
+    standard error; counted: how many they are. Of fewer than 2 the error is no number.
+    sums: {name: array}, what else the risk measured, summed over the batches.
     """
 
     alpha: float
@@ -29,6 +35,8 @@ class Step(NamedTuple):
     cost: Cost
     risk: float
     stderr: float
+    counted: int | None = None
+    sums: Mapping[str, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,26 +45,41 @@ class Path:
 
     steps: tuple[Step, ...]
 
-    def select(self, rule: Literal["1se", "min"] | Budget) -> Step:
-        """One step of the path.
+    def select(self, rule: Rule | Budget, *, kind: budgets.Kind = "flops") -> Step:
+        """One step of the path. Of equal ones, the smaller network.
 
         'min': the least risk. '1se': the cheapest network whose risk is within one
-        standard error of the least, CART's rule. A budget: the least risk within it, as
-        a fraction of the first step. Of equal risks, the smaller network. Raises
-        BudgetError where no step meets the budget, ConfigError for another rule.
+        standard error of the least, CART's rule. 'knee': with cost (of `kind`) and risk
+        scaled to [0, 1], the step farthest below the line between the path's ends, so a
+        corner of the lower convex hull (Satopaa et al., "Finding a 'kneedle' in a
+        haystack", 2011); where none lies below it, the end of less risk. A budget: the
+        least risk within it, as a fraction of the first step. Steps whose risk is not
+        finite are never chosen.
+
+        Raises BudgetError where no step meets the budget, ConfigError for another rule,
+        DataError where no risk is finite, or '1se' finds no standard error.
         """
         if isinstance(rule, Budget):
             return _least_risk(self._within(rule))
-        if rule not in ("1se", "min"):
+        if rule not in ("1se", "min", "knee"):
             raise ConfigError(
-                f"select({rule!r}): '1se', 'min' or a budget as flops(0.4)"
+                f"select({rule!r}): '1se', 'min', 'knee' or a budget as flops(0.4)"
             )
+        if rule == "knee":
+            return _knee(self.steps, kind)
         least = _least_risk(self.steps)
         if rule == "min":
             return least
+        if not math.isfinite(least.stderr):
+            counted = "too few" if least.counted is None else least.counted
+            raise DataError(
+                f"select('1se'): a standard error needs the risks of 2 images or more, "
+                f"{counted} counted; validate on more, let the risk return one number "
+                "an image, or select('min')"
+            )
         most = least.risk + least.stderr
         # Costs fall along the path.
-        return [s for s in self.steps if s.risk <= most or s is least][-1]
+        return [s for s in self.steps if -math.inf < s.risk <= most][-1]
 
     def _within(self, budget: Budget) -> list[Step]:
         ratios = [
@@ -77,15 +100,31 @@ class Path:
 
     def to_json(self) -> str:
         """The path as JSON; keeps are strings of 0 and 1; null: not finite."""
-        return json.dumps({"steps": [_to_plain(s) for s in self.steps]}, indent=1)
+        return json.dumps({"steps": [to_plain(s) for s in self.steps]}, indent=1)
 
     @staticmethod
-    def from_json(text: str) -> "Path":
+    def from_json(text: str) -> Path:
         """The inverse of `to_json`; DataError for text that is none."""
         try:
-            return Path(tuple(_from_plain(s) for s in json.loads(text)["steps"]))
+            return Path(tuple(from_plain(s) for s in json.loads(text)["steps"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"this is not a pruning path: {error!r}") from error
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write a file that `load` reads: whole or not at all, with checksums."""
+        from jaxprune import path_io
+
+        path_io.write(file, self.steps)
+
+    @staticmethod
+    def load(file: str | os.PathLike[str]) -> Path:
+        """The path that `save` wrote, or as far as a `prune_path(file=...)` has got.
+
+        Raises DataError naming a file that is missing, damaged or something else.
+        """
+        from jaxprune import path_io
+
+        return Path(path_io.read(file).steps)
 
 
 def _cost(step: Step, kind: budgets.Kind) -> float:
@@ -98,35 +137,68 @@ def _cost(step: Step, kind: budgets.Kind) -> float:
 
 
 def _least_risk(steps: Iterable[Step]) -> Step:
-    """A risk that is no number counts as infinite; of ties the last, the smallest."""
-    best = None
-    for step in steps:
-        risk = math.inf if math.isnan(step.risk) else step.risk
-        if best is None or risk <= best[0]:
-            best = (risk, step)
-    if best is None:
+    """Of ties the last, the smallest."""
+    return min(reversed(_finite(steps)), key=lambda step: step.risk)
+
+
+def _finite(steps: Iterable[Step]) -> list[Step]:
+    """The steps whose risk is a finite number; there is one, or else an error."""
+    steps = tuple(steps)
+    if not steps:
         raise ConfigError("the path has no steps")
-    return best[1]
+    finite = [step for step in steps if math.isfinite(step.risk)]
+    if not finite:
+        raise DataError(
+            f"none of {len(steps)} steps has a finite risk: nothing can be chosen; are "
+            "weights, risk and validation batches finite?"
+        )
+    return finite
 
 
-def _to_plain(step: Step) -> dict[str, Any]:
+def _knee(steps: Sequence[Step], kind: budgets.Kind) -> Step:
+    finite = _finite(steps)
+    costs = np.array([_cost(step, kind) for step in finite], float)
+    risks = np.array([step.risk for step in finite], float)
+    x, y = (
+        (v - v.min()) / (np.ptp(v) if np.ptp(v) > 0 else 1.0) for v in (costs, risks)
+    )
+    # Distances from one line are in the same order as those along the axis of risk.
+    below = y[-1] + (y[0] - y[-1]) * x - y
+    if below.max() <= 1e-12:
+        return _least_risk((finite[0], finite[-1]))
+    return finite[np.flatnonzero(below >= below.max() - 1e-12)[-1]]
+
+
+def to_plain(step: Step) -> dict[str, Any]:
+    """A step as JSON holds it; null: not finite."""
+
     def number(x: float) -> float | None:
-        return x if math.isfinite(x) else None
+        return float(x) if math.isfinite(x) else None
 
-    return {
+    plain = {
         "alpha": number(step.alpha),
         "risk": number(step.risk),
         "stderr": number(step.stderr),
         "cost": {k: int(v) for k, v in step.cost._asdict().items()},
         "keep": graph_io.keep_to_text(step.keep),
     }
+    if step.counted is not None:
+        plain["counted"] = int(step.counted)
+    if step.sums is not None:
+        plain["sums"] = {n: np.asarray(v).tolist() for n, v in step.sums.items()}
+    return plain
 
 
-def _from_plain(plain: dict[str, Any]) -> Step:
+def from_plain(plain: dict[str, Any]) -> Step:
+    """The inverse of `to_plain`; ValueError, KeyError or TypeError for another."""
+
     def number(x: float | None) -> float:
         return math.nan if x is None else float(x)
 
     keep = graph_io.keep_from_text(plain["keep"])
     cost = Cost(**plain["cost"])
     risks = number(plain["risk"]), number(plain["stderr"])
-    return Step(number(plain["alpha"]), keep, cost, *risks)
+    sums = plain.get("sums")
+    if sums is not None:
+        sums = {n: np.asarray(v) for n, v in sums.items()}
+    return Step(number(plain["alpha"]), keep, cost, *risks, plain.get("counted"), sums)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jaxprune import cli, graph_io
 
-VERBS = ("run", "compare", "inspect", "eval", "predict", "bench", "report")
+VERBS = ("run", "compare", "inspect", "eval", "predict", "bench", "path", "report")
 
 
 def error_line(capsys) -> str:

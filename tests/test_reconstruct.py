@@ -321,6 +321,29 @@ def test_reconstruction_ranks_by_what_readers_miss() -> None:
     assert (np.argsort(found[name]) == np.argsort(energy)).all()
 
 
+def test_reconstruction_error_is_what_a_reader_misses_of_all_that_it_reads() -> None:
+    apply, variables, x = networks.two_layers(jax.nn.relu)
+    x = normal(20, 3)
+    graph = jp.trace(apply, variables, x)
+    (name,) = graph.groups
+
+    def scored(batches: Any, **more: Any) -> Any:
+        criterion = jp.reconstruction_error(positions=20)
+        look = {"loss": lambda v, b: apply(v, b).sum(), "batches": batches}
+        return jp.score(criterion, graph, variables, **look, **more)
+
+    hidden = np.maximum(np.float64(x) @ variables["a"], 0)
+    added = [np.outer(hidden[:, c], variables["b"][c]) for c in range(6)]
+    want = [np.sum(z**2) / np.sum(sum(added) ** 2) for z in added]
+    # Batches of one position, so that it does not matter which are drawn.
+    found = scored(np.split(x, 20), key=jax.random.key(0))
+    np.testing.assert_allclose(found[name], want, rtol=1e-4)
+    with pytest.raises(ConfigError, match="reconstruction_error needs a key"):
+        scored([x])
+    with pytest.raises(ConfigError, match="positions=0"):
+        jp.reconstruction_error(0)
+
+
 def test_convolutional_networks_are_scored() -> None:
     x = normal(2, 8, 8, 3)
     variables = Twice().init(jax.random.key(0), x)

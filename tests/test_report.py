@@ -263,6 +263,23 @@ def test_class_absent_from_a_split(tmp_path):
     assert "no class" in words.confusion(np.eye(2), ["a", "b"])
 
 
+def test_the_path_tells_of_the_knee_and_the_band(tmp_path):
+    steps = workfolder.prune()["path"]  # risk 0.5 + (1 - f)^2, stderr 0.02
+    steps[0]["rules"], steps[1]["rules"] = ["min"], ["1se"]
+    steps[2]["rules"] = ["knee"]
+    assert words.within_one_error(steps) == (0.5, 0.52)
+    text = words.path(steps, 2e9)
+    assert "; the 1-SE rule at 75 %; the knee at 50 %" in text
+    plain, marked = tmp_path / "plain.png", tmp_path / "marked.png"
+    plots.path(workfolder.prune()["path"], 2e9, plain)
+    plots.path(steps, 2e9, marked)
+    assert plain.read_bytes() != marked.read_bytes()
+    for step in steps:
+        step["stderr"] = None  # of one image
+    assert words.within_one_error(steps) is None
+    assert words.within_one_error([{"flops": 1, "risk": None}]) is None
+
+
 def test_path_without_scores(tmp_path):
     steps = [{"flops": 2.0}, {"flops": 1.0, "chosen": False}]
     plots.path(steps, None, tmp_path / "path.png")

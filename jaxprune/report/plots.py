@@ -140,7 +140,9 @@ def path(
 ) -> Path:
     """mIoU and risk, where known, against the FLOPs that stay; the choice is marked.
 
-    Of several rounds, each is a line of its own: the network was retrained in between.
+    So are the knee, and the band of one standard error above the least risk, which the
+    1-SE rule chooses from, of the last round. Of several rounds, each is a line of its
+    own: the network was retrained in between.
     """
     series = [
         (key, label)
@@ -163,11 +165,23 @@ def path(
             y = [s[key] for s in known]
             error = [s.get("stderr") or 0.0 for s in known] if key == "risk" else None
             ax.errorbar(x, y, error, color=DENSE, marker="o", markersize=4, capsize=2)
-        marked = [s for s in steps if s.get("chosen") and s.get(key) is not None]
-        if marked:
-            at = [100 * s["flops"] / whole for s in marked]
-            y = [s[key] for s in marked]
-            ax.plot(at, y, "D", color=PRUNED, markersize=9, label="chosen")
+        last = max(s.get("round", 1) for s in steps)
+        ending = [s for s in steps if s.get("round", 1) == last]
+        band = words.within_one_error(ending) if key == "risk" else None
+        if band is not None:
+            ax.axhspan(*band, color=DENSE, alpha=0.12, lw=0, label="1 SE of the least")
+        knees = [s for s in ending if "knee" in (s.get("rules") or ())]
+        for marked, look, size, name in (
+            ([s for s in steps if s.get("chosen")], "D", 9, "chosen"),
+            (knees, "v", 9, "knee"),
+        ):
+            found = [s for s in marked if s.get(key) is not None]
+            if found:
+                at = [100 * s["flops"] / whole for s in found]
+                y = [s[key] for s in found]
+                color = PRUNED if name == "chosen" else INK
+                ax.plot(at, y, look, color=color, markersize=size, label=name)
+        if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=9)
         ax.set_ylabel(label)
     axes[-1].set_xlabel(f"FLOPs that stay (% of {words.quantity(whole)}FLOPs)")

@@ -143,7 +143,36 @@ def path(steps: Sequence[Mapping[str, Any]], dense_flops: float | None) -> str:
     text = f"Chosen: {percent(chosen['flops'], whole)} of the FLOPs"
     if chosen.get("miou") is not None:
         text += f", mIoU {share(chosen['miou'])}"
-    return text + " (before retraining)"
+    return text + _others(steps, chosen, whole) + " (before retraining)"
+
+
+def _others(
+    steps: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any], whole: float
+) -> str:
+    """What the other rules would have chosen from the chosen step's round."""
+    round_ = chosen.get("round", 1)
+    names = {"1se": "the 1-SE rule", "knee": "the knee"}
+    said = []
+    for step in (s for s in steps if s.get("round", 1) == round_ and s is not chosen):
+        rules = [n for rule, n in names.items() if rule in (step.get("rules") or ())]
+        if rules:
+            share_ = percent(step["flops"], whole)
+            said.append(f"{' and '.join(rules)} at {share_}")
+    return "".join(f"; {one}" for one in said)
+
+
+def within_one_error(
+    steps: Sequence[Mapping[str, Any]],
+) -> tuple[float, float] | None:
+    """(least risk, that and its standard error); None where either is not known."""
+    known = [s for s in steps if s.get("risk") is not None]
+    if not known:
+        return None
+    # Of equal risks the smaller network, as the path chooses.
+    least = min(known, key=lambda s: (s["risk"], s["flops"]))
+    if least.get("stderr") is None:
+        return None
+    return least["risk"], least["risk"] + least["stderr"]
 
 
 def confusion(matrix: np.ndarray, classes: Sequence[str]) -> str:

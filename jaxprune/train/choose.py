@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,21 +19,28 @@ from jaxprune.budget import Budget
 from jaxprune.cost import cost
 from jaxprune.criteria import Criterion, score
 from jaxprune.select import allowed_counts, select
-from jaxprune.train import metrics
+from jaxprune.train import metrics, points
 from jaxprune.train import step as steps
 from jaxprune.train.config import Prune
 from jaxprune.train.loop import Job
 from jaxprune.train.progress import Progress
-from jaxprune.trees import mask
 
 
 def choose(
-    job: Job, graph: Graph, variables: PyTree, budget: Budget, progress: Progress
+    job: Job,
+    graph: Graph,
+    variables: PyTree,
+    budget: Budget,
+    progress: Progress,
+    number: int = 1,
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]] | None]:
-    """(keep, rows of the path or None) of the network `job.apply`, `graph`."""
+    """(keep, rows of the path or None) of the network `job.apply`, `graph`.
+
+    number: of the round; a path is kept in its file, and goes on from there.
+    """
     prune = job.config.prune
     if prune.method == "path":
-        return _walk(job, graph, variables, budget, progress)
+        return _walk(job, graph, variables, budget, progress, number)
     if prune.method in ("random_masks", "particles"):
         return _tried(job, graph, variables, budget), None
     scores = _scores(job, graph, variables, budget.kind)
@@ -170,7 +178,10 @@ def _loss(job: Job) -> Any:
 
 
 def _risk(job: Job) -> Any:
-    """Per image, its loss in nats, and whether it counts: it has labelled pixels."""
+    """Per image, its loss in nats, and whether it counts: it has labelled pixels.
+
+    And the confusion matrix of the batch, to be summed.
+    """
     target = _target(job)
 
     def risk(variables: PyTree, batch: Any) -> Any:
@@ -178,7 +189,9 @@ def _risk(job: Job) -> Any:
         losses = jax.vmap(lambda x, y: steps.cross_entropy(x, y, target))(
             logits, labels
         )
-        return losses, jnp.any(labels != target.ignore, axis=(1, 2))
+        counted = jnp.any(labels != target.ignore, axis=(1, 2))
+        confusion = metrics.confusion(logits, labels, target.ignore)
+        return losses, counted, {"confusion": confusion}
 
     return risk
 
@@ -199,24 +212,25 @@ def _validation(job: Job) -> list[Any]:
 
 
 def _walk(
-    job: Job, graph: Graph, variables: PyTree, budget: Budget, progress: Progress
+    job: Job,
+    graph: Graph,
+    variables: PyTree,
+    budget: Budget,
+    progress: Progress,
+    number: int,
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
     """The cost-complexity path down to the budget, and the step that is chosen."""
-    prune, dense, ignore = job.config.prune, cost(graph), _target(job).ignore
-    validation, mious = _validation(job), []
+    prune, dense = job.config.prune, cost(graph)
+    file = points.file(job.workdir, number)
     whose = "the" if prune.rounds == 1 else "this round's"
+    if file.exists():
+        done = len(path.Path.load(file).steps)
+        progress.note(f"prune: going on behind {done} steps of the path")
 
-    @jax.jit
-    def confusion(keep: Keep, variables: PyTree, batch: Any) -> Any:
-        logits = _logits(job, mask(graph, keep, variables), batch)
-        return metrics.confusion(logits, batch["label"], ignore)
-
-    def judge(step: path.Step) -> None:
-        matrices = [np.asarray(confusion(step.keep, variables, b)) for b in validation]
-        mious.append(metrics.measures(np.sum(matrices, axis=0))["miou"])
+    def told(step: path.Step) -> None:
         progress.note(
             f"prune: {step.cost.flops / dense.flops:6.1%} of {whose} FLOPs, "
-            f"risk {step.risk:.3f} ± {step.stderr:.3f}, mIoU {mious[-1]:.3f}"
+            f"risk {step.risk:.3f} ± {step.stderr:.3f}, mIoU {points.miou(step):.3f}"
         )
 
     walked = path.prune_path(
@@ -225,26 +239,29 @@ def _walk(
         _loss(job),
         estimates(job, prune.batches),
         risk=_risk(job),
-        validation=validation,
+        validation=_validation(job),
         block=prune.block,
         until=budget,
         kind=budget.kind,
         multiple_of=prune.multiple_of,
         min_channels=prune.min_channels,
-        on_step=judge,
+        criterion=_ESTIMATES[prune.estimate](),
+        measured=prune.estimate == "measured",
+        key=jax.random.key(job.config.seed),
+        file=file,
+        on_step=told,
     )
     # The first step that meets the budget is the last of the walk.
-    chosen = walked.select(budget if prune.choose == "budget" else prune.choose)
-    rows = [
-        {
-            "alpha": float(s.alpha),
-            "flops": int(s.cost.flops),
-            "params": int(s.cost.params),
-            "risk": float(s.risk),
-            "stderr": float(s.stderr),
-            "miou": miou,
-            "chosen": s is chosen,
-        }
-        for s, miou in zip(walked.steps, mious, strict=True)
-    ]
-    return chosen.keep, rows
+    rule = budget if prune.choose == "budget" else prune.choose
+    chosen = walked.select(rule, kind=budget.kind)
+    return chosen.keep, points.rows(walked, chosen, budget.kind)
+
+
+# What estimates the rise of the loss along a path; 'measured' only ranks by it.
+_ESTIMATES: dict[str, Callable[[], Criterion]] = {
+    "taylor": measures.taylor,
+    "taylor1": functools.partial(measures.taylor, 1),
+    "fisher": measures.fisher,
+    "reconstruction": features.reconstruction_error,
+    "measured": measures.taylor,
+}

@@ -109,16 +109,21 @@ class Prune:
     `evaluate.batch` images and kept in the work folder's timings.json.
 
     method: 'criterion' scores and selects; 'path' cuts back by cost complexity, `block`
-    of the cost at a time, and takes the step that `choose` says; 'lasso' first trains
-    on for `lasso_epochs` with proximal steps of `strength` times the learning rate, and
-    cuts what is 0 then, or the least where that is over the budget; 'gates' does the
-    same to one trained number per channel, and folds those that stay into the weights;
-    'random_masks' takes the best of `trials` random masks by the loss on the validation
-    split; 'particles' cuts, weighs and resamples trials / stages of them in `stages`;
-    'weights' cuts no channel but single weights, and holds them at 0 in retraining: the
-    budget then counts what a machine that skips zeros would be spared. Low rank instead
-    of fewer channels, of FLOPs or parameters: a method of `jaxprune.factorize`, 'svd'
-    or 'asymmetric' for example, over `batches`; ranks are multiples of multiple_of.
+    of the cost at a time, and takes the step that `choose` says (`Path.select`);
+    'lasso' first trains on for `lasso_epochs` with proximal steps of `strength` times
+    the learning rate, and cuts what is 0 then, or the least where that is over the
+    budget; 'gates' does the same to one trained number per channel, and folds those
+    that stay into the weights; 'random_masks' takes the best of `trials` random masks
+    by the loss on the validation split; 'particles' cuts, weighs and resamples trials /
+    stages of them in `stages`; 'weights' cuts no channel but single weights, and holds
+    them at 0 in retraining: the budget then counts what a machine that skips zeros
+    would be spared. Low rank instead of fewer channels, of FLOPs or parameters: a
+    method of `jaxprune.factorize`, 'svd' or 'asymmetric' for example, over `batches`;
+    ranks are multiples of multiple_of.
+    estimate: of what the loss gains, for 'path', over `batches`: 'taylor' squared,
+    'taylor1' first order, 'fisher' second; 'reconstruction': the relative error of what
+    reads; 'measured': the loss itself without each group's next unit, which 'taylor'
+    ranks.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
@@ -146,7 +151,10 @@ class Prune:
     lasso_epochs: float = 20.0
     strength: float = 0.01
     block: float = 0.05
-    choose: Literal["budget", "1se", "min"] = "budget"
+    choose: Literal["budget", "1se", "min", "knee"] = "budget"
+    estimate: Literal["taylor", "taylor1", "fisher", "measured", "reconstruction"] = (
+        "taylor"
+    )
     trials: int = 128
     stages: int = 8
     carry_optimizer: bool = False

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxprune import checkpoint, graph_io
+from jaxprune import checkpoint, graph_io, select
 from jaxprune.base import (
     EDGES,
     CheckpointError,
@@ -27,7 +27,6 @@ from jaxprune.cost import cost
 from jaxprune.keeps import check_keep, compose
 from jaxprune.latency import timings
 from jaxprune.reconstruct import reconstruct
-from jaxprune.select import select
 from jaxprune.slim import slim
 from jaxprune.train import choose
 from jaxprune.train import step as steps
@@ -62,13 +61,8 @@ def check_budget(prune: Prune, graph: Graph) -> None:
     free = prune.method == "path" and prune.choose != "budget"
     if free or prune.irregular or prune.low_rank or prune.budget == "latency":
         return
-    select(
-        graph,
-        {n: np.zeros(g.size) for n, g in graph.groups.items()},
-        Budget(prune.budget, prune.ratio),
-        multiple_of=prune.multiple_of,
-        min_channels=prune.min_channels,
-    )
+    budget = Budget(prune.budget, prune.ratio)
+    select.check_budget(graph, budget, prune.multiple_of, prune.min_channels)
 
 
 def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) -> Cut:
@@ -124,22 +118,21 @@ def _round(
         variables = restated(job, _thinned(job, cut.variables, number, kind, progress))
         judge(job, variables, number, progress)
         return cut._replace(variables=variables), []
-    smaller = shrink_graph(graph, cut.keep)
-    here = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
     keep = _decided(job, cut.keep) if number == prune.rounds else None
     rows: list[dict[str, Any]] | None = None
     if keep is None:
+        smaller = shrink_graph(graph, cut.keep)
+        here = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
         # Equal factors: each round leaves the same fraction of the one before.
         whole = measure(graph, kind, sizes(graph))
         now = measure(smaller, kind, sizes(smaller))
         ratio = min(prune.ratio ** (number / prune.rounds) * float(whole / now), 1.0)
         budget = Budget(kind, ratio)
-        keep, rows = choose.choose(here, smaller, cut.variables, budget, progress)
-    refitted = _refitted(here, smaller, keep, cut.variables)
-    variables, carried = shrink(smaller, keep, (refitted, cut.carried))
-    keep = compose(cut.keep, keep)
-    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, keep))
-    cut = Cut(keep, restated(slimmed, variables), carried)
+        keep, rows = choose.choose(
+            here, smaller, cut.variables, budget, progress, number
+        )
+    cut = apply_cut(job, graph, cut, keep)
+    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
     judge(slimmed, cut.variables, number, progress)
     return cut, [{**row, "round": number} for row in rows or []]
 
@@ -190,6 +183,20 @@ def judge(job: Job, variables: PyTree, number: int, progress: Progress) -> None:
     progress.rewind("prune", number - 1)
     progress.append({"stage": "prune", "step": number, "split": "val", **found})
     progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")
+
+
+def apply_cut(job: Job, graph: Graph, before: Cut, keep: Keep) -> Cut:
+    """`keep` of what `before` left, cut out: refitted and restated as the config says.
+
+    job: of the retraining, with the dense network's apply.
+    """
+    smaller = shrink_graph(graph, before.keep)
+    here = dataclasses.replace(job, apply=slim(job.apply, graph, before.keep))
+    refitted = _refitted(here, smaller, keep, before.variables)
+    variables, carried = shrink(smaller, keep, (refitted, before.carried))
+    keep = compose(before.keep, keep)
+    slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, keep))
+    return Cut(keep, restated(slimmed, variables), carried)
 
 
 def _kind(job: Job, graph: Graph, variables: PyTree) -> Kind:
@@ -243,19 +250,20 @@ def restated(job: Job, variables: PyTree) -> PyTree:
     return jax.tree.map(np.asarray, variables)
 
 
-def _recover(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
-    """Retrain for a while between two cuts."""
+def recovery(job: Job, number: int) -> Job:
+    """The job of the retraining behind round `number`; its apply is still the job's."""
     fit = job.config.retrain
     epochs = job.config.prune.recovery_epochs
     fit = dataclasses.replace(fit, epochs=epochs, warmup=min(fit.warmup, epochs))
-    job = dataclasses.replace(
-        job,
-        stage=f"recover{number}",
-        apply=slim(job.apply, graph, cut.keep),
-        fit=fit,
-        carried=cut.carried,
-        proximal=held(job.config.prune),
-    )
+    held_back = held(job.config.prune)
+    stage = f"recover{number}"
+    return dataclasses.replace(job, stage=stage, fit=fit, proximal=held_back)
+
+
+def _recover(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:
+    """Retrain for a while between two cuts."""
+    small = slim(job.apply, graph, cut.keep)
+    job = dataclasses.replace(recovery(job, number), apply=small, carried=cut.carried)
     state = train(job, cut.variables, progress)
     return Cut(cut.keep, state.average, _carried(job, state.opt_state))
 

@@ -94,6 +94,26 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     return jax.tree.map(np.asarray, state)
 
 
+def finished(job: Job, variables: PyTree) -> steps.State:
+    """The state that `train(job, variables, ...)` ended with, in NumPy.
+
+    Of `variables` the shapes count. Raises CheckpointError where it has not ended.
+    """
+    store = checkpoint.open_store(job.workdir / "checkpoints" / job.stage)
+    done = store.latest()
+    if done is None or done < job.total:
+        raise CheckpointError(
+            f"{job.workdir}: the stage {job.stage!r} has not ended (step {done or 0} "
+            f"of {job.total}); repeat 'jaxprune run' with this --workdir"
+        )
+    tx, _ = steps.optimizer(job.fit, job.total, job.proximal)
+    start = steps.init_state(variables, tx, job.carried)
+    state, _ = _restore(
+        store, jax.device_put(start, steps.replicated(steps.make_mesh()))
+    )
+    return jax.tree.map(np.asarray, state)
+
+
 def _restore(store: checkpoint.Store, state: Any) -> tuple[steps.State, list[float]]:
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state

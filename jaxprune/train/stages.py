@@ -47,6 +47,7 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     workdir = Path(os.path.abspath(workdir))
     folder.check_free(config, workdir)
     splits = Splits(*(load_split(config, n) for n in ("train", "val", "test")))
+    _check_choice(config, splits.val)
     args = network_args(config, len(splits.train.classes))
     if not (workdir / "graph.json").exists():
         check_budgets([config], len(splits.train.classes))
@@ -61,7 +62,7 @@ def _stages(
 ) -> dict[str, Any]:
     """The run in its folder; the evaluation."""
     progress = Progress(workdir, speaks=jax.process_index() == 0)
-    graph = _graph(net, config, workdir)
+    graph = read_graph(net, config, workdir)
     _opening_card(config, graph, splits, workdir, progress)
 
     job = Job("train", net.apply, config.train, config, splits, workdir)
@@ -94,7 +95,8 @@ def _stages(
         fresh = _from_scratch(job, plain, epochs, progress)
         networks["scratch"] = Contender(plain.apply, fresh, costs[1], epochs)
     evaluation = compare.evaluate_stage(job, networks, progress)
-    _save(config, args, splits, workdir, begun._replace(variables=pruned))
+    found = begun._replace(variables=pruned)
+    save_network(config, args, splits, workdir / "final", found, overwrite=True)
     return evaluation
 
 
@@ -156,6 +158,19 @@ def load_split(config: Config, name: str, *, evaluated: bool = False) -> data.Sp
     )
 
 
+def _check_choice(config: Config, val: data.Split) -> None:
+    """Raise ConfigError where the 1-SE rule would find no standard error."""
+    if config.prune.method != "path" or config.prune.choose != "1se":
+        return
+    counted = sum(bool((label != val.classes.ignore).any()) for label in val.labels)
+    if counted < 2:
+        raise ConfigError(
+            "prune.choose = '1se': a standard error needs 2 labelled validation images "
+            f"or more, {counted} counted; set prune.choose to min, knee or budget, or "
+            "validate on more (data.counts)"
+        )
+
+
 def _check_devices(config: Config) -> None:
     for name in ("train", "retrain"):
         batch, devices = getattr(config, name).batch, jax.device_count()
@@ -165,7 +180,8 @@ def _check_devices(config: Config) -> None:
             )
 
 
-def _graph(net: Any, config: Config, workdir: Path) -> Graph:
+def read_graph(net: Any, config: Config, workdir: Path) -> Graph:
+    """The network's graph, from graph.json, or traced and written there."""
     path = workdir / "graph.json"
     if path.exists():
         try:
@@ -196,21 +212,25 @@ def _from_scratch(job: Job, net: Any, epochs: float, progress: Progress) -> PyTr
     return train(job, variables, progress).average
 
 
-def _save(
+def save_network(
     config: Config,
     args: dict[str, Any],
     splits: Splits,
-    workdir: Path,
+    folder: Path,
     pruned: Pruned,
+    *,
+    overwrite: bool = False,
+    **more: Any,
 ) -> None:
-    """`final/`: the pruned network, which `jaxprune.load` opens by itself."""
+    """A folder with the pruned network, which `jaxprune.load` opens by itself."""
     checkpoint.save(
-        workdir / "final",
+        folder,
         pruned,
-        overwrite=True,
+        overwrite=overwrite,
         network={"name": config.network.name, "args": args},
         classes=dataclasses.asdict(splits.train.classes),
         size=list(config.data.size),
+        **more,
     )
 
 

@@ -26,7 +26,8 @@ from jaxprune.train.folder import CONFIG, write_json, write_text
 
 # What of `Prune` makes a method; its other fields are the config's.
 METHODS: dict[str, dict[str, Any]] = {
-    "path": {"method": "path"},
+    "path": {"method": "path", "estimate": "taylor"},
+    "path_measured": {"method": "path", "estimate": "measured"},
     "l1": {"criterion": "magnitude", "normalize": "none", "scope": "local"},
     "magnitude": {"criterion": "magnitude"},
     "taylor": {"criterion": "taylor"},

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What masked networks lose: risk with its standard error, mean loss; compiled once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.base import DataError, Graph, Keep, PyTree
+from jaxprune.criteria import Loss
+from jaxprune.trees import mask
+
+Risk = Callable[[PyTree, Any], Any]
+
+
+class Found(NamedTuple):
+    """The last fields of a `Step`."""
+
+    risk: float
+    stderr: float
+    counted: int
+    sums: dict[str, np.ndarray] | None
+
+
+def mean_loss(
+    graph: Graph, loss: Loss, batches: list[Any]
+) -> Callable[[Keep, PyTree], float]:
+    """(keep, variables) -> the mean of the masked loss over batches; traced once."""
+
+    @jax.jit
+    def masked(keep: Keep, variables: PyTree, batch: Any) -> jax.Array:
+        return loss(mask(graph, keep, variables), batch)
+
+    def mean(keep: Keep, variables: PyTree) -> float:
+        losses = [masked(keep, variables, batch) for batch in batches]
+        return float(np.mean(np.array(jax.device_get(losses), np.float64)))
+
+    return mean
+
+
+def evaluator(graph: Graph, risk: Risk) -> Callable[..., Found]:
+    """(keep, variables, batches) -> risk, standard error, count, sums; traced once."""
+
+    @jax.jit
+    def seen(keep: Keep, variables: PyTree, batch: Any) -> tuple[Any, Any, Any]:
+        result = risk(mask(graph, keep, variables), batch)
+        values, counts, sums = (
+            (*result, None)[:3] if isinstance(result, tuple) else (result, None, None)
+        )
+        values = jnp.atleast_1d(values)
+        counts = jnp.ones(values.shape, bool) if counts is None else counts
+        return values, counts, sums
+
+    def evaluate(keep: Keep, variables: PyTree, batches: Any) -> Found:
+        parts = [jax.device_get(seen(keep, variables, b)) for b in batches]
+        values = np.concatenate([v[c.astype(bool)] for v, c, _ in parts])
+        values = values.astype(np.float64)
+        if not len(values):
+            raise DataError("the risk counts no image of the validation batches")
+        sums = None
+        if parts[0][2] is not None:
+            sums = {n: _total([p[2][n] for p in parts]) for n in parts[0][2]}
+        with np.errstate(invalid="ignore", over="ignore"):
+            mean = float(values.mean())
+            spread = values.std(ddof=1) if len(values) > 1 else math.nan
+        error = float(spread / math.sqrt(len(values)))
+        return Found(mean, error, len(values), sums)
+
+    return evaluate
+
+
+def _total(arrays: list[np.ndarray]) -> np.ndarray:
+    """The sum in 64 bits."""
+    exact = np.issubdtype(arrays[0].dtype, np.integer)
+    return np.asarray(np.sum(arrays, 0, np.int64 if exact else np.float64))
