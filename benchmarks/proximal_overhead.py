@@ -19,13 +19,8 @@ import optax
 
 import jaxprune
 from jaxprune import models
-from jaxprune.sparsity import (
-    gate,
-    group_lasso,
-    init_gates,
-    proximal,
-    proximal_gates,
-)
+from jaxprune.gates import gate, init_gates, proximal_gates
+from jaxprune.sparsity import group_lasso, proximal
 
 WIDTHS = {False: (16, 32, 64, 128, 128), True: (64, 128, 256, 512, 512)}
 SIZE = {False: (120, 160), True: (360, 480)}

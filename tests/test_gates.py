@@ -12,7 +12,7 @@ import toygraphs
 
 import jaxprune
 from jaxprune.base import GraphError
-from jaxprune.sparsity import gate, gates_to_keep, init_gates, proximal_gates
+from jaxprune.gates import gate, gates_to_keep, init_gates, proximal_gates
 
 SINGLE = toygraphs.chain(6)
 GRAPH = toygraphs.chain(5, 4)

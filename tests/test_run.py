@@ -17,7 +17,8 @@ import tinyrun
 from PIL import Image
 
 import jaxprune as jp
-from jaxprune import data, report, sparsity, trees
+from jaxprune import data, report, trees
+from jaxprune import gates as gated_by
 from jaxprune.base import ConfigError, DataError
 from jaxprune.train import choose, cut, loop, run, sparsify, stages
 from jaxprune.train import step as steps
@@ -350,7 +351,7 @@ def test_gates_are_trained_read_and_folded_into_the_weights(tmp_path, monkeypatc
     job, graph, dense = prepared(
         tmp_path, method="gates", lasso_epochs=1.0, strength=1.0
     )
-    monkeypatch.setattr(sparsity, "init_gates", lambda graph: {"first": FAINT})
+    monkeypatch.setattr(gated_by, "init_gates", lambda graph: {"first": FAINT})
     states = []
 
     def train(*args):

@@ -13,14 +13,9 @@ import toygraphs
 
 import jaxprune
 from jaxprune.base import ConfigError, GraphError
-from jaxprune.sparsity import (
-    dead,
-    flops_weights,
-    gate,
-    group_lasso,
-    proximal,
-    proximal_gates,
-)
+from jaxprune.gates import gate, proximal_gates
+from jaxprune.pricing import flops_weights
+from jaxprune.sparsity import dead, group_lasso, proximal
 
 SINGLE = toygraphs.chain(6)
 GRAPH = toygraphs.chain(5, 4)

@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from jaxprune import sparsity
+from jaxprune import gates, pricing, sparsity
 from jaxprune.base import Apply, Graph, PyTree
 from jaxprune.train import step as steps
 from jaxprune.train.loop import Job, train
@@ -28,17 +28,17 @@ def sparsify(
     fit = dataclasses.replace(fit, epochs=prune.lasso_epochs, lr=fit.lr / 4, warmup=0.0)
     job = dataclasses.replace(job, stage=prune.method, fit=fit, teacher=None)
     _, rate = steps.optimizer(fit, job.total)
-    weights = sparsity.flops_weights(graph)
+    weights = pricing.flops_weights(graph)
 
     def strength(n: Any) -> Any:
         return prune.strength * rate(n)
 
     if prune.method == "gates":
-        proximal = _on_gates(sparsity.proximal_gates(strength, weights))
+        proximal = _on_gates(gates.proximal_gates(strength, weights))
         apply = _gated(job.apply, graph)
         job = dataclasses.replace(job, apply=apply, proximal=proximal)
         state = train(job, _with_gates(graph, dense.average), progress)
-        alive = sparsity.gates_to_keep(state.variables["params"]["gates"])
+        alive = gates.gates_to_keep(state.variables["params"]["gates"])
         trained = _folded(graph, state.average)
     else:
         proximal = sparsity.proximal(graph, strength, weights)
@@ -55,14 +55,14 @@ def sparsify(
 
 
 def _with_gates(graph: Graph, variables: PyTree) -> PyTree:
-    params = {"network": variables["params"], "gates": sparsity.init_gates(graph)}
+    params = {"network": variables["params"], "gates": gates.init_gates(graph)}
     return {**variables, "params": params}
 
 
 def _folded(graph: Graph, variables: PyTree) -> PyTree:
     """The network's own variables, which compute what the gated ones do."""
     params = variables["params"]
-    return sparsity.gate(
+    return gates.gate(
         graph, params["gates"], {**variables, "params": params["network"]}
     )
 
