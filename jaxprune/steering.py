@@ -20,6 +20,7 @@ from jaxprune.pricing import live_cost
 Deaths = Mapping[str, Any]
 Schedule = Callable[[Any], Any]
 _HALVINGS = 30
+_BAND = 0.05  # off the plan by so much of it, lambda changes as fast as it may
 
 
 class ProximalState(NamedTuple):
@@ -68,7 +69,7 @@ def steer(
     At step t, with the live cost c (a fraction of the dense one) and the plan r(t),
 
         strength(t) = min(rate(t) lambda(t), the least that brings the cost to r(t))
-        lambda(t+1) = lambda(t) exp(gain clip(c / r(t) - 1, -1, 1))
+        lambda(t+1) = lambda(t) exp(gain clip(20 (c / r(t) - 1), -1, 1))
 
     The second line is an integral controller of log lambda, which alone would
     overshoot: norms take many steps to fall, and what is dead stays dead. The first
@@ -85,7 +86,7 @@ def steer(
       kind: as of a budget; measured milliseconds too.
       rate: the optimiser's learning rate, or schedule of it.
       start: lambda at first; it stays within a factor of 10^6 of that.
-      gain: the largest relative change of lambda in a step.
+      gain: the largest relative change of lambda in a step, 5 % off the plan.
 
     Raises BudgetError for a target that is not in (0, 1], or below what one channel a
     group costs; ConfigError for a start or a gain that is not positive.
@@ -107,7 +108,7 @@ def steer(
         wanted = state.level * (rate(steps) if callable(rate) else rate)
         strength = _landing(after, wanted, plan)
         live = after(strength)
-        change = jnp.exp(gain * jnp.clip(live / plan - 1, -1, 1))
+        change = jnp.exp(gain * jnp.clip((live / plan - 1) / _BAND, -1, 1))
         level = jnp.clip(state.level * change, 1e-6 * start, 1e6 * start)
         return strength, SteeredState(_next(steps), level, live)
 

@@ -205,7 +205,7 @@ def test_adams_steps_by_hand():
 
 @pytest.mark.parametrize("spread", [0, 2])
 def test_blocks_die_as_one(spread):
-    """Of two layers: by the general minimiser where they share nothing, to 0 at last."""
+    """By a general minimiser; and all to 0 where the strength is too much."""
     variables, d = toygraphs.variables(SINGLE), scales(SINGLE, spread)
     v, p = rows(SINGLE, variables, "l0").ravel(), 1 / rows(SINGLE, d, "l0").ravel()
 

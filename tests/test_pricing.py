@@ -15,7 +15,7 @@ from jaxprune.latency import Product
 
 
 def timed(graph):
-    """Milliseconds that grow by steps, of the products between the groups of a chain."""
+    """Milliseconds of products between a chain's groups, growing by uneven steps."""
     rng = np.random.default_rng(0)
     products = []
     for before, after in (("l0", "l1"), ("l1", "l2")):
