@@ -95,7 +95,7 @@ def steer(
         if not value > 0:
             raise ConfigError(f"steer: {name}={value!r}: must be positive")
     if not callable(target):
-        _check_target(graph, target, kind)
+        check_target(graph, target, kind)
     cost = live_cost(graph, kind)
 
     def update(state: SteeredState, deaths: Deaths) -> tuple[Any, SteeredState]:
@@ -181,7 +181,8 @@ def _landing(after: Callable[[Any], jax.Array], wanted: Any, plan: Any) -> jax.A
     return jnp.where(after(jnp.zeros(())) <= plan, 0.0, least)
 
 
-def _check_target(graph: Graph, target: float, kind: budget.Kind) -> None:
+def check_target(graph: Graph, target: float, kind: budget.Kind) -> None:
+    """Raises BudgetError for a target that is no fraction, or cannot be reached."""
     if not 0 < target <= 1:
         raise BudgetError(
             f"steer: target={target!r}: the fraction of the dense cost that stays live,"

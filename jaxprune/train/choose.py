@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxprune.base import Graph, Keep, PyTree, Scores
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
 from jaxprune.criteria import Criterion, score
+from jaxprune.latency import timings
 from jaxprune.select import allowed_counts, select
 from jaxprune.train import metrics
 from jaxprune.train import step as steps
@@ -35,7 +36,8 @@ def choose(
         return _walk(job, graph, variables, budget, progress)
     scores = _scores(job, graph, variables, budget.kind)
     if prune.sparse:
-        alive = _alive(prune, graph, variables, scores)
+        # Zeros that stay cost time but change nothing; widths are as they are wanted.
+        alive = widened(prune, graph, sparsity.dead(graph, variables), scores)
         if _measured(graph, alive, budget) <= budgets.limit(graph, budget):
             return alive, None
     keep = select(
@@ -49,6 +51,37 @@ def choose(
     return keep, None
 
 
+def kind_of(job: Job, graph: Graph, variables: PyTree, name: str) -> budgets.Kind:
+    """A kind of cost by its name; of 'latency', what this device was found to need.
+
+    job.apply, graph, variables: of the dense network.
+    """
+    if name != "latency":
+        return cast(budgets.Kind, name)
+    config = job.config
+    batch = (config.evaluate.batch, *config.data.size, 3)
+    images = jax.ShapeDtypeStruct(batch, np.float32)
+    file = job.workdir / "timings.json"
+    return timings(job.apply, graph, variables, images, cache=file, train=False)
+
+
+def widened(
+    prune: Prune, graph: Graph, keep: Keep, scores: Scores
+) -> dict[str, np.ndarray]:
+    """The keep with as many more channels as make a number that a group may keep.
+
+    graph: of the dense network. Those with the best scores come in.
+    """
+    allowed = allowed_counts(graph, prune.multiple_of, prune.min_channels)
+    wider = {}
+    for name, stays in keep.items():
+        count = allowed[name][np.searchsorted(allowed[name], np.sum(stays))]
+        best = np.lexsort((-np.asarray(scores[name]), ~stays))  # those that stay first
+        wider[name] = stays.copy()
+        wider[name][best[:count]] = True
+    return wider
+
+
 def estimates(job: Job, count: int) -> list[Any]:
     """Training batches that estimates see: whole images, in a seeded order."""
     how = data.Augment(crop=job.config.data.size, flip=False)
@@ -56,22 +89,6 @@ def estimates(job: Job, count: int) -> list[Any]:
         job.splits.train, batch=job.fit.batch, seed=job.config.seed, augment=how
     )
     return list(itertools.islice(batches, count))
-
-
-def _alive(
-    prune: Prune, graph: Graph, variables: PyTree, scores: Scores
-) -> dict[str, np.ndarray]:
-    """What is not 0, and as many of the zeros as make a number that a group may keep.
-
-    Zeros that stay cost time but change nothing; widths are as the config wants them.
-    """
-    keep = sparsity.dead(graph, variables)
-    allowed = allowed_counts(graph, prune.multiple_of, prune.min_channels)
-    for name, stays in keep.items():
-        count = allowed[name][np.searchsorted(allowed[name], np.sum(stays))]
-        best = np.lexsort((-np.asarray(scores[name]), ~stays))  # those alive first
-        stays[best[:count]] = True
-    return keep
 
 
 def _measured(graph: Graph, keep: Keep, budget: Budget) -> float:

@@ -16,7 +16,6 @@ from jaxprune.base import EDGES, CheckpointError, Graph, Keep, PyTree, path_str
 from jaxprune.budget import Budget, Kind, measure, sizes
 from jaxprune.cost import cost
 from jaxprune.keeps import check_keep, compose
-from jaxprune.latency import timings
 from jaxprune.reconstruct import reconstruct
 from jaxprune.slim import slim
 from jaxprune.train import choose
@@ -56,7 +55,7 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
     if prune.sparse:
         variables, opt_state = sparsify(job, graph, dense, progress)
     cut = Cut(graph.full(), variables, _carried(job, opt_state))
-    kind = _kind(job, graph, variables)
+    kind = choose.kind_of(job, graph, variables, prune.budget)
     rows: list[dict[str, Any]] = []
     for number in range(1, prune.rounds + 1):
         last = number == prune.rounds
@@ -118,17 +117,6 @@ def _round(
     progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")
     cut = Cut(keep, variables, carried)
     return cut, [{**row, "round": number} for row in rows or []]
-
-
-def _kind(job: Job, graph: Graph, variables: PyTree) -> Kind:
-    """The budget's kind of cost; of 'latency', what this device was found to need."""
-    config = job.config
-    if config.prune.budget != "latency":
-        return config.prune.budget
-    batch = (config.evaluate.batch, *config.data.size, 3)
-    images = jax.ShapeDtypeStruct(batch, np.float32)
-    file = job.workdir / "timings.json"
-    return timings(job.apply, graph, variables, images, cache=file, train=False)
 
 
 def _decided(job: Job, before: Keep) -> dict[str, np.ndarray] | None:
