@@ -66,12 +66,16 @@ def preconditioned(
     steering.check_strength(strength)
     sparsity.checked(graph, weights, roles, blocks)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None):
+    tx = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
         if params is None:
             raise ConfigError(
                 "preconditioned needs the params: tx.update(updates, state, params)"
             )
-        updates, inner = tx.update(updates, state[0], params)
+        updates, inner = tx.update(updates, state[0], params, **extra)
         arrived = jax.tree.map(lambda p, u: p + u, params, updates)
         each = steps(inner, params)
         own = resolved(
@@ -88,7 +92,7 @@ def preconditioned(
     def init(params: PyTree) -> Any:
         return tx.init(params), steering.begun(strength)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adam_steps(

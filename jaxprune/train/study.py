@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lamp": {"criterion": "lamp", "normalize": "none"},
     "random": {"criterion": "random"},
     "lasso": {"method": "lasso"},
-    "gates": {"method": "gates"},
+    "gates": {"method": "gates", "metric": "plain"},
 }
 
 
