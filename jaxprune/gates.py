@@ -126,12 +126,13 @@ def accelerated_gates(
     alone, no Adam and no momentum of its own.
 
     momentum: mu; or a function of the step count t, from 0: `lambda t: t / (t + 3)` is
-    Nesterov's (t - 2) / (t + 1) counted from 1 (their equation 6, Beck & Teboulle's
-    rate of 1/t^2), 0 is `proximal_gates`. Other arguments and errors as there.
+    Nesterov's (k - 2) / (k + 1) counted from 1, with which the authors begin and which
+    has the rate of 1/k^2 on convex problems; 0 is `proximal_gates`. Other arguments and
+    errors as there.
 
     Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
-    networks", 2018, section 3.3, the last form of its recursion; after Sutskever et
-    al., 2013.
+    networks", 2018, equations 10 to 12. Their program besides cuts negative gates off
+    at 0; here a gate may change its sign.
     """
     steering.check_strength(strength)
     if not callable(momentum) and not 0 <= momentum < 1:

@@ -212,7 +212,7 @@ def test_the_accelerated_step_is_the_papers_recursion():
 
 
 def test_a_rising_momentum_is_nesterovs():
-    """Huang & Wang's equations 5 to 8: the form with lambda alone, k from 1."""
+    """The form with lambda alone that Huang & Wang begin with, k from 1."""
     a, b, largest = lasso()
     eta, gamma = 1 / largest, 0.7
     step = accelerated_gates(eta * gamma, momentum=lambda t: t / (t + 3))

@@ -302,6 +302,33 @@ def test_blocks_die_as_one_and_count_once():
     assert [int(k.sum()) for k in keep.values()] == [1, 4, 1]
 
 
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(6, name="stem")(x)
+        h = h + nn.Dense(6, name="b")(nn.relu(nn.Dense(5, name="a")(h)))
+        return nn.Dense(2, name="head")(h)
+
+
+def test_a_branch_that_dies_leaves_its_shortcut():
+    net, x = Residual(), jax.random.normal(jax.random.key(0), (4, 3))
+    variables = toygraphs.init(net, x)
+    variables["params"]["b"]["bias"] = jnp.arange(6.0)
+    graph = jaxprune.trace(net.apply, variables, x)
+    weights = {n: float(n == "a") for n in graph.groups}
+    assert sorted(weights.values()) == [0, 1]
+    step = proximal(graph, 100.0, weights, blocks={"branch": ["a"]})
+    new = after(step, variables)
+    p = variables["params"]
+    stream = x @ p["stem"]["kernel"] + p["stem"]["bias"] + jnp.arange(6.0)
+    wanted = stream @ p["head"]["kernel"] + p["head"]["bias"]
+    keep = dead(graph, new)
+    assert keep["a"].sum() == 1 and all(k.all() for n, k in keep.items() if n != "a")
+    small = jaxprune.shrink(graph, keep, new)
+    found = jaxprune.slim(net.apply, graph, keep)(small, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

@@ -43,8 +43,7 @@ def trained(tx, variables, steps):
     return variables, state, np.asarray(costs)
 
 
-@pytest.mark.parametrize("start", [1e-3, 1.0])
-@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize(("start", "metric"), [(1e-3, False), (1.0, True)])
 def test_it_reaches_the_target_and_holds_it(start, metric):
     """From a lambda far too small and one far too large, behind Adam."""
     plan = optax.linear_schedule(1.0, 0.35, 200)
