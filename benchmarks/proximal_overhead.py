@@ -19,13 +19,11 @@ import optax
 
 import jaxprune
 from jaxprune import models
-from jaxprune.sparsity import (
-    gate,
-    group_lasso,
-    init_gates,
-    proximal,
-    proximal_gates,
-)
+from jaxprune.gates import gate, init_gates, proximal_gates
+from jaxprune.metric import adam_steps, preconditioned
+from jaxprune.pricing import repriced
+from jaxprune.sparsity import group_lasso, proximal
+from jaxprune.steering import steer
 
 WIDTHS = {False: (16, 32, 64, 128, 128), True: (64, 128, 256, 512, 512)}
 SIZE = {False: (120, 160), True: (360, 480)}
@@ -49,9 +47,13 @@ def main() -> None:
     plain = {**variables, "params": {**own, "gates": {}}}
     gated = {**variables, "params": own}
     prox = proximal(graph, 1e-4)
+    steered = proximal(graph, steer(graph, 0.4, start=1e-4), repriced(graph))
+    own_metric = preconditioned(optax.adam(1e-3), graph, 1e-4, steps=adam_steps())
     runs = {
         "plain": _training(net, plain),
         "proximal step": _training(net, plain, prox),
+        "steered, repriced": _training(net, plain, steered),
+        "in Adam's metric": _training(net, plain, whole=own_metric),
         "penalty": _training(net, plain, penalty=graph),
         "both": _training(net, plain, prox, penalty=graph),
         "gates": _training(net, gated, gates=(graph, proximal_gates(1e-4))),
@@ -64,7 +66,7 @@ def main() -> None:
         more = statistics.median(
             a / b - 1 for a, b in zip(seconds, times["plain"], strict=True)
         )
-        print(f"{name:14} {1e3 * statistics.median(seconds):8.1f} ms {more:+8.2%}")
+        print(f"{name:17} {1e3 * statistics.median(seconds):8.1f} ms {more:+8.2%}")
 
 
 def _training(
@@ -72,12 +74,14 @@ def _training(
     variables: Any,
     last: optax.GradientTransformation | None = None,
     *,
+    whole: optax.GradientTransformation | None = None,
     penalty: jaxprune.Graph | None = None,
     gates: tuple[jaxprune.Graph, optax.GradientTransformation] | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, Any]]:
     """(a jitted training step, what it starts from)."""
     parts = {"network": [optax.adam(1e-3)], "gates": [optax.adam(1e-3)]}
     parts["network"] += [last] if last else []
+    parts["network"] = [whole] if whole else parts["network"]
     parts["gates"] += [gates[1]] if gates else []
     tx = {k: optax.chain(*chain) for k, chain in parts.items()}
 

@@ -20,6 +20,13 @@ from jaxprune.criteria import (
 )
 from jaxprune.export import export, load_export
 from jaxprune.features import activation, reconstruction, reconstruction_error
+from jaxprune.gates import (
+    accelerated_gates,
+    gate,
+    gates_to_keep,
+    init_gates,
+    proximal_gates,
+)
 from jaxprune.keeps import compose
 from jaxprune.latency import Timings, latency, timings
 from jaxprune.lowrank import Factorized, factorize, factorized
@@ -33,24 +40,18 @@ from jaxprune.measures import (
     random,
     taylor,
 )
+from jaxprune.metric import adam_steps, preconditioned
 from jaxprune.modules import to_nnx
 from jaxprune.path import prune_path
+from jaxprune.pricing import flops_weights, repriced
 from jaxprune.prune import prune
 from jaxprune.reconstruct import reconstruct
 from jaxprune.rules import register_rule
 from jaxprune.search import best_of, particle_filter
 from jaxprune.select import select
 from jaxprune.slim import slim, verify
-from jaxprune.sparsity import (
-    dead,
-    flops_weights,
-    gate,
-    gates_to_keep,
-    group_lasso,
-    init_gates,
-    proximal,
-    proximal_gates,
-)
+from jaxprune.sparsity import dead, group_lasso, proximal
+from jaxprune.steering import steer
 from jaxprune.steps import Path, Step
 from jaxprune.trace import trace
 from jaxprune.trees import expand, mask, shrink, shrink_graph
@@ -75,7 +76,9 @@ __all__ = [
     "Speed",
     "Step",
     "Timings",
+    "accelerated_gates",
     "activation",
+    "adam_steps",
     "base",
     "bench",
     "best_of",
@@ -114,23 +117,26 @@ __all__ = [
     "params",
     "particle_filter",
     "per_cost",
+    "preconditioned",
     "proximal",
     "proximal_gates",
     "prune",
     "prune_path",
     "prune_weights",
     "random",
-    "report",
     "reconstruct",
     "reconstruction",
     "reconstruction_error",
     "register_rule",
+    "report",
+    "repriced",
     "save",
     "score",
     "select",
     "shrink",
     "shrink_graph",
     "slim",
+    "steer",
     "taylor",
     "timings",
     "to_nnx",

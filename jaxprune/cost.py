@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.base import Cost, Extent, Graph, Keep
@@ -36,6 +39,31 @@ def at(graph: Graph, kept: Any) -> Cost:
     lengths = table.fixed + kept @ table.times.T
     summands = table.coefficients * lengths[..., table.factors].prod(axis=-1)
     return Cost(*(summands[..., table.kinds == k].sum(axis=-1) for k in range(3)))
+
+
+def summands(graph: Graph, field: str) -> Callable[[Any], jax.Array]:
+    """The terms of one field of `Cost` as fractions of the dense network's whole cost.
+
+    The function takes numbers of kept channels, float[..., G] in the graph's order, to
+    float32[..., T], in jax.numpy: it may be traced. Each term is a product of lengths
+    relative to the dense ones, so float32 is enough however large the cost. All are 0
+    where the dense network has nothing of this cost.
+    """
+    table = _table(graph)
+    mine = table.kinds == Cost._fields.index(field)
+    factors = table.factors[mine]
+    full = np.array([g.size for g in graph.groups.values()], np.int64)
+    dense = np.maximum(table.fixed + full @ table.times.T, 1)
+    weight = table.coefficients[mine] * np.prod(dense[factors], axis=-1, dtype=float)
+    weight = np.float32(weight / max(weight.sum(), 1))
+    fixed, times = np.float32(table.fixed / dense), np.float32(table.times.T / dense)
+
+    def of(kept: Any) -> jax.Array:
+        kept = jnp.asarray(kept, jnp.float32)
+        lengths = fixed + jnp.matmul(kept, times, precision="highest")
+        return weight * lengths[..., factors].prod(axis=-1)
+
+    return of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,9 +58,14 @@ class Timings:
 
     def at(self, groups: Sequence[str], kept: Any) -> np.ndarray:
         """Milliseconds, float[...], at numbers of kept channels, int[..., G]."""
+        return self.summands(groups, kept).sum(axis=-1)
+
+    def summands(self, groups: Sequence[str], kept: Any) -> Any:
+        """`at` product by product, float[..., P]; in float32 where `kept` is traced."""
         column = {name: i for i, name in enumerate(groups)}
-        kept = np.asarray(kept, np.float64)
-        total = np.zeros(kept.shape[:-1])
+        xp: Any = jnp if isinstance(kept, jax.Array) else np
+        kept = xp.asarray(kept, jnp.float32 if xp is jnp else np.float64)
+        each = []
         for product in self.products:
             lengths = []
             for fixed, times in (product.reads, product.makes):
@@ -70,12 +75,12 @@ class Timings:
                         f"{self} was measured for a graph with the group "
                         f"{missing[0]!r}, which this one lacks"
                     )
-                line = np.full(kept.shape[:-1], float(fixed))
+                line = xp.full(kept.shape[:-1], float(fixed))
                 for name, count in times.items():
                     line = line + count * kept[..., column[name]]
                 lengths.append(line)
-            total = total + _between(product, *lengths)
-        return total
+            each.append(_between(xp, product, *lengths))
+        return xp.stack(each, axis=-1)
 
 
 def latency(ratio: float, timings: Timings) -> Budget:
@@ -178,18 +183,23 @@ def _grid(length: int, points: int, multiple_of: int) -> np.ndarray:
     return np.unique(np.append(rounded[rounded < length], length))
 
 
-def _between(product: Product, read: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """Bilinear between grid points; below the least ones, in proportion to them."""
-    place, share = [], np.ones_like(read)
-    for grid, at in ((product.read, read), (product.made, made)):
-        share = share * np.minimum(at / grid[0], 1)
-        at = np.clip(at, grid[0], grid[-1])
-        low = np.clip(np.searchsorted(grid, at, "right") - 1, 0, max(len(grid) - 2, 0))
-        high = np.minimum(low + 1, len(grid) - 1)
-        wide = np.where(high > low, grid[high] - grid[low], 1)
+def _between(xp: Any, product: Product, read: Any, made: Any) -> Any:
+    """Bilinear between grid points; below the least ones, in proportion to them.
+
+    xp: numpy, or jax.numpy for lengths that are traced.
+    """
+    place, share = [], xp.ones_like(read)
+    for points, at in ((product.read, read), (product.made, made)):
+        grid = xp.asarray(points, at.dtype)
+        share = share * xp.minimum(at / grid[0], 1)
+        at = xp.clip(at, grid[0], grid[-1])
+        low = xp.searchsorted(grid, at, "right") - 1
+        low = xp.clip(low, 0, max(len(points) - 2, 0))
+        high = xp.minimum(low + 1, len(points) - 1)
+        wide = xp.where(high > low, grid[high] - grid[low], 1)
         place.append((low, high, (at - grid[low]) / wide))
     (r0, r1, a), (m0, m1, b) = place
-    ms = product.ms
+    ms = xp.asarray(product.ms, read.dtype)
     first = ms[r0, m0] * (1 - b) + ms[r0, m1] * b
     second = ms[r1, m0] * (1 - b) + ms[r1, m1] * b
     return share * (first * (1 - a) + second * a)

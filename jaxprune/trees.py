@@ -178,6 +178,29 @@ def channel_sum(
     }
 
 
+def channel_rows(
+    graph: Graph, tree: PyTree, *, roles: tuple[str, ...] = BOTH_ROLES
+) -> dict[str, Any]:
+    """{group: float[C, n]}: the trained entries of each channel, in one order.
+
+    The same entries as `channel_sum` adds up; n differs by group, and may be 0.
+    """
+    rows: dict[str, list[Any]] = {n: [] for n in graph.groups}
+
+    def add(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
+        for axis, slots in cuts if leaf.trained else ():
+            lines = jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+            for group, slot in slots:
+                if slot.role in roles:
+                    own = lines[slot.indices]
+                    rows[group].append(own.reshape(len(slot.indices), -1))
+        return x
+
+    map_leaves(graph, add, tree, dense_shape)
+    empty = {n: jnp.zeros((g.size, 0)) for n, g in graph.groups.items()}
+    return {n: jnp.concatenate([empty[n], *r], axis=1) for n, r in rows.items()}
+
+
 def channel_gram(
     graph: Graph, tree: PyTree, *, roles: tuple[str, ...] = BOTH_ROLES
 ) -> dict[str, Any]:

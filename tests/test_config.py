@@ -91,6 +91,10 @@ def test_overrides_take_the_fields_type(empty, override, field, value):
         ("data.augment.crop=8x8", ("data.augment.crop", "data.size decides")),
         ("network.widths=8,0", ("network.widths", "positive")),
         ("name=a/b", ("name = 'a/b'", "file's name")),
+        ("prune.weights=flop", ("prune.weights = flop", "'latency'")),
+        ("prune.target=1.5", ("prune.target = 1.5", "in [0, 1]")),
+        ("prune.gates_lr=0", ("prune.gates_lr = 0", "positive")),
+        ("prune.cuts_in_training=-1", ("prune.cuts_in_training = -1", "0 or more")),
     ],
 )
 def test_bad_overrides_are_named(empty, override, parts):
@@ -115,6 +119,19 @@ def test_gates_carry_no_optimiser(empty):
         configs.load_config(empty, ["prune.trials=8", "prune.stages=9"])
     with pytest.raises(ConfigError, match="carry_optimizer = True.*false.*'gates'"):
         configs.load_config(empty, ["prune.method=gates", "prune.carry_optimizer=true"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["prune.method=gates", "prune.metric=optimizer"], "metric.*method is 'gates'"),
+        (["train.optimizer=sgd", "prune.metric=optimizer"], "metric.*is not 'adam'"),
+        (["prune.target=0.4", "prune.strength=0"], "strength.*positive with a target"),
+    ],
+)
+def test_penalties_that_cannot_be(empty, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        configs.load_config(empty, overrides)
 
 
 def test_another_optimiser_carries_none_on(empty):

@@ -8,11 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
 import toygraphs
 
 import jaxprune
-from jaxprune.base import GraphError
-from jaxprune.sparsity import gate, gates_to_keep, init_gates, proximal_gates
+from jaxprune.base import ConfigError, GraphError
+from jaxprune.gates import (
+    accelerated_gates,
+    gate,
+    gates_to_keep,
+    init_gates,
+    proximal_gates,
+)
 
 SINGLE = toygraphs.chain(6)
 GRAPH = toygraphs.chain(5, 4)
@@ -156,3 +163,115 @@ def test_gradients_of_gates_that_are_not_zero_are_the_weights_own():
 def test_weights_that_do_not_fit_the_gates(weights, words):
     with pytest.raises(GraphError, match=words):
         after(proximal_gates(0.1, weights), {"a": jnp.ones(3)})
+
+
+# Accelerated: least squares |A x - b|^2 / 2 under an L1 penalty.
+
+
+def lasso(count=8, seed=0):
+    """A [m, count], b, the largest curvature; of unequal curvatures."""
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(20, count)) * 10 ** np.linspace(-0.7, 0.3, count)
+    b = a @ np.where(np.arange(count) % 2, rng.normal(size=count), 0)
+    b = b + 0.1 * rng.normal(size=20)
+    return a, b, np.linalg.eigvalsh(a.T @ a)[-1]
+
+
+def soft(z, threshold):
+    return np.sign(z) * np.maximum(np.abs(z) - threshold, 0)
+
+
+def descended(make, eta, a, b, steps):
+    """Every step's gates and state, behind plain gradients."""
+    tx = optax.chain(optax.scale_by_learning_rate(eta), make)
+    a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+
+    def step(carry, _):
+        gates, state = carry
+        gradient = {"a": a.T @ (a @ gates["a"] - b)}
+        updates, state = tx.update(gradient, state, gates)
+        gates = optax.apply_updates(gates, updates)
+        return (gates, state), (gates["a"], state[-1])
+
+    start = {"a": jnp.ones(a.shape[1])}
+    return jax.lax.scan(step, (start, tx.init(start)), None, steps)[1]
+
+
+def test_the_accelerated_step_is_the_papers_recursion():
+    a, b, largest = lasso()
+    eta, gamma, mu = 0.5 / largest, 0.7, 0.9
+    ahead, states = descended(accelerated_gates(eta * gamma), eta, a, b, 12)
+    x, v = np.ones(8), np.zeros(8)
+    for t in range(12):
+        z = x - eta * a.T @ (a @ x - b)
+        v = soft(z, eta * gamma) - x + mu * v
+        x = soft(z, eta * gamma) + mu * v
+        np.testing.assert_allclose(ahead[t], x, atol=1e-5)
+        point = states.point["a"][t]
+        np.testing.assert_allclose(point, soft(z, eta * gamma), atol=1e-5)
+
+
+def test_a_rising_momentum_is_nesterovs():
+    """The form with lambda alone that Huang & Wang begin with, k from 1."""
+    a, b, largest = lasso()
+    eta, gamma = 1 / largest, 0.7
+    step = accelerated_gates(eta * gamma, momentum=lambda t: t / (t + 3))
+    _, states = descended(step, eta, a, b, 12)
+    before, now = np.ones(8), np.ones(8)
+    for k in range(1, 13):
+        d = now + max(k - 2, 0) / (k + 1) * (now - before)
+        z = d - eta * a.T @ (a @ d - b)
+        before, now = now, soft(z, eta * gamma)
+        np.testing.assert_allclose(states.point["a"][k - 1], now, atol=1e-5)
+
+
+def test_it_converges_to_the_lasso_and_sooner():
+    a, b, largest = lasso()
+    eta, gamma = 1 / largest, 0.7
+
+    def cost(x):
+        return np.sum((a @ x - b) ** 2) / 2 + gamma * np.abs(x).sum(-1)
+
+    # As a quadratic program of positive and negative parts, by another solver.
+    best = scipy.optimize.minimize(
+        lambda p: np.sum((a @ (p[:8] - p[8:]) - b) ** 2) / 2 + gamma * p.sum(),
+        np.ones(16),
+        bounds=[(0, None)] * 16,
+        tol=1e-14,
+    ).x
+    best = best[:8] - best[8:]
+    plain, _ = descended(proximal_gates(eta * gamma), eta, a, b, 60)
+    step = accelerated_gates(eta * gamma, momentum=lambda t: t / (t + 3))
+    gates, states = descended(step, eta, a, b, 400)
+    np.testing.assert_allclose(states.point["a"][-1], best, atol=2e-3)
+    zero = np.abs(best) < 1e-4
+    assert 0 < zero.sum() < 8
+    np.testing.assert_array_equal(states.point["a"][-1] == 0, zero)
+    np.testing.assert_array_equal(gates[-1] == 0, zero)  # exactly, momentum and all
+    at = np.asarray(states.point["a"][59], np.float64)
+    assert cost(at) - cost(best) < 0.5 * (cost(np.float64(plain[-1])) - cost(best))
+
+
+def test_without_momentum_it_is_the_plain_step():
+    a, b, largest = lasso()
+    weights = {"a": np.linspace(0, 2, 8)}
+    both = [
+        descended(make, 0.5 / largest, a, b, 20)[0]
+        for make in (
+            proximal_gates(0.1, weights),
+            accelerated_gates(0.1, weights, momentum=0.0),
+        )
+    ]
+    np.testing.assert_allclose(*both, atol=1e-6)
+    still = after(accelerated_gates(9.0), {"a": jnp.array([1.0, 3, 2])})
+    assert still["a"][1] == 3  # no group is emptied
+
+
+def test_errors_of_the_accelerated_step():
+    with pytest.raises(ConfigError, match="momentum=1.5"):
+        accelerated_gates(0.1, momentum=1.5)
+    with pytest.raises(ConfigError, match="strength=-1"):
+        accelerated_gates(-1.0)
+    with pytest.raises(ConfigError, match="needs the gates"):
+        tx = accelerated_gates(0.1)
+        tx.update({}, tx.init({}))

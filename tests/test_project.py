@@ -35,7 +35,8 @@ LAYERS = (
     "keeps matching placement",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
-    "sparsity steps path path_io risks weakest search weights pruned prune "
+    "pricing steering sparsity gates metric",
+    "steps path path_io risks weakest search weights pruned prune "
     "reconstruct responses ranks lowrank",
     "integrity leaves storage store checkpoint export bench",
     "data models",

@@ -17,7 +17,8 @@ import tinyrun
 from PIL import Image
 
 import jaxprune as jp
-from jaxprune import data, report, sparsity, trees
+from jaxprune import data, report, trees
+from jaxprune import gates as gated_by
 from jaxprune.base import ConfigError, DataError
 from jaxprune.train import choose, cut, loop, run, sparsify, stages
 from jaxprune.train import step as steps
@@ -352,7 +353,7 @@ def test_gates_are_trained_read_and_folded_into_the_weights(tmp_path, monkeypatc
     job, graph, dense = prepared(
         tmp_path, method="gates", lasso_epochs=1.0, strength=1.0
     )
-    monkeypatch.setattr(sparsity, "init_gates", lambda graph: {"first": FAINT})
+    monkeypatch.setattr(gated_by, "init_gates", lambda graph: {"first": FAINT})
     states = []
 
     def train(*args):
@@ -373,7 +374,10 @@ def test_gates_are_trained_read_and_folded_into_the_weights(tmp_path, monkeypatc
     expected = gated({**states[0].average, "params": params}, images)
     small = jp.shrink(graph, found.keep, variables)
     np.testing.assert_allclose(
-        jp.slim(job.apply, graph, found.keep)(small, images), expected, 1e-5, 1e-7
+        jp.slim(job.apply, graph, found.keep)(small, images),
+        expected,
+        rtol=1e-5,
+        atol=1e-7,
     )
 
 

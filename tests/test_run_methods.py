@@ -41,10 +41,10 @@ def test_a_run_that_cannot_be_small_enough_leaves_no_folder(tmp_path, monkeypatc
 
 def test_single_weights_are_held_in_retraining_and_counted(tmp_path, monkeypatch):
     """The stages of a run that cuts weights, no training and no evaluation."""
-    proximal, seen = {}, {}
+    around, seen = {}, {}
 
     def train(job, variables, progress):
-        proximal[job.stage] = job.proximal
+        around[job.stage] = job.around
         return steps.State(0, variables, variables, None)
 
     def prune_stage(job, graph, dense, progress):
@@ -62,7 +62,7 @@ def test_single_weights_are_held_in_retraining_and_counted(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     prune = dataclasses.replace(CONFIG.prune, method="weights")
     run(dataclasses.replace(CONFIG, prune=prune, scratch=False), tmp_path / "run")
-    assert proximal["train"] is None and proximal["retrain"] is not None
+    assert around["train"] is None and around["retrain"] is not None
     dense, pruned = seen["dense"], seen["pruned"]
     assert dense.nonzero is None and pruned.cost == dense.cost
     # Of the dense kernels, as many weights of each lie at even places as at odd ones.

@@ -13,14 +13,9 @@ import toygraphs
 
 import jaxprune
 from jaxprune.base import ConfigError, GraphError
-from jaxprune.sparsity import (
-    dead,
-    flops_weights,
-    gate,
-    group_lasso,
-    proximal,
-    proximal_gates,
-)
+from jaxprune.gates import gate, proximal_gates
+from jaxprune.pricing import flops_weights
+from jaxprune.sparsity import dead, group_lasso, proximal
 
 SINGLE = toygraphs.chain(6)
 GRAPH = toygraphs.chain(5, 4)
@@ -43,7 +38,7 @@ def after(tx, params, updates=None, state=None):
     return step(params, updates, tx.init(params) if state is None else state)
 
 
-def blocks(graph, tree, name):
+def blocks_of(graph, tree, name):
     """theta[g]: float64[C, n]."""
     size = graph.groups[name].size
     return np.stack([toygraphs.of(tree, graph, name, c) for c in range(size)])
@@ -52,13 +47,13 @@ def blocks(graph, tree, name):
 def test_group_lasso_sums_weighted_norms():
     # theta of l0 has 3 + 1 + 4 entries a channel, of l1 5 + 1 + 2.
     expected = sum(
-        np.sqrt(8) * np.linalg.norm(blocks(GRAPH, VARIABLES, n), axis=1).sum()
+        np.sqrt(8) * np.linalg.norm(blocks_of(GRAPH, VARIABLES, n), axis=1).sum()
         for n in GRAPH.groups
     )
     np.testing.assert_allclose(group_lasso(GRAPH, VARIABLES), expected, rtol=1e-6)
     own = {"l0": 2.0, "l1": np.arange(4.0)}
     expected = sum(
-        np.sum(own[n] * np.linalg.norm(blocks(GRAPH, VARIABLES, n), axis=1))
+        np.sum(own[n] * np.linalg.norm(blocks_of(GRAPH, VARIABLES, n), axis=1))
         for n in own
     )
     np.testing.assert_allclose(group_lasso(GRAPH, VARIABLES, own), expected, rtol=1e-6)
@@ -79,10 +74,10 @@ def test_the_gradient_is_the_unit_vector_and_zero_at_zero():
     keep["l0"][2] = False
     variables = jaxprune.mask(SINGLE, keep, toygraphs.variables(SINGLE))
     gradient = jax.grad(lambda v: group_lasso(SINGLE, v))(variables)
-    theta = blocks(SINGLE, variables, "l0")
+    theta = blocks_of(SINGLE, variables, "l0")
     norms = np.linalg.norm(theta, axis=1, keepdims=True)
     expected = np.sqrt(6) * theta / np.where(norms, norms, 1)
-    np.testing.assert_allclose(blocks(SINGLE, gradient, "l0"), expected, rtol=1e-5)
+    np.testing.assert_allclose(blocks_of(SINGLE, gradient, "l0"), expected, rtol=1e-5)
 
 
 def test_flops_weights_by_hand():
@@ -102,7 +97,7 @@ def test_proximal_solves_its_problem(strength):
     updates = toygraphs.variables(SINGLE, seed=1)
     new = after(proximal(SINGLE, strength, weights), variables, updates)
     arrived = jax.tree.map(lambda p, u: p + u, variables, updates)
-    v, x = blocks(SINGLE, arrived, "l0"), blocks(SINGLE, new, "l0")
+    v, x = blocks_of(SINGLE, arrived, "l0"), blocks_of(SINGLE, new, "l0")
     for c in range(6):
         norm, threshold = np.linalg.norm(x[c]), strength * weights["l0"][c]
         if norm:
@@ -118,21 +113,21 @@ def test_proximal_solves_its_problem(strength):
 def test_proximal_agrees_with_a_general_minimiser():
     variables = toygraphs.variables(toygraphs.chain(1))
     graph, strength = toygraphs.chain(1), 0.3
-    v = blocks(graph, variables, "l0")[0]
+    v = blocks_of(graph, variables, "l0")[0]
 
     def objective(x):
         return np.sum((x - v) ** 2) / 2 + strength * np.sqrt(len(v)) * np.linalg.norm(x)
 
     best = scipy.optimize.minimize(objective, v, tol=1e-12).x
     new = after(proximal(graph, strength), variables)
-    np.testing.assert_allclose(blocks(graph, new, "l0")[0], best, atol=1e-4)
+    np.testing.assert_allclose(blocks_of(graph, new, "l0")[0], best, atol=1e-4)
 
 
 def reference(graph, tree, strength):
     """The docstring's equation, entry by entry, in float64."""
     out = jax.tree.map(lambda x: np.array(x, np.float64), tree)
     for name, group in graph.groups.items():
-        theta = blocks(graph, tree, name)
+        theta = blocks_of(graph, tree, name)
         norms = np.linalg.norm(theta, axis=1)
         factors = np.maximum(0, 1 - strength * np.sqrt(theta.shape[1]) / norms)
         for slot in group.slots:
@@ -222,7 +217,7 @@ def test_cutting_the_dead_channels_of_a_trained_network_changes_nothing():
 def test_a_group_keeps_its_largest_channel_as_it_is():
     variables = toygraphs.variables(SINGLE)
     new = after(proximal(SINGLE, 100.0), variables)
-    theta, left = blocks(SINGLE, variables, "l0"), blocks(SINGLE, new, "l0")
+    theta, left = blocks_of(SINGLE, variables, "l0"), blocks_of(SINGLE, new, "l0")
     largest = np.linalg.norm(theta, axis=1).argmax()
     np.testing.assert_array_equal(left[largest], theta[largest])
     assert not np.delete(left, largest, axis=0).any()
@@ -275,6 +270,65 @@ def test_untrained_collections_are_left_alone():
     chex.assert_trees_all_equal(new["batch_stats"], statistics)
 
 
+def test_blocks_die_as_one_and_count_once():
+    """Norms and weights of a block by hand; the others go on by themselves."""
+    graph = toygraphs.chain(5, 4, 3)
+    variables, blocks = toygraphs.variables(graph), {"deep": ["l0", "l2"]}
+    theta = {n: blocks_of(graph, variables, n) for n in graph.groups}
+    joint = np.concatenate([theta["l0"].ravel(), theta["l2"].ravel()])
+    # Channels of l0 hold 3 + 1 + 4 entries, of l1 5 + 1 + 3, of l2 4 + 1 + 2.
+    weight = np.sqrt(5 * 8 + 3 * 7)
+    alone = 3 * np.linalg.norm(theta["l1"], axis=1)
+    expected = weight * np.linalg.norm(joint) + alone.sum()
+    found = group_lasso(graph, variables, blocks=blocks)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+    new = after(proximal(graph, 0.2, blocks=blocks), variables)["params"]
+    factor = 1 - 0.2 * weight / np.linalg.norm(joint)
+    np.testing.assert_allclose(
+        new["l0"]["kernel"], factor * variables["params"]["l0"]["kernel"], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        new["l1"]["bias"],
+        np.maximum(0, 1 - 0.6 / (alone / 3)) * variables["params"]["l1"]["bias"],
+        rtol=1e-5,
+    )
+    # All of the branch goes at one strength; what stays is a channel of zeros.
+    own = {"l0": 1.0, "l1": 0.0, "l2": 1.0}
+    gone = after(proximal(graph, 100.0, own, blocks=blocks), variables)
+    assert not gone["params"]["l0"]["kernel"].any()
+    assert not gone["params"]["l2"]["kernel"].any()
+    keep = dead(graph, gone)
+    assert [int(k.sum()) for k in keep.values()] == [1, 4, 1]
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.Dense(6, name="stem")(x)
+        h = h + nn.Dense(6, name="b")(nn.relu(nn.Dense(5, name="a")(h)))
+        return nn.Dense(2, name="head")(h)
+
+
+def test_a_branch_that_dies_leaves_its_shortcut():
+    net, x = Residual(), jax.random.normal(jax.random.key(0), (4, 3))
+    variables = toygraphs.init(net, x)
+    variables["params"]["b"]["bias"] = jnp.arange(6.0)
+    graph = jaxprune.trace(net.apply, variables, x)
+    weights = {n: float(n == "a") for n in graph.groups}
+    assert sorted(weights.values()) == [0, 1]
+    step = proximal(graph, 100.0, weights, blocks={"branch": ["a"]})
+    new = after(step, variables)
+    p = variables["params"]
+    stream = x @ p["stem"]["kernel"] + p["stem"]["bias"] + jnp.arange(6.0)
+    wanted = stream @ p["head"]["kernel"] + p["head"]["bias"]
+    keep = dead(graph, new)
+    assert keep["a"].sum() == 1 and all(k.all() for n, k in keep.items() if n != "a")
+    small = jaxprune.shrink(graph, keep, new)
+    found = jaxprune.slim(net.apply, graph, keep)(small, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -299,6 +353,16 @@ def test_untrained_collections_are_left_alone():
             lambda: proximal(GRAPH, 0.1, {"l0": 1.0, "l1": np.ones(3)}),
             GraphError,
             r"'l1' has 4 channels, its weights have shape \(3,\)",
+        ),
+        (
+            lambda: proximal(GRAPH, 0.1, blocks={"b": ["l0", "l7"]}),
+            GraphError,
+            "block 'b' names group 'l7'",
+        ),
+        (
+            lambda: proximal(GRAPH, 0.1, blocks={"b": ["l0"], "c": ["l0"]}),
+            GraphError,
+            "'l0' is in the blocks 'b' and 'c'",
         ),
         (
             lambda: gate(GRAPH, {"l5": np.ones(3)}, VARIABLES),

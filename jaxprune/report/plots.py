@@ -100,7 +100,9 @@ def _chained(
             continue
         epoch = end
         if stage != "prune":  # whose steps are rounds, and train nothing
-            epoch = begun.setdefault(stage, end)
+            # Cuts within a training under the penalty do not start its epochs anew.
+            whole = _kind(stage) if _kind(stage) in ("lasso", "gates") else stage
+            epoch = begun.setdefault(whole, end)
             epoch += float(row.get("epoch", row["step"]) or 0.0)
         if stage != "scratch":
             end = max(end, epoch)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxprune.base import Graph, Keep, PyTree, Scores
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
 from jaxprune.criteria import Criterion, score
+from jaxprune.latency import timings
 from jaxprune.select import allowed_counts, select
 from jaxprune.train import metrics, points
 from jaxprune.train import step as steps
@@ -45,7 +46,8 @@ def choose(
         return _tried(job, graph, variables, budget), None
     scores = _scores(job, graph, variables, budget.kind)
     if prune.sparse:
-        alive = _alive(prune, graph, variables, scores)
+        # Zeros that stay cost time but change nothing; widths are as they are wanted.
+        alive = widened(prune, graph, sparsity.dead(graph, variables), scores)
         if _measured(graph, alive, budget) <= budgets.limit(graph, budget):
             return alive, None
     keep = select(
@@ -57,6 +59,37 @@ def choose(
         scope=prune.scope,
     )
     return keep, None
+
+
+def kind_of(job: Job, graph: Graph, variables: PyTree, name: str) -> budgets.Kind:
+    """A kind of cost by its name; of 'latency', what this device was found to need.
+
+    job.apply, graph, variables: of the dense network.
+    """
+    if name != "latency":
+        return cast(budgets.Kind, name)
+    config = job.config
+    batch = (config.evaluate.batch, *config.data.size, 3)
+    images = jax.ShapeDtypeStruct(batch, np.float32)
+    file = job.workdir / "timings.json"
+    return timings(job.apply, graph, variables, images, cache=file, train=False)
+
+
+def widened(
+    prune: Prune, graph: Graph, keep: Keep, scores: Scores
+) -> dict[str, np.ndarray]:
+    """The keep with as many more channels as make a number that a group may keep.
+
+    graph: of the dense network. Those with the best scores come in.
+    """
+    allowed = allowed_counts(graph, prune.multiple_of, prune.min_channels)
+    wider = {}
+    for name, stays in keep.items():
+        count = allowed[name][np.searchsorted(allowed[name], np.sum(stays))]
+        best = np.lexsort((-np.asarray(scores[name]), ~stays))  # those that stay first
+        wider[name] = stays.copy()
+        wider[name][best[:count]] = True
+    return wider
 
 
 def estimates(job: Job, count: int) -> list[Any]:
@@ -90,22 +123,6 @@ def _tried(
         multiple_of=prune.multiple_of,
         min_channels=prune.min_channels,
     )
-
-
-def _alive(
-    prune: Prune, graph: Graph, variables: PyTree, scores: Scores
-) -> dict[str, np.ndarray]:
-    """What is not 0, and as many of the zeros as make a number that a group may keep.
-
-    Zeros that stay cost time but change nothing; widths are as the config wants them.
-    """
-    keep = sparsity.dead(graph, variables)
-    allowed = allowed_counts(graph, prune.multiple_of, prune.min_channels)
-    for name, stays in keep.items():
-        count = allowed[name][np.searchsorted(allowed[name], np.sum(stays))]
-        best = np.lexsort((-np.asarray(scores[name]), ~stays))  # those alive first
-        stays[best[:count]] = True
-    return keep
 
 
 def _measured(graph: Graph, keep: Keep, budget: Budget) -> float:

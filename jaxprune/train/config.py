@@ -124,6 +124,14 @@ class Prune:
     'taylor1' first order, 'fisher' second; 'reconstruction': the relative error of what
     reads; 'measured': the loss itself without each group's next unit, which 'taylor'
     ranks.
+    weights: of the penalty, sqrt of a channel's number of weights ('size'), times the
+    FLOPs or the measured milliseconds that it carries; repriced: of what is live at
+    each step, not of the dense network. metric: 'optimizer' takes the proximal step of
+    'lasso' in Adam's own metric. accelerated: gates learn by accelerated proximal
+    gradients, at rates up to `gates_lr`, not by the optimiser. target: the strength,
+    from `strength` on, is steered to leave this fraction of the budget's kind of cost,
+    along a line that ends at 0.7 of those epochs; 0: it is not. cuts_in_training: what
+    is 0 is cut at so many ends of epochs on the way already, evenly spread.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
@@ -150,6 +158,13 @@ class Prune:
     recovery_epochs: float = 0.0
     lasso_epochs: float = 20.0
     strength: float = 0.01
+    weights: Literal["size", "flops", "latency"] = "flops"
+    repriced: bool = False
+    metric: Literal["plain", "optimizer"] = "plain"
+    accelerated: bool = False
+    gates_lr: float = 0.1
+    target: float = 0.0
+    cuts_in_training: int = 0
     block: float = 0.05
     choose: Literal["budget", "1se", "min", "knee"] = "budget"
     estimate: Literal["taylor", "taylor1", "fisher", "measured", "reconstruction"] = (
@@ -331,6 +346,11 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
             not config.prune.carry_optimizer or same,
             "false where train.optimizer and retrain.optimizer differ",
         ),
+        (
+            "prune.metric",
+            config.prune.metric == "plain" or config.train.optimizer == "adam",
+            "'plain' where train.optimizer is not 'adam'",
+        ),
     ]
 
 
@@ -370,6 +390,15 @@ def _check_prune(prune: Prune) -> None:
         ("recovery_epochs", prune.recovery_epochs >= 0, "0 or more"),
         ("lasso_epochs", prune.lasso_epochs >= 0, "0 or more"),
         ("strength", prune.strength >= 0, "0 or more"),
+        ("strength", prune.strength > 0 or not prune.target, "positive with a target"),
+        (
+            "metric",
+            prune.metric == "plain" or prune.method != "gates",
+            "'plain' where the method is 'gates'",
+        ),
+        ("gates_lr", prune.gates_lr > 0, "positive"),
+        ("target", 0 <= prune.target <= 1, "in [0, 1]; 0: none"),
+        ("cuts_in_training", prune.cuts_in_training >= 0, "0 or more"),
         ("block", 0 <= prune.block < 1, "in [0, 1)"),
         ("trials", prune.trials > 0, "positive"),
         ("stages", 0 < prune.stages <= prune.trials, "from 1 to prune.trials"),

@@ -25,7 +25,6 @@ from jaxprune.base import (
 from jaxprune.budget import Budget, Kind, measure, sizes
 from jaxprune.cost import cost
 from jaxprune.keeps import check_keep, compose
-from jaxprune.latency import timings
 from jaxprune.reconstruct import reconstruct
 from jaxprune.slim import slim
 from jaxprune.train import choose
@@ -79,7 +78,7 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
     if prune.sparse:
         variables, opt_state = sparsify(job, graph, dense, progress)
     cut = Cut(graph.full(), variables, _carried(job, opt_state))
-    kind = _kind(job, graph, variables)
+    kind = choose.kind_of(job, graph, variables, prune.budget)
     rows: list[dict[str, Any]] = []
     for number in range(1, prune.rounds + 1):
         last = number == prune.rounds
@@ -137,9 +136,9 @@ def _round(
     return cut, [{**row, "round": number} for row in rows or []]
 
 
-def held(prune: Prune) -> optax.GradientTransformation | None:
-    """What retraining has behind its optimiser, so that cut weights stay 0."""
-    return keep_zeros() if prune.irregular else None
+def held(prune: Prune) -> steps.Around | None:
+    """What retraining has around its optimiser, so that cut weights stay 0."""
+    return (lambda tx: optax.chain(tx, keep_zeros())) if prune.irregular else None
 
 
 def nonzero(job: Job, variables: PyTree) -> Cost | None:
@@ -199,16 +198,6 @@ def apply_cut(job: Job, graph: Graph, before: Cut, keep: Keep) -> Cut:
     return Cut(keep, restated(slimmed, variables), carried)
 
 
-def _kind(job: Job, graph: Graph, variables: PyTree) -> Kind:
-    """The budget's kind of cost; of 'latency', what this device was found to need."""
-    config = job.config
-    if config.prune.budget != "latency":
-        return config.prune.budget
-    images = _images(config, config.evaluate.batch)
-    file = job.workdir / "timings.json"
-    return timings(job.apply, graph, variables, images, cache=file, train=False)
-
-
 def _decided(job: Job, before: Keep) -> dict[str, np.ndarray] | None:
     """The last round's keep, where prune.json has it already, of what `before` left."""
     file = job.workdir / _FILE
@@ -255,9 +244,8 @@ def recovery(job: Job, number: int) -> Job:
     fit = job.config.retrain
     epochs = job.config.prune.recovery_epochs
     fit = dataclasses.replace(fit, epochs=epochs, warmup=min(fit.warmup, epochs))
-    held_back = held(job.config.prune)
-    stage = f"recover{number}"
-    return dataclasses.replace(job, stage=stage, fit=fit, proximal=held_back)
+    around, stage = held(job.config.prune), f"recover{number}"
+    return dataclasses.replace(job, stage=stage, fit=fit, around=around)
 
 
 def _recover(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) -> Cut:

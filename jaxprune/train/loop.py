@@ -41,7 +41,10 @@ class Job:
     """One training: who is trained, on what, and where it is kept.
 
     `stage` names its checkpoints and rows; `teacher` is (apply, variables) or None;
-    `carried` the optimiser state that it goes on from, or None.
+    `carried` the optimiser state that it goes on from, or None. `around` makes the
+    whole optimiser of the fit's. `begun`: the state at which it goes on in another
+    shape, at the step that it tells, and `until` the step where it ends; schedules are
+    those of the whole training.
     """
 
     stage: str
@@ -51,8 +54,10 @@ class Job:
     splits: Splits
     workdir: Path
     teacher: tuple[Apply, PyTree] | None = None
-    proximal: optax.GradientTransformation | None = None
+    around: steps.Around | None = None
     carried: PyTree = None
+    begun: steps.State | None = None
+    until: int | None = None
 
     @property
     def per_epoch(self) -> int:
@@ -64,6 +69,11 @@ class Job:
         """Steps in all."""
         return round(self.per_epoch * self.fit.epochs)
 
+    @property
+    def end(self) -> int:
+        """The last step of this training."""
+        return self.total if self.until is None else self.until
+
 
 def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     """Train from `variables`, or on from the newest checkpoint; the state, in NumPy.
@@ -73,19 +83,20 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     Raises NonFinite that names the step and the last good checkpoint.
     """
     store = checkpoint.open_store(job.workdir / "checkpoints" / job.stage)
-    tx, rate = steps.optimizer(job.fit, job.total, job.proximal)
+    tx, rate = steps.optimizer(job.fit, job.total, job.around)
     mesh = steps.make_mesh()
     whole = steps.replicated(mesh)
-    state = jax.device_put(steps.init_state(variables, tx, job.carried), whole)
+    first = job.begun or steps.init_state(variables, tx, job.carried)
+    state = jax.device_put(first, whole)
     losses: list[float] = []
     if store.latest() is not None:
         state, losses = _restore(store, state)
-        done = int(state.step) >= job.total
+        done = int(state.step) >= job.end
         what = "done already," if done else "resumed at"
-        progress.note(f"{job.stage}: {what} step {state.step} of {job.total}")
+        progress.note(f"{job.stage}: {what} step {state.step} of {job.end}")
     start = int(state.step)
     progress.rewind(job.stage, start)
-    if start < job.total:
+    if start < job.end:
         with stoppable() as stop, jax.set_mesh(mesh):
             try:
                 state = _run(job, tx, rate, store, state, losses, progress, stop)
@@ -106,7 +117,7 @@ def finished(job: Job, variables: PyTree) -> steps.State:
             f"{job.workdir}: the stage {job.stage!r} has not ended (step {done or 0} "
             f"of {job.total}); repeat 'jaxprune run' with this --workdir"
         )
-    tx, _ = steps.optimizer(job.fit, job.total, job.proximal)
+    tx, _ = steps.optimizer(job.fit, job.total, job.around)
     start = steps.init_state(variables, tx, job.carried)
     state, _ = _restore(
         store, jax.device_put(start, steps.replicated(steps.make_mesh()))
@@ -147,7 +158,7 @@ def _run(
     start = int(state.step)
     batches = _batches(job, start)
     key = jax.random.key(job.config.seed)
-    progress.start(job.stage, start, job.total, job.per_epoch, job.fit.batch)
+    progress.start(job.stage, start, job.end, job.per_epoch, job.fit.batch)
     began = time.perf_counter()
     pending: Any = None
 
@@ -162,12 +173,12 @@ def _run(
             raise _non_finite(job, done, store, state)
         losses.append(loss)
         progress.step(done, loss)
-        if done % job.per_epoch == 0 or done == job.total:
+        if done % job.per_epoch == 0 or done == job.end:
             row = {"loss": float(np.mean(losses)), "lr": float(rate(done - 1))}
             progress.row("train", done, row)
             losses.clear()
 
-    for done in range(start + 1, job.total + 1):
+    for done in range(start + 1, job.end + 1):
         batch = steps.put_batch(mesh, next(batches))
         state, loss = step(state, batch, teacher, key)
         if done == start + 1:
@@ -175,7 +186,7 @@ def _run(
             progress.compiled(time.perf_counter() - began)
         settle()
         pending = done, loss
-        last, stopping = done == job.total, stop.asked()
+        last, stopping = done == job.end, stop.asked()
         if last or done % every(job, job.config.evaluate.every) == 0:
             settle()
             val = job.splits.val
@@ -185,9 +196,15 @@ def _run(
             settle()
             store.save(done, state, {"losses": losses}, force=True)
         if stopping:
-            progress.note(f"{job.stage}: saved step {done}; the same command resumes")
-            stop.leave()
+            _leave(job, done, progress, stop)
+    if stop.signals:  # while the last step was judged and saved
+        _leave(job, job.end, progress, stop)
     return state
+
+
+def _leave(job: Job, done: int, progress: Progress, stop: Stop) -> None:
+    progress.note(f"{job.stage}: saved step {done}; the same command resumes")
+    stop.leave()
 
 
 def every(job: Job, epochs: float) -> int:

@@ -80,7 +80,7 @@ def _stages(
         begun = Pruned(slim(net.apply, graph, keep), start, graph, keep)
     small = begun.apply
     job = dataclasses.replace(
-        job, apply=small, carried=carried, proximal=cut.held(config.prune)
+        job, apply=small, carried=carried, around=cut.held(config.prune)
     )
     pruned = train(job, begun.variables, progress).average
 

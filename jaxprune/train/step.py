@@ -32,10 +32,17 @@ class Target(NamedTuple):
     weights: np.ndarray
 
 
+Around = Callable[[optax.GradientTransformation], optax.GradientTransformation]
+
+
 def optimizer(
-    fit: Fit, steps: int, proximal: optax.GradientTransformation | None = None
+    fit: Fit, steps: int, around: Around | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optax chain of a Fit over so many steps, and its learning rate by step."""
+    """The optax chain of a Fit over so many steps, and its learning rate by step.
+
+    around: what makes the whole transformation of that chain, such as a proximal step
+    behind it.
+    """
     warm = round(fit.warmup / fit.epochs * steps) if fit.epochs else 0
     if fit.schedule == "cosine":
         # A training that is all warm-up ends before the first step of the fall.
@@ -53,10 +60,8 @@ def optimizer(
         parts = [*clip, _muon(fit.weight_decay), optax.scale(-1.0)]
     else:
         parts = [*clip, decay, optax.trace(fit.momentum)]
-    parts.append(optax.scale_by_learning_rate(rate))
-    if proximal is not None:
-        parts.append(proximal)
-    return optax.chain(*parts), rate
+    tx = optax.chain(*parts, optax.scale_by_learning_rate(rate))
+    return around(tx) if around else tx, rate
 
 
 def _muon(decay: float) -> optax.GradientTransformation:
@@ -97,15 +102,20 @@ def init_state(
     variables = jax.tree.map(jnp.array, variables)
     opt_state = tx.init(variables["params"])
     if carried is not None:
-        old = {type(part): part for part in carried}
-        opt_state = tuple(
-            part
-            if isinstance(part, optax.ScaleByScheduleState)
-            else old.get(type(part), part)
-            for part in opt_state
+        # A chain's states are named tuples in plain ones, however nested.
+        old = {type(part): part for part in jax.tree.leaves(carried, is_leaf=_named)}
+        old.pop(optax.ScaleByScheduleState, None)
+        opt_state = jax.tree.map(
+            lambda part: old.get(type(part), part) if _named(part) else part,
+            opt_state,
+            is_leaf=_named,
         )
     average = jax.tree.map(jnp.array, variables)
     return State(jnp.zeros((), jnp.int32), variables, average, opt_state)
+
+
+def _named(part: Any) -> bool:
+    return isinstance(part, tuple) and hasattr(part, "_fields")
 
 
 def scaled(images: Any) -> Any:

@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "particles": {"method": "particles"},
     "weights": {"method": "weights"},
     "lasso": {"method": "lasso"},
-    "gates": {"method": "gates"},
+    "gates": {"method": "gates", "metric": "plain"},
     **{name: {"method": name} for name in get_args(LowRank)},
 }
 

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gates: one trained number per channel, brought to zero by proximal steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune import sparsity, steering, trees
+from jaxprune.base import ConfigError, Graph, Group, PyTree
+from jaxprune.pricing import Weights, fitting
+from jaxprune.steering import Strength
+
+
+def init_gates(graph: Graph) -> dict[str, jax.Array]:
+    """Gates {group: float32[C]} of ones: every channel passes unchanged."""
+    return {n: jnp.ones(g.size) for n, g in graph.groups.items()}
+
+
+def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
+    """The variables with each channel scaled by its gate, once wherever it is read.
+
+    The gate is folded into the trained kernels that read the channel. A group that none
+    reads has one of its makers scaled: the trained one of least rank, biases aside, and
+    the bias beside it. What reads a channel otherwise, a norm over the channels or an
+    elementwise product, sees the ungated value, until the gate is 0: then everything
+    that belongs to the channel is 0, and no gradient reaches it or its gate. So gates
+    of 0 and 1 do what `mask` does. Raises GraphError for gates that do not fit the
+    graph.
+
+    Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
+    networks", 2018.
+    """
+    gates = fitting({n: g.size for n, g in graph.groups.items()}, gates, "gates")
+    counts = trees.channel_count(graph, roles=("in",))
+    read = {n: g for n, g in gates.items() if counts[n].any()}
+    unread = {n: g for n, g in gates.items() if n not in read}
+    variables = trees.channel_scale(graph, read, variables, roles=("in",))
+    variables = trees.channel_scale(
+        _one_maker(graph, unread), unread, variables, roles=("out",)
+    )
+    alive = {
+        n: (g if isinstance(g, np.ndarray) else jnp.asarray(g)) != 0
+        for n, g in gates.items()
+    }
+    return trees.zeroed(graph, alive, variables)
+
+
+def _one_maker(graph: Graph, names: Collection[str]) -> Graph:
+    """The graph of these groups, each at one product of its makers alone."""
+    leaves = {leaf.path: leaf for leaf in graph.leaves}
+
+    def reduced(group: Group) -> Group:
+        makers = [s for s in group.slots if leaves[s.path].trained and s.role == "out"]
+        products = [s for s in makers if s.path[-1] != "bias"]
+        if products:
+            one = min(products, key=lambda s: len(leaves[s.path].shape))
+            bias = (*one.path[:-1], "bias")
+            makers = [s for s in makers if s is one or s.path == bias]
+        return dataclasses.replace(group, slots=tuple(makers))
+
+    return dataclasses.replace(
+        graph, groups={n: reduced(graph.groups[n]) for n in names}, terms=()
+    )
+
+
+def proximal_gates(
+    strength: Strength, weights: Weights | None = None
+) -> optax.GradientTransformation:
+    """Soft-thresholding, sign(z) max(0, |z| - strength w), last in a chain for gates.
+
+    z = gates + updates. `strength` and the last one of a group are as in `proximal`.
+    `weights` {group: float or float[C]}: 1 by default, see also `flops_weights` and
+    `repriced`. Raises ConfigError for a negative strength, or where update is called
+    without the gates; GraphError for weights that do not fit the gates.
+    """
+    steering.check_strength(strength)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None):
+        if params is None:
+            raise ConfigError(
+                "proximal_gates needs the gates: tx.update(updates, state, gates)"
+            )
+        arrived = {n: params[n] + updates[n] for n in params}
+        shrunk, state = _thresholded(strength, weights, params, arrived, state)
+        return {n: shrunk[n] - params[n] for n in params}, state
+
+    def init(params: PyTree) -> Any:
+        del params
+        return steering.begun(strength)
+
+    return optax.GradientTransformation(init, update)
+
+
+class AcceleratedState(NamedTuple):
+    """`point` {group: float[C]}: lambda of the last step. `proximal`: its state."""
+
+    point: PyTree
+    proximal: Any
+
+
+def accelerated_gates(
+    strength: Strength,
+    weights: Weights | None = None,
+    *,
+    momentum: float | Callable[[Any], Any] = 0.9,
+) -> optax.GradientTransformation:
+    """Accelerated proximal gradient for gates; last in a chain, behind plain gradients.
+
+    With lambda' the gates, where the gradient is taken, and eta the learning rate,
+
+        z(t)       = lambda'(t-1) - eta grad(lambda'(t-1))          what arrives
+        v(t)       = S(z(t)) - lambda'(t-1) + mu v(t-1)
+        lambda'(t) = S(z(t)) + mu v(t)
+
+    S is soft-thresholding by strength * w, strength = eta * gamma. lambda(t) = S(z(t))
+    is the sequence that converges; it is the state's `point`, and v(t) = lambda(t) -
+    lambda(t-1), computed so that a gate that S leaves at 0 twice is exactly 0. The
+    momentum is here: what stands before in the chain is optax.scale_by_learning_rate
+    alone, no Adam and no momentum of its own.
+
+    momentum: mu; or a function of the step count t, from 0: `lambda t: t / (t + 3)` is
+    Nesterov's (k - 2) / (k + 1) counted from 1, with which the authors begin and which
+    has the rate of 1/k^2 on convex problems; 0 is `proximal_gates`. Other arguments and
+    errors as there.
+
+    Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
+    networks", 2018, equations 10 to 12. Their program besides cuts negative gates off
+    at 0; here a gate may change its sign.
+    """
+    steering.check_strength(strength)
+    if not callable(momentum) and not 0 <= momentum < 1:
+        raise ConfigError(f"momentum={momentum!r}: must be in [0, 1)")
+
+    def update(updates: PyTree, state: AcceleratedState, params: PyTree | None = None):
+        if params is None:
+            raise ConfigError(
+                "accelerated_gates needs the gates: tx.update(updates, state, gates)"
+            )
+        steps = state.proximal.steps
+        mu = momentum(steps) if callable(momentum) else momentum
+        z = {n: params[n] + updates[n] for n in params}
+        point, inner = _thresholded(strength, weights, params, z, state.proximal)
+        ahead = {n: p + mu * (p - state.point[n]) for n, p in point.items()}
+        return {n: ahead[n] - params[n] for n in params}, AcceleratedState(point, inner)
+
+    def init(params: PyTree) -> AcceleratedState:
+        return AcceleratedState(
+            jax.tree.map(jnp.array, params), steering.begun(strength)
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def gates_to_keep(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The keep that cuts channels whose gate is exactly 0; no group is emptied.
+
+    `shrink(graph, gates_to_keep(gates), gate(graph, gates, variables))` is the network.
+    """
+    return {
+        n: sparsity.never_empty(np.asarray(g) != 0, np.abs(g)) for n, g in gates.items()
+    }
+
+
+def _thresholded(
+    strength: Strength,
+    weights: Weights | None,
+    before: Mapping[str, Any],
+    z: Mapping[str, Any],
+    state: Any,
+) -> tuple[dict[str, Any], Any]:
+    """(S(z), the state behind it), weights being those of the gates before."""
+    sizes = {n: np.size(g) for n, g in z.items()}
+    if callable(weights):
+        weights = weights(
+            {n: jnp.maximum(jnp.sum(g != 0), 1) for n, g in before.items()}
+        )
+    own = fitting(
+        sizes, dict.fromkeys(z, 1.0) if weights is None else weights, "weights"
+    )
+    sizes_of = {n: jnp.abs(g) for n, g in z.items()}
+    s, state = steering.stepped(
+        strength, state, lambda: steering.deaths_of(sizes_of, own)
+    )
+    shrunk = {n: g * sparsity.shrinkage(sizes_of[n], s * own[n]) for n, g in z.items()}
+    return shrunk, state

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Costs and the weights of a penalty as functions of live counts, in a jitted step.
+
+Counts are {group: number of live channels}, traced or not. The polynomials of `cost`
+and the tables of `latency` are evaluated in the graph: nothing leaves the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import budget, trees
+from jaxprune.base import Extent, Graph, GraphError, Role
+from jaxprune.cost import parameter_extents, summands
+
+Counts = Mapping[str, Any]
+Repriced = Callable[[Counts], Mapping[str, Any]]
+Weights = Mapping[str, Any] | Repriced
+BOTH: tuple[Role, ...] = ("out", "in")
+
+
+def flops_weights(
+    graph: Graph, kind: budget.Kind = "flops", *, roles: tuple[Role, ...] = BOTH
+) -> dict[str, np.ndarray]:
+    """Weights {group: float[C]} that make the penalty paid in FLOPs (or another cost).
+
+    sqrt(entries in theta[g,c]) times the cost of a channel at the dense network, the
+    latter relative to its mean over all channels. kind: as of a budget, or what
+    `timings` measured, so that milliseconds pay. See `repriced` for the network as it
+    is by then. Raises BudgetError for an unknown kind, or one that the dense network
+    has nothing of.
+    """
+    share = budget.marginal(graph, kind)
+    mean = share @ budget.sizes(graph) / max(graph.channels, 1)
+    counts = trees.channel_count(graph, roles=roles)
+    return {n: np.sqrt(counts[n]) * s / mean for n, s in zip(graph.groups, share)}
+
+
+def repriced(
+    graph: Graph,
+    kind: budget.Kind | None = "flops",
+    *,
+    roles: tuple[Role, ...] = BOTH,
+) -> Repriced:
+    """Weights that follow the network as channels die, evaluated in the jitted step.
+
+    At every step they are those that `flops_weights` gives for the network cut to its
+    live channels: sqrt(live entries in theta[g,c]) times what a channel costs *now*,
+    relative to its mean over live channels. A channel gets cheaper as its neighbours
+    die, and the penalty moves on to where the cost is. With kind None, sqrt(live
+    entries) alone.
+
+    Pass the result as `weights` of `group_lasso`, `proximal`, `proximal_gates`, .... A
+    cost of one's own must be written in jax.numpy. Raises BudgetError as
+    `flops_weights` does.
+    """
+    size = _live_entries(graph, roles)
+    if kind is None:
+        return lambda live: {n: jnp.sqrt(s) for n, s in size(live).items()}
+    budget.marginal(graph, kind)
+    parts = _parts(graph, kind)
+
+    def weights(live: Counts) -> dict[str, jax.Array]:
+        kept = _stacked(graph, live)
+        # Term by term: what a channel has no part in cancels exactly.
+        saved = parts(kept) - parts(kept - jnp.eye(len(kept)))
+        price = saved.sum(axis=-1)
+        mean = jnp.sum(price * kept) / jnp.sum(kept)
+        price = price / jnp.where(mean > 0, mean, 1)
+        entries = size(live)
+        return {n: jnp.sqrt(entries[n]) * p for n, p in zip(graph.groups, price)}
+
+    return weights
+
+
+def live_cost(
+    graph: Graph, kind: budget.Kind = "flops"
+) -> Callable[[Counts], jax.Array]:
+    """counts -> the fraction of the dense cost of `kind` that they carry, float32[].
+
+    Raises BudgetError for an unknown kind, or one that the dense network has nothing
+    of.
+    """
+    budget.marginal(graph, kind)
+    parts = _parts(graph, kind)
+    return lambda live: parts(_stacked(graph, live)).sum(axis=-1)
+
+
+def resolved(
+    graph: Graph,
+    weights: Weights | None,
+    roles: tuple[Role, ...],
+    live: Callable[[], Counts],
+) -> dict[str, Any]:
+    """{group: float or float[C]}; sqrt(entries) for None, of `live()` where repriced.
+
+    Raises GraphError for weights that do not fit the graph.
+    """
+    if weights is None:
+        counts = trees.channel_count(graph, roles=roles)
+        return {n: np.sqrt(c) for n, c in counts.items()}
+    found = weights(live()) if callable(weights) else weights
+    return fitting({n: g.size for n, g in graph.groups.items()}, found, "weights")
+
+
+def fitting(
+    sizes: Mapping[str, int], values: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+    """The values of groups of these sizes, in their order; else GraphError."""
+    for name in values:
+        if name not in sizes:
+            raise GraphError(f"{what} name group {name!r}, which the graph lacks")
+    for name, size in sizes.items():
+        if name not in values:
+            raise GraphError(f"{what} lack group {name!r} (float[{size}])")
+        shape = np.shape(values[name])
+        if shape not in ((), (size,)):
+            raise GraphError(
+                f"group {name!r} has {size} channels, its {what} have shape {shape}"
+            )
+    return {n: values[n] for n in sizes}
+
+
+def _stacked(graph: Graph, live: Counts) -> jax.Array:
+    """float32[G] in the graph's order."""
+    return jnp.stack([jnp.asarray(live[n], jnp.float32) for n in graph.groups])
+
+
+def _parts(graph: Graph, kind: budget.Kind) -> Callable[[jax.Array], jax.Array]:
+    """Summands of a cost, float32[..., T], as fractions of the dense network's."""
+    if kind == "channels":
+        return lambda kept: kept / max(graph.channels, 1)
+    if isinstance(kind, str):
+        return summands(graph, "activation_bytes" if kind == "bytes" else kind)
+    dense = float(kind.at(list(graph.groups), budget.sizes(graph)))
+    names = list(graph.groups)
+    if hasattr(kind, "summands"):
+        return lambda kept: kind.summands(names, kept) / dense
+    return lambda kept: jnp.asarray(kind.at(names, kept))[..., None] / dense
+
+
+def _live_entries(
+    graph: Graph, roles: tuple[Role, ...]
+) -> Callable[[Counts], dict[str, Any]]:
+    """counts -> {group: trained entries of one of its channels}, of live ones alone."""
+    trained = [leaf.path for leaf in graph.leaves if leaf.trained]
+    axes = dict(zip(trained, parameter_extents(graph), strict=True))
+
+    def length(extent: Extent, live: Counts) -> Any:
+        return extent.fixed + sum(times * live[g] for g, times in extent.groups)
+
+    def of(live: Counts) -> dict[str, Any]:
+        live = {n: jnp.asarray(c, jnp.float32) for n, c in live.items()}
+        found: dict[str, Any] = {}
+        for name, group in graph.groups.items():
+            total = jnp.zeros(())
+            for slot in group.slots:
+                if slot.path in axes and slot.role in roles:
+                    rest = enumerate(axes[slot.path])
+                    others = [length(e, live) for a, e in rest if a != slot.axis]
+                    total += slot.indices.shape[1] * math.prod(others)
+            found[name] = total
+        return found
+
+    return of

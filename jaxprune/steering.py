@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How strong the penalty is: a number, a schedule, or a controller with a target.
+
+A proximal step knows for each channel the strength at which it dies. So a controller
+can tell, before it is applied, what a strength would leave, and stop at the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import budget
+from jaxprune.base import BudgetError, ConfigError, Graph
+from jaxprune.pricing import live_cost
+
+Deaths = Mapping[str, Any]
+Schedule = Callable[[Any], Any]
+_HALVINGS = 30
+_BAND = 0.05  # off the plan by so much of it, lambda changes as fast as it may
+
+
+class ProximalState(NamedTuple):
+    """`steps`: int32 scalar, the updates so far."""
+
+    steps: jax.Array
+
+
+class SteeredState(NamedTuple):
+    """Of a proximal step that is steered; arrays, so that checkpoints hold them.
+
+    steps: int32 scalar, the updates so far. level: float32 scalar, lambda as it is now.
+    cost: float32 scalar, the fraction of the dense cost that is live.
+    """
+
+    steps: jax.Array
+    level: jax.Array
+    cost: jax.Array
+
+
+class Steering(NamedTuple):
+    """A controller, as `steer` makes it; pass it as a `strength`.
+
+    init() -> state. update(state, deaths) -> (strength, state), where deaths {group:
+    float[C]} are the strengths at which channels die.
+    """
+
+    init: Callable[[], SteeredState]
+    update: Callable[[SteeredState, Deaths], tuple[Any, SteeredState]]
+
+
+Strength = float | Schedule | Steering
+
+
+def steer(
+    graph: Graph,
+    target: float | Schedule,
+    *,
+    kind: budget.Kind = "flops",
+    rate: float | Schedule = 1.0,
+    start: float = 1e-3,
+    gain: float = 0.02,
+) -> Steering:
+    """Find lambda while training, so that a fraction of the dense cost stays live.
+
+    At step t, with the live cost c (a fraction of the dense one) and the plan r(t),
+
+        strength(t) = min(rate(t) lambda(t), the least that brings the cost to r(t))
+        lambda(t+1) = lambda(t) exp(gain clip(20 (c / r(t) - 1), -1, 1))
+
+    The second line is an integral controller of log lambda, which alone would
+    overshoot: norms take many steps to fall, and what is dead stays dead. The first
+    one lands: from the moment at which the plan is met the strength is 0, and the last
+    channels to die are no more than are needed, found by bisection. So the cost ends at
+    r, or below it by less than a channel costs (more where channels die together), and
+    is held: should channels revive, the penalty is back. All of it is a few operations
+    on the norms, in the jitted step; nothing leaves the device.
+
+    Args:
+      graph: of the dense network, also where a part of it has been cut already.
+      target: r, a fraction of the dense cost; a number, or a schedule of the step, such
+        as optax.linear_schedule(1.0, 0.4, 2000), for a cost that falls by degrees.
+      kind: as of a budget; measured milliseconds too.
+      rate: the optimiser's learning rate, or schedule of it.
+      start: lambda at first; it stays within a factor of 10^6 of that.
+      gain: the largest relative change of lambda in a step, 5 % off the plan.
+
+    Raises BudgetError for a target that is not in (0, 1], or below what one channel a
+    group costs; ConfigError for a start or a gain that is not positive.
+    """
+    for name, value in (("start", start), ("gain", gain)):
+        if not value > 0:
+            raise ConfigError(f"steer: {name}={value!r}: must be positive")
+    if not callable(target):
+        check_target(graph, target, kind)
+    cost = live_cost(graph, kind)
+
+    def update(state: SteeredState, deaths: Deaths) -> tuple[Any, SteeredState]:
+        steps = state.steps
+        plan = target(steps) if callable(target) else target
+
+        def after(strength: Any) -> jax.Array:
+            return cost({n: _count(d > strength) for n, d in deaths.items()})
+
+        wanted = state.level * (rate(steps) if callable(rate) else rate)
+        strength = _landing(after, wanted, plan)
+        live = after(strength)
+        change = jnp.exp(gain * jnp.clip((live / plan - 1) / _BAND, -1, 1))
+        level = jnp.clip(state.level * change, 1e-6 * start, 1e6 * start)
+        return strength, SteeredState(_next(steps), level, live)
+
+    def init() -> SteeredState:
+        one, level = jnp.ones((), jnp.float32), jnp.float32(start)
+        return SteeredState(jnp.zeros((), jnp.int32), level, one)
+
+    return Steering(init, update)
+
+
+def begun(strength: Strength) -> ProximalState | SteeredState:
+    """The state before the first step."""
+    if isinstance(strength, Steering):
+        return strength.init()
+    return ProximalState(jnp.zeros((), jnp.int32))
+
+
+def stepped(
+    strength: Strength, state: Any, deaths: Callable[[], Deaths]
+) -> tuple[Any, Any]:
+    """(the strength of this step, the state behind it)."""
+    if isinstance(strength, Steering):
+        return strength.update(state, deaths())
+    now = strength(state.steps) if callable(strength) else strength
+    return now, ProximalState(_next(state.steps))
+
+
+def deaths_of(sizes: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
+    """{group: float[C]}: size / weight; infinite where there is no penalty."""
+    found = {}
+    for name, size in sizes.items():
+        weight = jnp.broadcast_to(jnp.asarray(weights[name], size.dtype), size.shape)
+        ratio = size / jnp.where(weight > 0, weight, 1)
+        found[name] = jnp.where(weight > 0, ratio, jnp.inf)
+    return found
+
+
+def check_strength(strength: Strength) -> None:
+    """Raises ConfigError for a number that is negative."""
+    if isinstance(strength, int | float) and strength < 0:
+        raise ConfigError(f"strength={strength!r}: must not be negative")
+
+
+def _next(steps: jax.Array) -> jax.Array:
+    return jnp.where(steps < jnp.iinfo(steps.dtype).max, steps + 1, steps)
+
+
+def _count(alive: jax.Array) -> jax.Array:
+    """Live channels of a group, which is never emptied."""
+    return jnp.maximum(jnp.sum(alive), 1)
+
+
+def _landing(after: Callable[[Any], jax.Array], wanted: Any, plan: Any) -> jax.Array:
+    """The least strength up to `wanted` that brings the cost to the plan, or `wanted`.
+
+    `after` falls in steps; the plan forgives what float32 rounds.
+    """
+    plan = plan * (1 + 1e-6)
+
+    def halved(_: Any, ends: tuple[Any, Any]) -> tuple[Any, Any]:
+        low, high = ends
+        middle = (low + high) / 2
+        met = after(middle) <= plan
+        return jnp.where(met, low, middle), jnp.where(met, middle, high)
+
+    wanted = jnp.asarray(wanted, jnp.float32)
+    _, least = jax.lax.fori_loop(0, _HALVINGS, halved, (jnp.zeros_like(wanted), wanted))
+    # So that what dies by this comparison also does by the proximal step's rounding.
+    least = jnp.minimum(least * (1 + 1e-6), wanted)
+    return jnp.where(after(jnp.zeros(())) <= plan, 0.0, least)
+
+
+def check_target(graph: Graph, target: float, kind: budget.Kind) -> None:
+    """Raises BudgetError for a target that is no fraction, or cannot be reached."""
+    if not 0 < target <= 1:
+        raise BudgetError(
+            f"steer: target={target!r}: the fraction of the dense cost that stays live,"
+            " in (0, 1]"
+        )
+    least = float(live_cost(graph, kind)(dict.fromkeys(graph.groups, 1)))
+    if target < least:
+        raise BudgetError(
+            f"steer: target={target!r}: one channel a group costs more, "
+            f"{budget.rounded_up(least)} of the dense {kind}"
+        )

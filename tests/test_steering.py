@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lambda is steered to a cost: the law by hand, the landing, a network that trains."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toygraphs
+
+import jaxprune as jp
+from jaxprune.base import BudgetError, ConfigError
+from jaxprune.steering import SteeredState
+
+GRAPH = toygraphs.chain(5, 4)
+WIDE = toygraphs.chain(24, 16)
+INPUTS = jax.random.normal(jax.random.key(0), (64, 3))
+
+
+def fraction(keep):
+    """Of WIDE's dense FLOPs, by multiply-adds: 3 a + a b + 2 b."""
+    a, b = (np.sum(k) for k in keep.values())
+    return (3 * a + a * b + 2 * b) / (3 * 24 + 24 * 16 + 2 * 16)
+
+
+def trained(tx, variables, steps):
+    """Variables, state and every step's cost, of a small regression."""
+
+    def loss(variables):
+        return jnp.mean((toygraphs.apply(variables, INPUTS) - INPUTS[:, :2]) ** 2)
+
+    def step(carry, _):
+        variables, state = carry
+        updates, state = tx.update(jax.grad(loss)(variables), state, variables)
+        return (optax.apply_updates(variables, updates), state), state[-1].cost
+
+    @jax.jit
+    def run(variables):
+        return jax.lax.scan(step, (variables, tx.init(variables)), None, steps)
+
+    (variables, state), costs = run(variables)
+    return variables, state, np.asarray(costs)
+
+
+@pytest.mark.parametrize(("start", "metric"), [(1e-3, False), (1.0, True)])
+def test_it_reaches_the_target_and_holds_it(start, metric):
+    """From a lambda far too small and one far too large, behind Adam."""
+    plan = optax.linear_schedule(1.0, 0.35, 200)
+    strength = jp.steer(WIDE, plan, rate=0.01, start=start, gain=0.05)
+    if metric:
+        adam = optax.adam(0.01)
+        tx = jp.preconditioned(adam, WIDE, strength, steps=jp.adam_steps())
+    else:
+        tx = optax.chain(optax.adam(0.01), jp.proximal(WIDE, strength))
+    variables, state, costs = trained(tx, toygraphs.variables(WIDE), 400)
+    keep = jp.dead(WIDE, variables)
+    # A channel of l0 carries 3 + 16 of 488 multiply-adds, one of l1 24 + 2.
+    assert 0.35 - 26 / 488 < fraction(keep) <= 0.35 + 1e-6
+    np.testing.assert_allclose(costs[-1], fraction(keep), rtol=1e-5)
+    # It falls by degrees, and is held over the last quarter.
+    assert costs[60] > 0.6 and (costs[300:] == costs[-1]).all()
+    assert state[-1].steps == 400
+
+
+def test_the_law_by_hand():
+    strength = jp.steer(GRAPH, 0.77, kind="channels", rate=0.1, start=2.0, gain=0.3)
+    state = SteeredState(jnp.int32(7), jnp.float32(2), jnp.float32(1))
+    deaths = {"l0": jnp.array([5.0, 0.1, 6, 7, 8]), "l1": jnp.array([9.0, 9, 9, 0.15])}
+    s, state = strength.update(state, deaths)
+    # 0.2 kills two of nine, which is not yet the target.
+    np.testing.assert_allclose(s, 0.2, rtol=1e-6)
+    np.testing.assert_allclose(state.cost, 7 / 9, rtol=1e-6)
+    change = np.exp(0.3 * 20 * (7 / 9 / 0.77 - 1))
+    np.testing.assert_allclose(state.level, 2 * change, rtol=1e-6)
+    assert state.steps == 8
+
+
+def test_it_lands_on_the_target():
+    """lambda is far too large: no more channels die than must, the faintest ones."""
+    strength = jp.steer(GRAPH, 0.5, kind="channels", start=1e3)
+    deaths = {"l0": jnp.array([5.0, 0.1, 6, 7, 8]), "l1": jnp.array([9.0, 3, 4, 0.2])}
+    s, state = strength.update(strength.init(), deaths)
+    np.testing.assert_allclose(s, 5, rtol=1e-4)  # 0.1, 0.2, 3, 4 and 5 are dead
+    assert s >= 5
+    np.testing.assert_allclose(state.cost, 4 / 9, rtol=1e-6)
+    # What is dead has a death at 0: the target is met, and nothing more is asked.
+    alive = {n: jnp.where(d > 5, d, 0) for n, d in deaths.items()}
+    s, state = strength.update(state, alive)
+    assert s == 0
+    np.testing.assert_allclose(state.cost, 4 / 9, rtol=1e-6)
+
+
+def test_gates_are_steered_too():
+    gates = {"l0": jnp.linspace(0.1, 1, 24), "l1": jnp.linspace(0.2, 1, 16)}
+    for make in (jp.proximal_gates, jp.accelerated_gates):
+        tx = make(jp.steer(WIDE, 0.5, start=10.0))
+        still = jax.tree.map(jnp.zeros_like, gates)
+        updates, _ = tx.update(still, tx.init(gates), gates)
+        keep = jp.gates_to_keep(optax.apply_updates(gates, updates))
+        if make is jp.proximal_gates:
+            assert 0.5 - 26 / 488 < fraction(keep) <= 0.5
+
+
+def test_it_stays_in_the_graph_and_is_traced_once():
+    chex.clear_trace_counter()
+    tx = jp.proximal(WIDE, jp.steer(WIDE, 0.5), jp.repriced(WIDE))
+    variables = toygraphs.variables(WIDE)
+    state, still = tx.init(variables), jax.tree.map(jnp.zeros_like, variables)
+    step = jax.jit(chex.assert_max_traces(tx.update, n=1))
+    for _ in range(2):
+        _, state = step(still, state, variables)
+    text = step.lower(still, state, variables).compile().as_text()
+    for word in ("callback", "outfeed", "infeed", "send("):
+        assert word not in text
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: jp.steer(GRAPH, 0.0), BudgetError, r"target=0.0.* in \(0, 1\]"),
+        (lambda: jp.steer(GRAPH, 0.05, kind="channels"), BudgetError, "0.2223 of the"),
+        (lambda: jp.steer(GRAPH, 0.5, start=0), ConfigError, "start=0: must be pos"),
+        (lambda: jp.steer(GRAPH, 0.5, gain=-1), ConfigError, "gain=-1: must be pos"),
+        (lambda: jp.steer(GRAPH, 0.5, kind="flop"), BudgetError, "no budget kind"),
+    ],
+)
+def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
