@@ -58,7 +58,7 @@ def test_single_weights_are_held_in_retraining_and_counted(tmp_path, monkeypatch
     monkeypatch.setattr(
         stages.compare, "evaluate_stage", lambda job, networks, _: seen.update(networks)
     )
-    monkeypatch.setattr(stages, "_save", lambda *args: None)
+    monkeypatch.setattr(stages, "save_network", lambda *args, **more: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     prune = dataclasses.replace(CONFIG.prune, method="weights")
     run(dataclasses.replace(CONFIG, prune=prune, scratch=False), tmp_path / "run")

@@ -43,7 +43,7 @@ def choose(
     if prune.method == "path":
         return _walk(job, graph, variables, budget, progress, number)
     if prune.method in ("random_masks", "particles"):
-        return _tried(job, graph, variables, budget), None
+        return _tried(job, graph, variables, budget, progress), None
     scores = _scores(job, graph, variables, budget.kind)
     if prune.sparse:
         # Zeros that stay cost time but change nothing; widths are as they are wanted.
@@ -102,10 +102,11 @@ def estimates(job: Job, count: int) -> list[Any]:
 
 
 def _tried(
-    job: Job, graph: Graph, variables: PyTree, budget: Budget
+    job: Job, graph: Graph, variables: PyTree, budget: Budget, progress: Progress
 ) -> dict[str, np.ndarray]:
     """The best of random masks, by their risk on the validation split."""
     prune = job.config.prune
+    progress.note(f"prune: the validation losses of {prune.trials} masked networks")
     if prune.method == "random_masks":
         find = functools.partial(search.best_of, count=prune.trials)
     else:
