@@ -106,6 +106,8 @@ def steer(
             return cost({n: _count(d > strength) for n, d in deaths.items()})
 
         wanted = state.level * (rate(steps) if callable(rate) else rate)
+        # Above the strength that leaves nothing there is nothing to look for.
+        wanted = jnp.minimum(wanted, 1.01 * _last(deaths))
         strength = _landing(after, wanted, plan)
         live = after(strength)
         change = jnp.exp(gain * jnp.clip((live / plan - 1) / _BAND, -1, 1))
@@ -159,6 +161,12 @@ def _next(steps: jax.Array) -> jax.Array:
 def _count(alive: jax.Array) -> jax.Array:
     """Live channels of a group, which is never emptied."""
     return jnp.maximum(jnp.sum(alive), 1)
+
+
+def _last(deaths: Deaths) -> jax.Array:
+    """The largest strength at which a channel dies, of those that can."""
+    ends = [jnp.max(jnp.where(jnp.isfinite(d), d, 0)) for d in deaths.values()]
+    return jnp.max(jnp.stack(ends))
 
 
 def _landing(after: Callable[[Any], jax.Array], wanted: Any, plan: Any) -> jax.Array:

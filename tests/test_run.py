@@ -208,6 +208,15 @@ def prepared(folder: Path, **fields):
     return job, graph, steps.init_state(variables, tx)
 
 
+STEERED = {
+    "lasso_epochs": 2.0,
+    "strength": 1e3,
+    "target": 0.5,
+    "cuts_in_training": 1,
+    "repriced": True,
+}
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -226,6 +235,8 @@ def prepared(folder: Path, **fields):
         {"method": "gates", "lasso_epochs": 1.0, "strength": 30.0},
         {"method": "gates", "lasso_epochs": 1.0, "strength": 0.0},
         {"criterion": "magnitude", "rounds": 2, "recovery_epochs": 1 / 3},
+        {**STEERED, "method": "lasso", "metric": "optimizer", "carry_optimizer": True},
+        {**STEERED, "method": "gates", "accelerated": True},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )

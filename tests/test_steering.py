@@ -78,7 +78,7 @@ def test_the_law_by_hand():
 
 def test_it_lands_on_the_target():
     """lambda is far too large: no more channels die than must, the faintest ones."""
-    strength = jp.steer(GRAPH, 0.5, kind="channels", start=1e3)
+    strength = jp.steer(GRAPH, 0.5, kind="channels", start=1e12)
     deaths = {"l0": jnp.array([5.0, 0.1, 6, 7, 8]), "l1": jnp.array([9.0, 3, 4, 0.2])}
     s, state = strength.update(strength.init(), deaths)
     np.testing.assert_allclose(s, 5, rtol=1e-4)  # 0.1, 0.2, 3, 4 and 5 are dead

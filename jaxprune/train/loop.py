@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -87,7 +88,8 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     mesh = steps.make_mesh()
     whole = steps.replicated(mesh)
     first = job.begun or steps.init_state(variables, tx, job.carried)
-    state = jax.device_put(first, whole)
+    # A copy: the step takes over the memory of what it is given.
+    state = jax.device_put(jax.tree.map(jnp.array, first), whole)
     losses: list[float] = []
     if store.latest() is not None:
         state, losses = _restore(store, state)
