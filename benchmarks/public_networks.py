@@ -46,8 +46,9 @@ def measure(entry: Mapping[str, Any], clones: Path) -> dict[str, Any]:
             variables, inputs = doubled((variables, inputs))
         jp.trace(lambda v, x: v["w"] * x, {"w": np.ones(2)}, np.ones(2))  # imports
         start = time.process_time()
-        jax.make_jaxpr(functools.partial(apply, **more))(variables, *inputs)
+        jaxpr = jax.make_jaxpr(functools.partial(apply, **more))(variables, *inputs)
         row |= {"jaxpr_s": time.process_time() - start, "stage": "trace"}
+        row["primitives"] = sorted(primitives(jaxpr))
         graph, row["trace_s"] = _timed_trace(apply, variables, inputs, more)
         row |= {"groups": len(graph.groups), **channels(graph), "stage": "law"}
         loose = jp.trace(apply, variables, *inputs, exact=False, **more)
@@ -62,6 +63,18 @@ def measure(entry: Mapping[str, Any], clones: Path) -> dict[str, Any]:
 
             traceback.print_exc()
     return row
+
+
+def primitives(program: Any) -> set[str]:
+    """Names of the primitives of a jaxpr and of those that it calls."""
+    found = set()
+    for eqn in getattr(program, "jaxpr", program).eqns:
+        found.add(eqn.primitive.name)
+        for value in eqn.params.values():
+            for one in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(one, "eqns") or hasattr(one, "jaxpr"):
+                    found |= primitives(one)
+    return found
 
 
 def _timed_trace(

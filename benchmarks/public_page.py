@@ -10,8 +10,11 @@ from typing import Any
 import flax
 import jax
 
+from jaxprune.rules import RULES
+
 Row = Mapping[str, Any]
 
+MOST = 0.05  # of a network's channels may stay without a word
 INTRODUCTION = """# Public networks
 
 Flax networks that were written without jaxprune in mind, traced and cut as they are:
@@ -19,9 +22,10 @@ Flax networks that were written without jaxprune in mind, traced and cut as they
 
 - {convolution:,} channels of convolutions, {share} of them prunable
 - largest error of the law: {error} (in float64 where that was measured)
+- {primitives} of JAX's primitives occur in them; without a rule: {unknown}
 - seconds of `trace` beyond JAX's own: median {median:.2f}, at most {longest:.2f}
 
-Measured on {date} with JAX {jax} and Flax {flax}, on one CPU core:
+Measured on {date} with JAX {jax} and Flax {flax}, on one CPU core of a busy machine:
 
     python benchmarks/public_networks.py --clones DIR --out docs/public_networks.md
 
@@ -56,6 +60,7 @@ def page(rows: Mapping[str, Row], entries: Mapping[str, Row]) -> str:
         "## What is not prunable\n",
         _loosely(done.values()),
         _causes(done),
+        _below(done),
         "## Not counted\n",
         "These fail on their own with the versions above, or took too long:\n",
         "\n".join(f"- {n}: {_plain(rows[n].get('error', ''))}" for n in others) + "\n",
@@ -69,6 +74,8 @@ def _introduction(rows: list[Row]) -> str:
     channels = sum(r["convolution"] for r in rows)
     nnx = sum("rngs=rngs" in r["make"] for r in rows)
     seconds = [r["trace_s"] for r in rows]
+    primitives = {name for r in rows for name in r["primitives"]}
+    unknown = ", ".join(f"`{name}`" for name in sorted(primitives - RULES.keys()))
     return INTRODUCTION.format(
         count=len(rows),
         repositories=len({r["repository"] for r in rows}),
@@ -80,6 +87,8 @@ def _introduction(rows: list[Row]) -> str:
         convolution=channels,
         share=_percent(sum(r["prunable"] for r in rows), channels),
         error=_error(max(_last_error(r) for r in rows)),
+        primitives=len(primitives),
+        unknown=unknown or "none",
         median=statistics.median(seconds),
         longest=max(seconds),
     )
@@ -119,12 +128,31 @@ def _causes(rows: Mapping[str, Row]) -> str:
     return _table(["cause", "channels", "networks", "one of them"], cells, text=1)
 
 
+def _below(rows: Mapping[str, Row]) -> str:
+    """The networks of which more than MOST of the channels stay, and why."""
+    few = {
+        n: 1 - r["prunable"] / r["convolution"]
+        for n, r in rows.items()
+        if r["prunable"] < (1 - MOST) * r["convolution"]
+    }
+    cells = []
+    for name in sorted(few, key=lambda n: -few[n]):
+        row = rows[name]
+        main = collections.Counter(row["causes"]).most_common(1)[0][0]
+        why = row.get("why", "")
+        cells.append([name, why, main, _percent(few[name], 1)])
+    head = ["network", "what is in the way", "frozen by", "channels"]
+    text = f"Of these networks more than {MOST:.0%} stays:\n\n".replace("%", " %")
+    return text + _table(head, cells, text=3)
+
+
 def _loosely(rows: Iterable[Row]) -> str:
     more = [r["prunable_loosely"] - r["prunable"] for r in rows]
+    if not any(more):
+        return "`exact=False` frees no channel besides.\n"
     return (
         f"With `exact=False` {sum(more):,} channels of {sum(n > 0 for n in more)} "
-        "networks can be cut besides: their removal changes what\nthe others compute, "
-        "as of kernels that are standardised over them.\n"
+        "networks can be cut besides: their removal changes\nwhat the others compute.\n"
     )
 
 
