@@ -10,8 +10,9 @@ cluster of sites that share variables takes the one that leaves most prunable.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +22,8 @@ Strategy = Callable[[Sequence[int]], int]
 Analysis = Callable[[Labels], Sequence[Value]]
 
 
-def settle(analysis: Analysis, exact: bool) -> tuple[Labels, Sequence[Value]]:
-    """The finished analysis that leaves most prunable, and the values of the leaves.
+def settle(analysis: Analysis, exact: bool) -> tuple[Labels, Solved, Sequence[Value]]:
+    """The analysis that leaves most prunable, solved, and the values of the leaves.
 
     analysis(labels) labels the whole program and returns those values.
     """
@@ -35,12 +36,15 @@ def settle(analysis: Analysis, exact: bool) -> tuple[Labels, Sequence[Value]]:
         chosen = _by_cluster(tries)
         if not any(_holds(chosen, known) for known in tries):
             tries.append(_attempt(analysis, exact, chosen, longest))
-    best = max(tries, key=lambda known: tuple(known.scores.sum(0)))
-    return best.labels, best.ins
+    best = tries[0]
+    if len(tries) > 1:
+        best = max(tries, key=lambda known: tuple(known.scores.sum(0)))
+    return best.labels, best.solved, best.ins
 
 
-class _Try(NamedTuple):
-    """One analysis. scores: int[axes of all leaves, 3], see `_scores`.
+@dataclasses.dataclass(frozen=True)
+class _Try:
+    """One analysis.
 
     sizes, chosen: by site, the lengths of the parts, and the part that was cut.
     """
@@ -48,9 +52,13 @@ class _Try(NamedTuple):
     labels: Labels
     ins: Sequence[Value]
     solved: Solved
-    scores: np.ndarray
     sizes: dict[int, tuple[int, ...]]
     chosen: dict[int, int]
+
+    @functools.cached_property
+    def scores(self) -> np.ndarray:
+        """int[axes of all leaves, 3], see `_scores`."""
+        return _scores(self.ins, self.solved)
 
 
 def _place(number: int) -> Strategy:
@@ -84,7 +92,7 @@ def _attempt(
     solved = labels.solve()
     sizes = {s.site: s.sizes for s in labels.splits}
     parts = {s.site: s.part for s in labels.splits}
-    return _Try(labels, ins, solved, _scores(ins, solved), sizes, parts)
+    return _Try(labels, ins, solved, sizes, parts)
 
 
 def _lines(ins: Sequence[Value]) -> list[np.ndarray]:
