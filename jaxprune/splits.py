@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jaxprune.labels import Labels, Solved, Value, longest
+from jaxprune.labels import Labels, Solved, Value, components, longest
 
 Strategy = Callable[[Sequence[int]], int]
 Analysis = Callable[[Labels], Sequence[Value]]
@@ -125,9 +125,6 @@ def _by_cluster(tries: Sequence[_Try]) -> dict[int, int]:
 
     Sites and axes that any try ties to one another are one cluster.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     sites = {
         site: i
         for i, site in enumerate(dict.fromkeys(s for t in tries for s in t.sizes))
@@ -144,8 +141,7 @@ def _by_cluster(tries: Sequence[_Try]) -> dict[int, int]:
         count += len(known.solved.frozen)
     rows = np.concatenate([np.full(len(found), node) for node, found in edges])
     columns = np.concatenate([found for _, found in edges])
-    matrix = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(count,) * 2)
-    _, cluster = connected_components(matrix, directed=False)
+    cluster = components(count, rows, columns)
 
     chosen: dict[int, int] = {}
     for site, number in sites.items():
