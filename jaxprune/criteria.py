@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import budget, trees
+from jaxprune import budget, placement, trees
 from jaxprune.base import (
     ConfigError,
     DataError,
@@ -41,11 +41,14 @@ class Criterion(NamedTuple):
     """`init(graph, variables)` -> state; `update(scores, state, evidence)` -> both.
 
     Scores are {group: float[C]}, higher = more important. `update` is traced once and
-    called for every batch, so the state is a pytree of arrays.
+    called for every batch, so the state is a pytree of arrays. numpy: given NumPy
+    arrays it computes with NumPy, so that for variables in a CPU's memory nothing is
+    compiled.
     """
 
     init: Callable[[Graph, PyTree], PyTree]
     update: Callable[[Scores, PyTree, Evidence], tuple[Scores, PyTree]]
+    numpy: bool = False
 
 
 def score(
@@ -59,7 +62,9 @@ def score(
 ) -> dict[str, np.ndarray]:
     """Scores {group: float[C]} after all batches (a finite iterable), as NumPy arrays.
 
-    Without batches the criterion is updated once. The work of a batch is compiled once.
+    Without batches the criterion is updated once. The work of a batch is compiled once;
+    that of `magnitude`, with `normalize` and `per_cost`, is NumPy's where the variables
+    lie in one CPU's memory, and may there differ from a compiled one's by rounding.
     Raises ConfigError where the criterion needs a loss, batches or a key that is
     missing, DataError for empty batches, GraphError naming the group of a score that is
     not finite.
@@ -92,6 +97,13 @@ def scorer(
     ) -> dict[str, np.ndarray]:
         state = criterion.init(graph, variables)
         scores = None
+        if criterion.numpy and batches is None and keep is None:
+            arrays = placement.on_host(variables)
+            if arrays is not None:
+                empty = {n: np.zeros(g.size) for n, g in graph.groups.items()}
+                evidence = Evidence(graph, arrays, loss, None, key)
+                scores, _ = criterion.update(empty, state, evidence)
+                return check_scores(graph, jax.tree.map(_canonical, scores))
         for batch in [None] if batches is None else batches:
             scores, state = update(state, keep, variables, batch, key)
         if scores is None:
@@ -99,6 +111,11 @@ def scorer(
         return check_scores(graph, scores)
 
     return run
+
+
+def _canonical(x: np.ndarray) -> np.ndarray:
+    """In the type that JAX would have given it."""
+    return x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
 
 
 def check_scores(graph: Graph, scores: Scores) -> dict[str, np.ndarray]:
@@ -142,12 +159,16 @@ def chain(*criteria: Criterion) -> Criterion:
             states.append(s)
         return scores, tuple(states)
 
-    return Criterion(init, update)
+    return Criterion(init, update, all(c.numpy for c in criteria))
 
 
-def stateless(f: Callable[[Scores, Evidence], Scores]) -> Criterion:
-    """A criterion out of `f(scores, evidence) -> scores`."""
-    return Criterion(lambda graph, variables: (), lambda s, state, e: (f(s, e), state))
+def stateless(
+    f: Callable[[Scores, Evidence], Scores], *, numpy: bool = False
+) -> Criterion:
+    """A criterion out of `f(scores, evidence) -> scores`; numpy: see `Criterion`."""
+    return Criterion(
+        lambda graph, variables: (), lambda s, state, e: (f(s, e), state), numpy
+    )
 
 
 def normalize(by: Literal["mean", "max", "sum", "l2"] = "mean") -> Criterion:
@@ -155,20 +176,22 @@ def normalize(by: Literal["mean", "max", "sum", "l2"] = "mean") -> Criterion:
 
     Of their absolute values; a group of zeros stays so. ConfigError for another `by`.
     """
-    norms: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "mean": jnp.mean,
-        "max": jnp.max,
-        "sum": jnp.sum,
-        "l2": lambda x: jnp.sqrt(jnp.sum(x * x)),
+    norms: dict[str, Callable[[Any], Any]] = {
+        "mean": lambda x: x.mean(),
+        "max": lambda x: x.max(),
+        "sum": lambda x: x.sum(),
+        "l2": lambda x: (x * x).sum() ** 0.5,
     }
     if by not in norms:
         raise ConfigError(f"normalize(by={by!r}): by is one of {', '.join(norms)}")
 
-    def normalized(x: jax.Array) -> jax.Array:
-        norm = norms[by](jnp.abs(x))
-        return x / jnp.where(norm > 0, norm, 1)
+    def normalized(x: Any) -> Any:
+        norm = norms[by](abs(x))
+        return x / (np if placement.is_numpy(x) else jnp).where(norm > 0, norm, 1)
 
-    return stateless(lambda scores, evidence: jax.tree.map(normalized, dict(scores)))
+    return stateless(
+        lambda scores, evidence: jax.tree.map(normalized, dict(scores)), numpy=True
+    )
 
 
 def per_cost(kind: budget.Kind = "flops") -> Criterion:
@@ -189,7 +212,7 @@ def per_cost(kind: budget.Kind = "flops") -> Criterion:
             )
         return {n: scores[n] / s for n, s in zip(evidence.graph.groups, shares)}
 
-    return stateless(divided)
+    return stateless(divided, numpy=True)
 
 
 def ema(decay: float) -> Criterion:

@@ -8,6 +8,7 @@ import fnmatch
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,64 +35,117 @@ from jaxprune.labels import Labels, Solved, Value
 # operations that cost, are one group: each of them is worth the same.
 
 _AxisKey = tuple[int, int]
-_Uses = tuple[tuple[int, int], ...]
 
 
-def graph_of(labels: Labels, leaves: tuple[Leaf, ...], ins: Sequence[Value]) -> Graph:
-    """The groups of a finished analysis; `ins` are the values of the leaves."""
-    solved = labels.solve()
+class _Channels(NamedTuple):
+    """All loose components, int each: c of them, p positions, those of one together.
+
+    ids: [c], the components, by first position. places: [p], numbers of axes of leaves
+    in order of first use; indices: [p], along these. Those of ids[i] are at
+    starts[i]:starts[i + 1].
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    places: np.ndarray
+    indices: np.ndarray
+
+
+def graph_of(
+    labels: Labels, solved: Solved, leaves: tuple[Leaf, ...], ins: Sequence[Value]
+) -> Graph:
+    """The groups of a finished, solved analysis; `ins` are the values of the leaves."""
     order = sorted(
         range(len(leaves)), key=lambda i: (labels.first_use.get(i, len(leaves)), i)
     )
-    channels: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    axes = [
+        (i, axis)
+        for i in order
+        for axis, line in enumerate(ins[i].labels[: len(leaves[i].shape)])
+        if line is not None
+    ]
+    lines = [solved.component[ins[i].labels[axis]] for i, axis in axes]
     frozen: list[Frozen] = []
-    for rank, i in enumerate(order):
-        for axis, line in enumerate(ins[i].labels[: len(leaves[i].shape)]):
-            if line is None:
-                continue
-            components = solved.component[line]
-            stays = solved.frozen[components]
-            frozen += _frozen(leaves[i], axis, components[stays], solved)
-            for index in np.flatnonzero(~stays):
-                channels[int(components[index])].append((rank, axis, int(index)))
+    for (i, axis), line in zip(axes, lines):
+        frozen += _frozen(leaves[i], axis, line[solved.frozen[line]], solved)
 
-    uses = _uses(labels, solved)
-    families: dict[tuple[tuple[_AxisKey, ...], _Uses], list[int]] = defaultdict(list)
-    for channel, positions in channels.items():
-        family_axes = tuple((rank, axis) for rank, axis, _ in positions)
-        families[family_axes, tuple(uses[channel])].append(channel)
+    channels = _channels(lines, solved)
     consumed = _consumed(labels)
     groups: dict[str, Group] = {}
     collections, times = _collections(leaves), Counter[str]()
     owner = np.full(len(solved.frozen), -1)
-    for members in families.values():
-        members.sort(key=lambda c: channels[c])
-    for family in sorted(families, key=lambda f: (f[0], channels[families[f][0]])):
-        members = families[family]
-        leaf_axes = [(order[rank], axis) for rank, axis in family[0]]
-        slots = _slots(members, channels, leaf_axes, leaves, ins, consumed)
+    for members in _families(channels, _uses(labels, solved)):
+        slots = _slots(members, channels, axes, leaves, ins, consumed)
         if len(members) == 1:
             frozen += [Frozen(s.path, s.axis, s.indices.size, SINGLE) for s in slots]
             continue
-        module = _module(leaves[leaf_axes[0][0]].path, collections)
+        first = channels.places[channels.starts[members[0]]]
+        module = _module(leaves[axes[first][0]].path, collections)
         times[module] += 1
         name = _name(module, times[module], groups)
-        exact = not solved.inexact[members].any()
-        owner[members] = len(groups)
+        ids = channels.ids[members]
+        exact = not solved.inexact[ids].any()
+        owner[ids] = len(groups)
         groups[name] = Group(name, len(members), slots, exact)
     terms = _terms(labels, solved, owner, list(groups))
     return Graph(groups, tuple(frozen), leaves, terms)
 
 
-def _uses(labels: Labels, solved: Solved) -> dict[int, list[tuple[int, int]]]:
-    """{component: (number of an axis of a cost, how often it lies in it)}."""
+def _channels(lines: Sequence[np.ndarray], solved: Solved) -> _Channels:
+    component = np.concatenate([*lines, np.zeros(0, int)])
+    sizes = [len(line) for line in lines]
+    places = np.repeat(np.arange(len(lines)), sizes)
+    indices = np.concatenate([*map(np.arange, sizes), np.zeros(0, int)])
+    loose = np.flatnonzero(~solved.frozen[component])
+    ids, first, which = np.unique(
+        component[loose], return_index=True, return_inverse=True
+    )
+    by_first = np.argsort(first)
+    rank = np.empty_like(by_first)
+    rank[by_first] = np.arange(len(ids))
+    which = rank[which]
+    together = loose[np.argsort(which, kind="stable")]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(ids)))])
+    return _Channels(ids[by_first], starts, places[together], indices[together])
+
+
+def _families(
+    channels: _Channels, uses: tuple[np.ndarray, np.ndarray]
+) -> list[list[int]]:
+    """Numbers of channels that are one group, in order; groups by their axes."""
+    pairs, ends = uses
+    found: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
+    starts = channels.starts.tolist()
+    for i, (c, start, stop) in enumerate(
+        zip(channels.ids.tolist(), starts, starts[1:])
+    ):
+        used = pairs[ends[c] : ends[c + 1]].tobytes()
+        found[channels.places[start:stop].tobytes(), used].append(i)
+
+    def place(members: list[int]) -> tuple[list[int], int]:
+        first = members[0]
+        return channels.places[starts[first] : starts[first + 1]].tolist(), first
+
+    return sorted(found.values(), key=place)
+
+
+def _uses(labels: Labels, solved: Solved) -> tuple[np.ndarray, np.ndarray]:
+    """(number of an axis of a cost, how often it lies in it), all of a component's.
+
+    int[n, 2], and where those of each component start.
+    """
     axes = {axis.tobytes(): axis for term in labels.terms for axis in term.axes}
-    uses: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    found = [np.zeros((3, 0), int)]
     for number, axis in enumerate(axes.values()):
-        found, counts = np.unique(solved.component[axis], return_counts=True)
-        for component, count in zip(found.tolist(), counts.tolist()):
-            uses[component].append((number, count))
-    return uses
+        own, counts = np.unique(solved.component[axis], return_counts=True)
+        found.append(np.stack([own, np.full(len(own), number), counts]))
+    component, number, counts = np.concatenate(found, axis=1)
+    order = np.argsort(component, kind="stable")
+    ends = np.cumsum(np.bincount(component, minlength=len(solved.frozen)))
+    return (
+        np.stack([number[order], counts[order]], axis=1),
+        np.concatenate([[0], ends]),
+    )
 
 
 def _consumed(labels: Labels) -> np.ndarray:
@@ -107,18 +161,21 @@ def _consumed(labels: Labels) -> np.ndarray:
 
 def _slots(
     members: Sequence[int],
-    channels: dict[int, list[tuple[int, int, int]]],
-    leaf_axes: Sequence[_AxisKey],
+    channels: _Channels,
+    axes: Sequence[_AxisKey],
     leaves: Sequence[Leaf],
     ins: Sequence[Value],
     consumed: np.ndarray,
 ) -> tuple[Slot, ...]:
-    indices = np.array([[index for _, _, index in channels[c]] for c in members])
-    columns: dict[_AxisKey, list[int]] = defaultdict(list)
-    for column, key in enumerate(leaf_axes):
-        columns[key].append(column)
+    start, stop = channels.starts[members[0]], channels.starts[members[0] + 1]
+    positions = channels.starts[members][:, None] + np.arange(stop - start)
+    indices = channels.indices[positions]
+    columns: dict[int, list[int]] = defaultdict(list)
+    for column, place in enumerate(channels.places[start:stop].tolist()):
+        columns[place].append(column)
     slots = []
-    for (i, axis), which in columns.items():
+    for place, which in columns.items():
+        i, axis = axes[place]
         line = np.asarray(ins[i].labels[axis])
         role: Role = "in" if consumed[line[indices[0, which[0]]]] else "out"
         slots.append(Slot(leaves[i].path, axis, indices[:, which], role))
@@ -129,6 +186,8 @@ def _frozen(
     leaf: Leaf, axis: int, components: np.ndarray, solved: Solved
 ) -> list[Frozen]:
     counts: dict[str, int] = {}
+    if not len(components):
+        return []
     for component, count in zip(*np.unique(components, return_counts=True)):
         cause = solved.causes.get(int(component), INPUT)
         counts[cause] = counts.get(cause, 0) + int(count)

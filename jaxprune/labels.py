@@ -2,7 +2,7 @@
 """Labels: which indices of which axes can only go together.
 
 Every index of every axis carries an integer. Rules pass labels along, unify them, or
-freeze them; one connected-components call at the end says which are one channel. Label
+freeze them; their connected components at the end say which are one channel. Label
 0, or None for a whole axis, is fixed.
 """
 
@@ -198,13 +198,10 @@ class Labels:
 
     def solve(self) -> Solved:
         """Merge what was unified."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
         pairs = self.unions or [(np.zeros(0, int), np.zeros(0, int))]
         a, b = (np.concatenate(side) for side in zip(*pairs))
-        matrix = coo_array((np.ones(len(a), bool), (a, b)), shape=(self.count,) * 2)
-        number, component = connected_components(matrix, directed=False)
+        component = components(self.count, a, b)
+        number = int(component.max()) + 1
         frozen, inexact = np.zeros(number, bool), np.zeros(number, bool)
         frozen[component[0]] = True
         causes: dict[int, str] = {}
@@ -217,6 +214,25 @@ class Labels:
                     causes.setdefault(c, text)
                 marked[hit] = True
         return Solved(component, frozen, inexact, causes)
+
+
+def components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """int[count]: the connected component of each node; edges join a[i] and b[i].
+
+    Components are numbered by their first nodes. SciPy's takes longer to be imported
+    than most networks to be traced. Each round hangs every tree that has an edge to an
+    older one below that, so that at most half of those joined to others remain.
+    """
+    parent = np.arange(count)
+    while True:
+        x, y = parent[a], parent[b]
+        apart = x != y
+        if not apart.any():
+            return np.unique(parent, return_inverse=True)[1]
+        a, b, x, y = a[apart], b[apart], x[apart], y[apart]
+        np.minimum.at(parent, np.maximum(x, y), np.minimum(x, y))
+        while not np.array_equal(parent, above := parent[parent]):
+            parent = above
 
 
 def _noted(firsts: set[int], axis: Axis) -> Axis:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The criteria that measure: from weights, gradients, or nothing at all."""
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -19,6 +20,7 @@ from jaxprune.base import (
     key_path,
 )
 from jaxprune.criteria import Criterion, Evidence, stateless
+from jaxprune.placement import is_numpy, power_sums
 
 
 def floats(tree: PyTree) -> PyTree:
@@ -53,12 +55,20 @@ def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Cr
 
     def update(scores: Scores, state: PyTree, evidence: Evidence):
         del scores
+        graph, tree = evidence.graph, evidence.variables
+        if all(map(is_numpy, jax.tree.leaves(tree))):
+            measure = functools.partial(trees.channel_sum, along=along)
+            sums = _made_by(measure, graph, tree, roles)
+            return sums if p == 1 else {n: np.sqrt(s) for n, s in sums.items()}, state
         power = jnp.abs if p == 1 else jnp.square
-        tree = jax.tree.map(power, floats(evidence.variables))
-        sums = _made_by(trees.channel_sum, evidence.graph, tree, roles)
+        tree = jax.tree.map(power, floats(tree))
+        sums = _made_by(trees.channel_sum, graph, tree, roles)
         return sums if p == 1 else jax.tree.map(jnp.sqrt, sums), state
 
-    return Criterion(_trained("magnitude"), update)
+    def along(x: np.ndarray, axis: int) -> np.ndarray:
+        return power_sums(x if _is_float(x) else np.zeros(x.shape), axis, p)
+
+    return Criterion(_trained("magnitude"), update, numpy=True)
 
 
 def _trained(name: str) -> Any:

@@ -11,6 +11,8 @@ import numpy as np
 
 # Bytes that are cut at a time.
 _BLOCK = 2**21
+# Numbers that are summed at a time: they stay in a core's cache.
+_ROWS = 2**15
 
 
 def is_numpy(x: Any) -> bool:
@@ -24,6 +26,39 @@ def on_cpu(x: Any) -> bool:
         return False
     (device, *others) = x.devices()
     return device.platform == "cpu" and not others and not x.weak_type
+
+
+def on_host(tree: Any) -> Any:
+    """The tree with NumPy arrays that share a CPU's memory; None if one lies elsewhere.
+
+    Of arrays that JAX knows, in the types that it knows them by.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    if not all(is_numpy(x) or on_cpu(x) for x in leaves):
+        return None
+    return jax.tree.unflatten(treedef, [np.asarray(x) for x in leaves])
+
+
+def power_sums(x: np.ndarray, axis: int, power: int) -> np.ndarray:
+    """float[n]: sum |x| ** power over all axes but one, a few rows at a time.
+
+    Rows are summed in x's own precision (float32 at least), their sums in float64.
+    """
+    wide = np.promote_types(x.dtype, np.float32)
+    before, length = math.prod(x.shape[:axis]), x.shape[axis]
+    x = x.reshape(before, length, math.prod(x.shape[axis + 1 :]))
+    rows = max(1, _ROWS * before // max(1, x.size))
+    lines = length if rows > 1 else max(1, _ROWS // max(1, x.shape[2]))
+    total = np.zeros(length)
+    for start in range(0, length, lines):
+        band = slice(start, start + lines)
+        for row in range(0, before, rows):
+            part = np.abs(x[row : row + rows, band].astype(wide, copy=False))
+            if power == 2:
+                part *= part
+            total[band] += part.sum(axis=(0, 2))
+    real = np.empty(0, wide).real.dtype
+    return total.astype(jax.dtypes.canonicalize_dtype(real))
 
 
 def gathered(x: np.ndarray, kept: list[np.ndarray | None]) -> np.ndarray:

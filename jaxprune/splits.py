@@ -10,19 +10,20 @@ cluster of sites that share variables takes the one that leaves most prunable.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.labels import Labels, Solved, Value, longest
+from jaxprune.labels import Labels, Solved, Value, components, longest
 
 Strategy = Callable[[Sequence[int]], int]
 Analysis = Callable[[Labels], Sequence[Value]]
 
 
-def settle(analysis: Analysis, exact: bool) -> tuple[Labels, Sequence[Value]]:
-    """The finished analysis that leaves most prunable, and the values of the leaves.
+def settle(analysis: Analysis, exact: bool) -> tuple[Labels, Solved, Sequence[Value]]:
+    """The analysis that leaves most prunable, solved, and the values of the leaves.
 
     analysis(labels) labels the whole program and returns those values.
     """
@@ -35,12 +36,15 @@ def settle(analysis: Analysis, exact: bool) -> tuple[Labels, Sequence[Value]]:
         chosen = _by_cluster(tries)
         if not any(_holds(chosen, known) for known in tries):
             tries.append(_attempt(analysis, exact, chosen, longest))
-    best = max(tries, key=lambda known: tuple(known.scores.sum(0)))
-    return best.labels, best.ins
+    best = tries[0]
+    if len(tries) > 1:
+        best = max(tries, key=lambda known: tuple(known.scores.sum(0)))
+    return best.labels, best.solved, best.ins
 
 
-class _Try(NamedTuple):
-    """One analysis. scores: int[axes of all leaves, 3], see `_scores`.
+@dataclasses.dataclass(frozen=True)
+class _Try:
+    """One analysis.
 
     sizes, chosen: by site, the lengths of the parts, and the part that was cut.
     """
@@ -48,9 +52,13 @@ class _Try(NamedTuple):
     labels: Labels
     ins: Sequence[Value]
     solved: Solved
-    scores: np.ndarray
     sizes: dict[int, tuple[int, ...]]
     chosen: dict[int, int]
+
+    @functools.cached_property
+    def scores(self) -> np.ndarray:
+        """int[axes of all leaves, 3], see `_scores`."""
+        return _scores(self.ins, self.solved)
 
 
 def _place(number: int) -> Strategy:
@@ -84,7 +92,7 @@ def _attempt(
     solved = labels.solve()
     sizes = {s.site: s.sizes for s in labels.splits}
     parts = {s.site: s.part for s in labels.splits}
-    return _Try(labels, ins, solved, _scores(ins, solved), sizes, parts)
+    return _Try(labels, ins, solved, sizes, parts)
 
 
 def _lines(ins: Sequence[Value]) -> list[np.ndarray]:
@@ -117,9 +125,6 @@ def _by_cluster(tries: Sequence[_Try]) -> dict[int, int]:
 
     Sites and axes that any try ties to one another are one cluster.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     sites = {
         site: i
         for i, site in enumerate(dict.fromkeys(s for t in tries for s in t.sizes))
@@ -136,8 +141,7 @@ def _by_cluster(tries: Sequence[_Try]) -> dict[int, int]:
         count += len(known.solved.frozen)
     rows = np.concatenate([np.full(len(found), node) for node, found in edges])
     columns = np.concatenate([found for _, found in edges])
-    matrix = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(count,) * 2)
-    _, cluster = connected_components(matrix, directed=False)
+    cluster = components(count, rows, columns)
 
     chosen: dict[int, int] = {}
     for site, number in sites.items():

@@ -78,8 +78,8 @@ def trace(
         _finish(labels, tape, ins, states)
         return ins
 
-    labels, ins = settle(analysis, exact)
-    graph = graph_of(labels, leaves, ins)
+    labels, solved, ins = settle(analysis, exact)
+    graph = graph_of(labels, solved, leaves, ins)
     check_strict(graph, strict)
     return graph
 

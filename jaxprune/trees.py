@@ -19,6 +19,7 @@ lists those that are tested.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -151,13 +152,23 @@ def shrink_graph(graph: Graph, keep: Keep) -> Graph:
     return dataclasses.replace(graph, groups=groups, leaves=tuple(leaves))
 
 
+def sum_along(x: Any, axis: int) -> Any:
+    """float[n]: the entries at each index of an axis, summed."""
+    return x.sum(axis=tuple(a for a in range(x.ndim) if a != axis))
+
+
 def channel_sum(
-    graph: Graph, tree: PyTree, *, roles: tuple[str, ...] = BOTH_ROLES
+    graph: Graph,
+    tree: PyTree,
+    *,
+    roles: tuple[str, ...] = BOTH_ROLES,
+    along: Callable[[Any, int], Any] = sum_along,
 ) -> dict[str, Any]:
     """{group: float[C]}: the tree's entries, summed over all that belongs to a channel.
 
     Only trained leaves count, and of them the slots with one of `roles`. Feed it
     `tree.map(square, params)` for norms, `p * g` for Taylor, ones for counts.
+    along(x, axis) -> float[n]: what is summed of an array at each index of an axis.
     """
     sums: dict[str, Any] = dict.fromkeys(graph.groups, 0.0)
 
@@ -165,8 +176,7 @@ def channel_sum(
         for axis, slots in cuts if leaf.trained else ():
             wanted = [(g, s) for g, s in slots if s.role in roles]
             if wanted:
-                others = tuple(a for a in range(x.ndim) if a != axis)
-                line = x.sum(axis=others)
+                line = along(x, axis)
                 for group, slot in wanted:
                     sums[group] = sums[group] + line[slot.indices].sum(axis=1)
         return x

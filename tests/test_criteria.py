@@ -24,6 +24,7 @@ from jaxprune.measures import (
     random,
     taylor,
 )
+from jaxprune.placement import power_sums
 
 GRAPH = toygraphs.chain(5, 4)
 VARIABLES = toygraphs.variables(GRAPH)
@@ -84,6 +85,35 @@ def test_magnitude_of_all_that_belongs_to_a_channel(p):
             for c in range(group.size)
         ]
         np.testing.assert_allclose(scores[name], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 3, 50, 70), (300, 301), (2, 90_000), (7,)])
+def test_power_sums_of_every_axis(shape, power, dtype):
+    """Some shapes are longer than what is summed at a time, before or behind."""
+    x = 3 * np.random.default_rng(0).standard_normal(shape)
+    x = x.astype(jnp.dtype(dtype))
+    x.flags.writeable = False  # the arrays are shared with JAX
+    for axis in range(len(shape)):
+        others = tuple(a for a in range(len(shape)) if a != axis)
+        exact = (np.abs(x.astype(np.float64)) ** power).sum(axis=others)
+        sums = power_sums(x, axis, power)
+        assert sums.dtype == np.float32  # as JAX has it
+        np.testing.assert_allclose(sums, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["mean", "max", "sum", "l2"])
+@pytest.mark.parametrize("p", [1, 2])
+def test_numpy_scores_as_compiled_ones_do(p, by):
+    """Of variables in a CPU's memory nothing is compiled, unless there are batches."""
+    criterion = chain(magnitude(p), normalize(by), per_cost())
+    assert criterion.numpy
+    plain = score(criterion, GRAPH, VARIABLES)
+    compiled = score(criterion, GRAPH, VARIABLES, batches=[()])
+    chex.assert_trees_all_equal_shapes_and_dtypes(plain, compiled)
+    chex.assert_trees_all_close(plain, compiled, rtol=1e-6)
+    assert not chain(magnitude(), ema(0.9)).numpy
 
 
 def test_magnitude_of_params_alone_and_of_bfloat16():

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
+import scipy.sparse
 
 import jaxprune as jp
 from jaxprune.base import INPUT, OUTPUT, GraphError
+from jaxprune.labels import components
 from jaxprune.models.segnet import SegNet
 
 
@@ -399,3 +401,19 @@ def test_what_is_infinite_at_a_removed_channel_is_no_zero() -> None:
 def test_a_leaf_that_is_no_array_is_named() -> None:
     with pytest.raises(GraphError, match="^b/note is no array but str"):
         jp.trace(lambda v, x: x @ v["a"], {"a": np.ones((2, 3)), "b": {"note": "hi"}})
+
+
+@pytest.mark.parametrize("edges", [0, 60, 400, 2000])
+def test_components_are_scipys_and_numbered_by_their_first_nodes(edges):
+    rng, count = np.random.default_rng(edges), 500
+    a, b = rng.integers(count, size=(2, edges))
+    graph = scipy.sparse.coo_array((np.ones(edges), (a, b)), shape=(count, count))
+    _, want = scipy.sparse.csgraph.connected_components(graph, directed=False)
+    found = components(count, a, b)
+    _, first, same = np.unique(want, return_index=True, return_inverse=True)
+    np.testing.assert_array_equal(found, np.argsort(np.argsort(first))[same])
+
+
+def test_components_of_a_path_in_any_order():
+    nodes = np.random.default_rng(0).permutation(10_000)
+    assert not components(10_000, nodes[1:], nodes[:-1]).any()

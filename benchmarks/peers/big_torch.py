@@ -12,6 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 CLASSES, SIZE = 11, 64
+# Of the data that they were made for: CamVid, cells, ImageNet, faces.
+SIZES = {
+    "SegNet": (360, 480),
+    "U-Net": (512, 512),
+    "ResNet-18": (224, 224),
+    "ResNet-50": (224, 224),
+    "DenseNet-121": (224, 224),
+    "VAE with group norm": (256, 256),
+    "ShuffleNet": (224, 224),
+}
 
 
 class Named(nn.Module):
@@ -57,10 +67,12 @@ class SegNet(Named):
     def forward(self, x: Any) -> Any:
         places = []
         for stage in self.down:
-            x, where = F.max_pool2d(stage(x), 2, return_indices=True)
-            places.append(where)
+            y = stage(x)
+            x, where = F.max_pool2d(y, 2, return_indices=True)
+            places.append((where, y.shape[2:]))  # odd sizes are rounded down
         for stage in self.up:
-            x = stage(F.max_unpool2d(x, places.pop(), 2))
+            where, size = places.pop()
+            x = stage(F.max_unpool2d(x, where, 2, output_size=size))
         return self.head(x)
 
 
@@ -197,7 +209,7 @@ class VAE(Named):
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         steps = list(zip(widths, (*widths[1:], widths[-1])))
         self.down = nn.ModuleList(NormBlock(*step) for step in steps)
-        self.code = nn.Conv2d(widths[-1], 8, 3, padding=1)
+        self.narrow = nn.Conv2d(widths[-1], 8, 3, padding=1)
         self.start = nn.Conv2d(4, widths[-1], 3, padding=1)
         self.up = nn.ModuleList(NormBlock(b, a) for a, b in reversed(steps))
         self.norm = nn.GroupNorm(8, widths[0])
@@ -207,7 +219,7 @@ class VAE(Named):
         x = self.stem(x)
         for block in self.down:
             x = F.avg_pool2d(block(x), 2)
-        mean, spread = torch.chunk(self.code(x), 2, 1)
+        mean, spread = torch.chunk(self.narrow(x), 2, 1)
         x = self.start(mean + 0.1 * torch.exp(0.5 * spread))
         for block in self.up:
             x = block(F.interpolate(x, scale_factor=2))
@@ -263,6 +275,8 @@ BIG: dict[str, Callable[[], Named]] = {
 }
 
 
-def network(name: str) -> tuple[nn.Module, torch.Tensor]:
+def network(
+    name: str, size: tuple[int, int] = (SIZE, SIZE)
+) -> tuple[nn.Module, torch.Tensor]:
     """The module, and an example of its input."""
-    return BIG[name](), torch.zeros(1, 3, SIZE, SIZE)
+    return BIG[name](), torch.zeros(1, 3, *size)

@@ -25,7 +25,8 @@ The same networks in Flax and in PyTorch, cut by jaxprune, by
 Measured on {date}, {machine}, one of them used, with
 {versions}:
 
-    python benchmarks/peers/run.py --torch-python PEERS/bin/python --out docs/peers.md
+    taskset -c 0 python benchmarks/peers/run.py --torch-python PEERS/bin/python \\
+        {options}--out docs/peers.md
 
 - *exact*: half of the channels of every group are cut, by the tool's own selection by
   L1 magnitude within a group. The cut network's output is compared, in float64 and with
@@ -49,10 +50,14 @@ Measured on {date}, {machine}, one of them used, with
 LARGE = """
 ## Large networks
 
-Channel counts are those of the papers; images are 64x64, batch 1. *graph*: seconds from
-the network and its arrays to groups; *cut*: seconds of scores, selection and cut; the
-best of 3, or one where that took more than 5 s. A kirigami *group* is an axis that it
-may cut: those that only go together are counted apart. *left*: parameters.
+Channel counts are those of the papers. *graph*: CPU seconds, on one core, from the
+network and its arrays to its groups, listed: at batch 1 and an image of the data that
+the network was made for (SegNet 360x480, U-Net 512x512, VAE 256x256, the others
+224x224), and at 64x64. *JAX*: how many of these JAX spends on tracing the Flax network.
+*cut*: CPU seconds of scores, selection and cut. All in float32, the best of 3, or one
+where that took more than 5 s. The result, in float64, and what is *left* of the
+parameters are of 64x64. A kirigami *group* is an axis that it may cut: those that only go together are
+counted apart.
 """
 
 TINY = """
@@ -73,10 +78,11 @@ def verdict(row: Row | None) -> str:
 
 
 def large(rows: Rows) -> list[str]:
+    columns = ("groups", "channels", "left", "graph, s", "at 64x64, s", "cut, s")
     lines = [
-        "| network | tool | result | groups | channels | left | graph, s | cut, s |"
+        f"| network | tool | result | {' | '.join(columns)} |",
+        "| --- | --- | --- |" + " ---: |" * len(columns),
     ]
-    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name in big_flax.BIG:
         for tool, short in TOOLS.items():
             row = rows.get((tool, name), {})
@@ -86,14 +92,14 @@ def large(rows: Rows) -> list[str]:
 
 
 def _numbers(row: Row) -> list[str]:
-    formats = {
-        "groups": "{:,}",
-        "channels": "{:,}",
-        "left": "{:.0%}",
-        "graph_s": "{:.3f}",
-        "cut_s": "{:.3f}",
-    }
-    return [f.format(row[key]) if key in row else "" for key, f in formats.items()]
+    formats = {"groups": "{:,}", "channels": "{:,}", "left": "{:.0%}"}
+    cells = [f.format(row[key]) if key in row else "" for key, f in formats.items()]
+    for suffix in ("", "_64"):
+        cell = f"{row['graph_s' + suffix]:.3f}" if "graph_s" + suffix in row else ""
+        if "jaxpr_s" + suffix in row:
+            cell += f" (JAX {row['jaxpr_s' + suffix]:.3f})"
+        cells.append(cell)
+    return [*cells, f"{row['cut_s']:.3f}" if "cut_s" in row else ""]
 
 
 def tiny(rows: Rows) -> list[str]:
@@ -143,7 +149,8 @@ def _counts(rows: Rows, tool: str, names: Iterable[str]) -> list[tuple[str, int]
 def _faster(rows: Rows, tool: str) -> str:
     """How many times quicker the graph and the cut are, where both have them."""
     parts = []
-    for key, what in (("graph_s", "graphs"), ("cut_s", "cuts")):
+    keys = {"graph_s": "graphs", "graph_s_64": "graphs at 64x64", "cut_s": "cuts"}
+    for key, what in keys.items():
         ratios = [
             rows[tool, name][key] / rows["jaxprune", name][key]
             for name in big_flax.BIG
@@ -152,15 +159,17 @@ def _faster(rows: Rows, tool: str) -> str:
         ]
         if ratios:
             parts.append(f"{what} {min(ratios):.2g} to {max(ratios):.2g} times")
-    times = " and ".join(parts) or "nothing to compare"
+    times = ", ".join(parts) or "nothing to compare"
     return f"{TOOLS[tool]}'s seconds over jaxprune's, large networks: {times}."
 
 
-def page(rows: Rows, versions: Mapping[str, str], machine: str) -> str:
+def page(rows: Rows, versions: Mapping[str, str], machine: str, options: str) -> str:
+    """The page; options: those of the command beside `--out`."""
     head = HEAD.format(
         findings=findings(rows),
         date=datetime.date.today(),
         machine=machine,
+        options=options,
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
     body = [*large(rows), TINY, *tiny(rows), *why(rows)]

@@ -3,16 +3,19 @@
 
     python -m venv PEERS
     PEERS/bin/pip install torch torch-pruning==1.6.1 torch-kirigami==0.2.1
-    python benchmarks/peers/run.py --torch-python PEERS/bin/python --out docs/peers.md
+    taskset -c 0 python benchmarks/peers/run.py --torch-python PEERS/bin/python \
+        --seconds 300 --out docs/peers.md
 
 PyTorch's CPU build does. Each large network runs in a process of its own, and stops at
-a time limit; tiny ones share a process. Results are kept in `--results`, JSON lines:
-what stands there is not run again, unless with `--again`.
+a limit of CPU seconds; tiny ones share a process. Results are kept in `--results`, JSON
+lines: what stands there is not run again, unless with `--again`.
 """
 
 import argparse
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,29 +44,27 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 
 
 def process(
-    tool: str, names: list[str], torch_python: str, limit: float
+    tool: str, names: list[str], torch_python: str, limit: int
 ) -> dict[str, dict[str, Any]]:
     """The rows that a process prints for the networks before its time is up."""
     command = [torch_python, str(HERE / "theirs.py"), tool]
     if tool == "jaxprune":
         command = [sys.executable, str(HERE / "ours.py")]
-    why = f"more than {limit:.0f} s"
-    try:
-        done = subprocess.run(
-            [*command, *names],
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            env=ONE_CORE | os.environ,
-        )
-        out = done.stdout
-        verdict, why = "crashes", (done.stderr.strip().splitlines() or ["?"])[-1]
-    except subprocess.TimeoutExpired as late:
-        out, verdict = (late.stdout or b"").decode(), "time"
-    lines = [line for line in out.splitlines() if line.startswith("{")]
+    done = subprocess.run(
+        [*command, *names],
+        capture_output=True,
+        text=True,
+        env=ONE_CORE | os.environ,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, limit)),
+    )
+    late = -done.returncode in (signal.SIGXCPU, signal.SIGKILL)
+    why = f"more than {limit} s" if late else (done.stderr.splitlines() or ["?"])[-1]
+    said = {"verdict": "time" if late else "crashes", "why": why.strip()[:400]}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     rows = {row["name"]: row for row in map(json.loads, lines)}
-    if len(names) == 1 and not rows:
-        rows[names[0]] = {"name": names[0], "verdict": verdict, "why": why[:400]}
+    if len(names) == 1:
+        row = rows.setdefault(names[0], {"name": names[0], **said})
+        rows[names[0]] = row | (said if row.get("verdict") == "unfinished" else {})
     return rows
 
 
@@ -80,7 +81,7 @@ def run_all(arguments: argparse.Namespace) -> Rows:
     jobs += [(tool, [name], limit) for name in tiny for tool in TOOLS]
     for tool, names, seconds in jobs:
         names = [name for name in names if (tool, name) not in rows]
-        if not names:
+        if not names or tool not in arguments.tools:
             continue
         found = process(tool, names, arguments.torch_python, seconds)
         rows |= {(tool, n): {"tool": tool, **row} for n, row in found.items()}
@@ -103,14 +104,16 @@ def main() -> None:
     parser.add_argument("--torch-python", required=True, help="with the two peers")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--results", type=Path, default=Path("peers.jsonl"))
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--again", action="store_true", help="also what has a result")
-    parser.add_argument("--seconds", type=float, default=120, help="limit of a network")
+    parser.add_argument("--seconds", type=int, default=120, help="CPU seconds at most")
     parser.add_argument("--machine", default=f"{os.cpu_count()} CPU cores")
     arguments = parser.parse_args()
     rows = run_all(arguments)
     if arguments.out:
         found = versions(sys.executable, arguments.torch_python)
-        arguments.out.write_text(page.page(rows, found, arguments.machine))
+        options = f"--seconds {arguments.seconds} "
+        arguments.out.write_text(page.page(rows, found, arguments.machine, options))
 
 
 if __name__ == "__main__":

@@ -195,8 +195,9 @@ ZOO: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
 }
 
 
-def network(name: str) -> tuple[nn.Module, jax.ShapeDtypeStruct]:
-    """The module, and the shape and dtype of its input."""
+def network(name: str) -> tuple[Callable[..., Any], Any, jax.ShapeDtypeStruct]:
+    """The function, and shapes and dtypes of its variables and of its input."""
     body, shape = ZOO[name]
     dtype = jnp.int32 if name == "tied embedding" else jnp.float32
-    return Net(body), jax.ShapeDtypeStruct(shape, dtype)
+    net, like = Net(body), jax.ShapeDtypeStruct(shape, dtype)
+    return net.apply, jax.eval_shape(net.init, jax.random.key(0), like), like

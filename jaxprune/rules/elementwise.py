@@ -110,27 +110,36 @@ _ENTIRE = ("asin", "acos", "bessel_i0e", "bessel_i1e", "complex", "polynomial")
 
 
 def _analyse(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
-    shape = eqn.outvars[0].aval.shape
-    labels = tuple(
-        _tied(context, eqn, ins, axis, length) for axis, length in enumerate(shape)
-    )
-    fill = tuple(
-        _apply(eqn, [_at(eqn, i, v, axis, length) for i, v in enumerate(ins)])
-        for axis, length in enumerate(shape)
-    )
+    known: dict[tuple[float | None, ...], float | None] = {}
+
+    def result(numbers: tuple[float | None, ...]) -> float | None:
+        if numbers not in known:  # most axes have those of another one
+            known[numbers] = _apply(eqn, numbers)
+        return known[numbers]
+
+    labels: list[np.ndarray | None] = []
+    fill: list[float | None] = []
+    even: list[bool] = []
+    for axis, length in enumerate(eqn.outvars[0].aval.shape):
+        full = [_full(eqn, i, axis, length) for i in range(len(ins))]
+        whole = [v for v, f in zip(ins, full) if f]
+        # Unified over all operands that have the axis in full.
+        lines = [v.labels[axis] for v in whole] if length != 1 else [None]
+        labels.append(context.labels.unify_all(lines, jx.Site(eqn)))
+        numbers = [v.removed(axis) if f else v.const for v, f in zip(ins, full)]
+        fill.append(result(tuple(numbers)))
+        even.append(_even(eqn, whole, axis))
     const = None
     if all(v.const is not None for v in ins):
-        const = _apply(eqn, [v.const for v in ins])
-    even = tuple(_even(eqn, ins, axis, length) for axis, length in enumerate(shape))
-    return [Value(labels, fill, const, _leaf(eqn, ins), even)]
+        const = result(tuple(v.const for v in ins))
+    return [Value(tuple(labels), tuple(fill), const, _leaf(eqn, ins), tuple(even))]
 
 
-def _even(eqn: jx.Eqn, ins: Sequence[Value], axis: int, length: int) -> bool:
+def _even(eqn: jx.Eqn, whole: Sequence[Value], axis: int) -> bool:
     """Whether it is computed of the same numbers at all removed indices."""
-    full = [v for i, v in enumerate(ins) if _full(eqn, i, axis, length)]
-    signed = eqn.primitive.name in _SIGNED and any(v.removed(axis) == 0 for v in full)
-    branched = _is_branched(eqn) and any(v.removed(axis) is not None for v in full)
-    return all(v.is_even(axis) for v in full) and not signed and not branched
+    signed = eqn.primitive.name in _SIGNED and any(v.removed(axis) == 0 for v in whole)
+    branched = _is_branched(eqn) and any(v.removed(axis) is not None for v in whole)
+    return all(v.is_even(axis) for v in whole) and not signed and not branched
 
 
 def _is_branched(eqn: jx.Eqn) -> bool:
@@ -155,24 +164,7 @@ def _full(eqn: jx.Eqn, i: int, axis: int, length: int) -> bool:
     return bool(shape) and shape[axis] == length
 
 
-def _tied(
-    context: Context, eqn: jx.Eqn, ins: Sequence[Value], axis: int, length: int
-) -> np.ndarray | None:
-    """Unify one axis over all operands that have it in full."""
-    if length == 1:
-        return None
-    axes = [
-        value.labels[axis] for i, value in enumerate(ins) if _full(eqn, i, axis, length)
-    ]
-    return context.labels.unify_all(axes, jx.Site(eqn))
-
-
-def _at(eqn: jx.Eqn, i: int, value: Value, axis: int, length: int) -> float | None:
-    """Operand i at the removed indices of an axis."""
-    return value.removed(axis) if _full(eqn, i, axis, length) else value.const
-
-
-def _apply(eqn: jx.Eqn, numbers: list[float | None]) -> float | None:
+def _apply(eqn: jx.Eqn, numbers: Sequence[float | None]) -> float | None:
     """The primitive at known numbers; None where the result is not known.
 
     Numbers that are not known are taken for finite ones; nan may be anything.
@@ -318,7 +310,7 @@ def _holds(dtype: np.dtype, number: Any) -> bool:
 
 def _leaf(eqn: jx.Eqn, ins: Sequence[Value]) -> int | None:
     """A variable (or the input) that was only cast or scaled is still that."""
-    whole = [v for v, a in zip(ins, eqn.invars) if np.prod(a.aval.shape) > 1]
+    whole = [v for v, a in zip(ins, eqn.invars) if math.prod(a.aval.shape) > 1]
     return whole[0].leaf if len(whole) == 1 else None
 
 
