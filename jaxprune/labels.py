@@ -193,8 +193,10 @@ class Labels:
     def absorb(self, scratch: Labels) -> None:
         """Let stand what an analysis gathered in a scratch; others are forgotten."""
         for name, held in vars(scratch).items():
-            events = isinstance(held, list)
-            setattr(self, name, [*getattr(self, name), *held] if events else held)
+            if isinstance(held, list):
+                getattr(self, name).extend(held)
+            else:
+                setattr(self, name, held)
 
     def solve(self) -> Solved:
         """Merge what was unified."""

@@ -56,8 +56,8 @@ the network was made for (SegNet 360x480, U-Net 512x512, VAE 256x256, the others
 224x224), and at 64x64. *JAX*: how many of these JAX spends on tracing the Flax network.
 *cut*: CPU seconds of scores, selection and cut. All in float32, the best of 3, or one
 where that took more than 5 s. The result, in float64, and what is *left* of the
-parameters are of 64x64. A kirigami *group* is an axis that it may cut: those that only go together are
-counted apart.
+parameters are of 64x64. A kirigami *group* is an axis that it may
+cut: those that only go together are counted apart.
 """
 
 TINY = """
