@@ -73,15 +73,27 @@ def gathered(x: np.ndarray, kept: list[np.ndarray | None]) -> np.ndarray:
     start = -memory.ctypes.data % 64
     small = memory[start : start + size].view(x.dtype).reshape(shape)
     rows, *others = kept
+    spaced = [None if k is None else _slice(k) for k in others]
     step = max(1, _BLOCK * len(x) // max(1, x.nbytes))
     for start in range(0, len(small), step):
         block = slice(start, start + step)
-        part = x[block] if rows is None else x[rows[block]]
-        for axis, indices in enumerate(others, 1):
-            if indices is not None:
+        part = x[block if rows is None else _slice(rows[block]) or rows[block]]
+        for axis, (indices, even) in enumerate(zip(others, spaced), 1):
+            if even is not None:
+                part = part[(slice(None),) * axis + (even,)]
+            elif indices is not None:
                 part = np.take(part, indices, axis)
         small[block] = part
     return small
+
+
+def _slice(indices: np.ndarray) -> slice | None:
+    """Rising, evenly spaced indices as a slice, whose elements need no copy."""
+    steps = np.diff(indices)
+    step = int(steps[0]) if len(steps) else 1
+    if step < 1 or not (steps == step).all():
+        return None
+    return slice(int(indices[0]), int(indices[-1]) + 1, step)
 
 
 def from_cpu(x: jax.Array, y: np.ndarray) -> jax.Array:
