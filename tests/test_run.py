@@ -300,7 +300,7 @@ def test_prune_json_tells_of_every_round(tmp_path):
     assert second[0] == first[-1]
 
 
-@pytest.mark.parametrize("killed", ["_recover", "_write", "_restated", "store"])
+@pytest.mark.parametrize("killed", ["_recover", "_write", "restated", "store"])
 def test_pruning_killed_anywhere_goes_on_to_the_same(tmp_path, monkeypatch, killed):
     whole, other = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()

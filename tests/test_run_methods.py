@@ -23,10 +23,10 @@ def test_a_budget_that_cannot_be_met_is_told_before_any_work(method, tmp_path):
     with pytest.raises(
         BudgetError, match=r"has 0\.5000 of .* flops\(0\.5000\) or more"
     ):
-        cut.check_budget(job.config.prune, graph)
+        cut.check_reachable(job.config.prune, graph)
     free = dataclasses.replace(job.config.prune, choose="1se")
     if method == "path":
-        cut.check_budget(free, graph)
+        cut.check_reachable(free, graph)
 
 
 def test_a_run_that_cannot_be_small_enough_leaves_no_folder(tmp_path, monkeypatch):

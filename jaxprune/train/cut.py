@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxprune import checkpoint, graph_io, select
+from jaxprune import checkpoint, graph_io
 from jaxprune.base import (
     EDGES,
     CheckpointError,
@@ -26,6 +26,7 @@ from jaxprune.budget import Budget, Kind, measure, sizes
 from jaxprune.cost import cost
 from jaxprune.keeps import check_keep, compose
 from jaxprune.reconstruct import reconstruct
+from jaxprune.select import check_budget
 from jaxprune.slim import slim
 from jaxprune.train import choose
 from jaxprune.train import step as steps
@@ -52,7 +53,7 @@ class Cut(NamedTuple):
     carried: PyTree = None
 
 
-def check_budget(prune: Prune, graph: Graph) -> None:
+def check_reachable(prune: Prune, graph: Graph) -> None:
     """Raise BudgetError, telling the least, where no keep of the dense graph meets it.
 
     Milliseconds, and zeros among the weights, are told of when they are counted.
@@ -61,7 +62,7 @@ def check_budget(prune: Prune, graph: Graph) -> None:
     if free or prune.irregular or prune.low_rank or prune.budget == "latency":
         return
     budget = Budget(prune.budget, prune.ratio)
-    select.check_budget(graph, budget, prune.multiple_of, prune.min_channels)
+    check_budget(graph, budget, prune.multiple_of, prune.min_channels)
 
 
 def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) -> Cut:

@@ -124,7 +124,7 @@ def check_budgets(configs: Sequence[Config], classes: int) -> None:
     net = models.build(first.network.name, network_args(first, classes))
     graph = _traced(net, first)
     for config in configs:
-        cut.check_budget(config.prune, graph)
+        cut.check_reachable(config.prune, graph)
 
 
 def pruned_epochs(config: Config) -> float:
