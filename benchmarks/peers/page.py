@@ -56,8 +56,10 @@ the network was made for (SegNet 360x480, U-Net 512x512, VAE 256x256, the others
 224x224), and at 64x64. *JAX*: how many of these JAX spends on tracing the Flax network.
 *cut*: CPU seconds of scores, selection and cut. All in float32, the best of 3, or one
 where that took more than 5 s. The result, in float64, and what is *left* of the
-parameters are of 64x64. A kirigami *group* is an axis that it may
-cut: those that only go together are counted apart.
+parameters are of 64x64. Listing its groups is part of TP's graph: its pruner is built
+without. A kirigami *group* is an axis that it may cut: those that only go together are
+counted apart. jaxprune takes 8 channels of ShuffleNet's shuffles of three groups as
+one network-wide group: the same place in every group of each grouped convolution goes.
 """
 
 TINY = """
@@ -70,6 +72,8 @@ Tiny networks between a first layer and a head. *left* of the parameters in brac
 def verdict(row: Row | None) -> str:
     if row is None:
         return "not run"
+    if row.get("verdict") == "time":
+        return f"time ({row['why']})"
     if "verdict" in row:
         return str(row["verdict"])
     if not row["error"] < EXACT:
@@ -121,7 +125,7 @@ def why(rows: Rows) -> list[str]:
     """What the tools said where they crashed or refused."""
     lines = ["", "## What was said", ""]
     for (tool, name), row in rows.items():
-        if "why" in row:
+        if "why" in row and row["verdict"] != "time":
             said = " ".join(row["why"].split()).replace("|", "/").replace("`", "'")
             lines.append(f"- {TOOLS[tool]}, {name}: `{said[:160]}`")
     return lines if len(lines) > 3 else []
