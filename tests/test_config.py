@@ -55,6 +55,9 @@ def empty(tmp_path) -> Path:
         ("network.widths=8,16,32,64,64", "network.widths", (8, 16, 32, 64, 64)),
         ("network.widths=", "network.widths", ()),
         ("prune.method=path", "prune.method", "path"),
+        ("prune.method=svd", "prune.method", "svd"),
+        ("prune.multiple_of=auto", "prune.multiple_of", "auto"),
+        ("prune.multiple_of=4", "prune.multiple_of", 4),
     ],
 )
 def test_overrides_take_the_fields_type(empty, override, field, value):
@@ -75,7 +78,8 @@ def test_overrides_take_the_fields_type(empty, override, field, value):
         ("seed=1.5", ("seed = 1.5", "a whole number")),
         ("scratch=perhaps", ("scratch = perhaps", "true or false")),
         ("data.size=120", ("data.size = 120", "2 numbers")),
-        ("prune.method=magic", ("prune.method = magic", "'lasso'")),
+        ("prune.method=magic", ("prune.method = magic", "'lasso'", "'svd'")),
+        ("prune.multiple_of=some", ("prune.multiple_of = some", "'auto'")),
         ("prune.ratio=0", ("prune.ratio = 0", "(0, 1]")),
         ("prune.ratio=1.01", ("prune.ratio = 1.01", "(0, 1]")),
         ("prune.ratio=nan", ("prune.ratio = nan", "(0, 1]")),
@@ -112,6 +116,7 @@ def test_gates_carry_no_optimiser(empty):
     for setting, match in (
         ("prune.budget=channels", "prune.budget = 'channels': must be flops or params"),
         ("scratch=true", "scratch = True: must be false where the method is 'weights'"),
+        ("prune.reconstruct=1", "prune.reconstruct = 1: must be 0 where"),
     ):
         with pytest.raises(ConfigError, match=match):
             configs.load_config(empty, ["prune.method=weights", setting])
@@ -124,8 +129,19 @@ def test_gates_carry_no_optimiser(empty):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["prune.method=gates", "prune.metric=optimizer"], "metric.*method is 'gates'"),
-        (["train.optimizer=sgd", "prune.metric=optimizer"], "metric.*is not 'adam'"),
+        (["prune.method=gates", "prune.metric=optimizer"], "metric.*is not 'lasso'"),
+        (
+            [
+                "prune.method=lasso",
+                "train.optimizer=sgd",
+                "prune.metric=optimizer",
+            ],
+            "metric.*is not 'adam'",
+        ),
+        (["prune.method=lasso", "prune.accelerated=true"], "accelerated.*not 'gates'"),
+        (["prune.method=path", "prune.target=0.4"], "target = 0.4: must be 0 where"),
+        (["prune.cuts_in_training=2"], "cuts_in_training = 2: must be 0 where"),
+        (["prune.repriced=true"], "repriced = True: must be false where"),
         (["prune.target=0.4", "prune.strength=0"], "strength.*positive with a target"),
     ],
 )

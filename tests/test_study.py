@@ -35,6 +35,21 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
         assert plan.scratch == (method == "l1")
         assert train.stages.pruned_epochs(plan) == 2
     assert plans["lasso"].retrain.epochs == 0.5
+    # What the config says of one method is no hindrance to the others.
+    steered = dataclasses.replace(
+        CONFIG.prune,
+        metric="optimizer",
+        accelerated=True,
+        repriced=True,
+        target=0.4,
+        cuts_in_training=1,
+        reconstruct=1,
+        carry_optimizer=True,
+    )
+    steered = dataclasses.replace(CONFIG, prune=steered)
+    for method in study.METHODS:
+        plan = train.config.check(study.planned(steered, method, 0.5, 3, "l1"))
+        assert (plan.prune.target > 0) == (method in ("lasso", "gates"))
     with pytest.raises(ConfigError, match="no method 'tailor'; is 'taylor' meant"):
         study.planned(CONFIG, "tailor", 0.5, 0, "l1")
 

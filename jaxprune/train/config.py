@@ -124,19 +124,20 @@ class Prune:
     'taylor1' first order, 'fisher' second; 'reconstruction': the relative error of what
     reads; 'measured': the loss itself without each group's next unit, which 'taylor'
     ranks.
-    weights: of the penalty, sqrt of a channel's number of weights ('size'), times the
-    FLOPs or the measured milliseconds that it carries; repriced: of what is live at
-    each step, not of the dense network. metric: 'optimizer' takes the proximal step of
-    'lasso' in Adam's own metric. accelerated: gates learn by accelerated proximal
-    gradients, at rates up to `gates_lr`, not by the optimiser. target: the strength,
+    Of 'lasso' and 'gates' alone, weights: of the penalty, sqrt of a channel's number of
+    weights ('size'), times the FLOPs or the measured milliseconds that it carries;
+    repriced: of what is live at each step, not of the dense network. metric:
+    'optimizer' takes the proximal step of 'lasso' in Adam's own metric. accelerated:
+    'gates' learn by accelerated proximal gradients, at rates up to `gates_lr`, not by
+    the optimiser. target: the strength,
     from `strength` on, is steered to leave this fraction of the budget's kind of cost,
     along a line that ends at 0.7 of those epochs; 0: it is not. cuts_in_training: what
     is 0 is cut at so many ends of epochs on the way already, evenly spread.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
-    of it, with every method; where fewer are not 0, zeros fill it up; 'auto': what the
-    device likes, see `jaxprune.select.alignment`. rounds: the cut
+    of it, with every method that cuts channels; where fewer are not 0, zeros fill it
+    up; 'auto': what the device likes, see `jaxprune.select.alignment`. rounds: the cut
     in so many equal factors, `recovery_epochs` of retraining behind each but the last.
     carry_optimizer: retraining goes on with the cut state of the optimiser.
     reconstruct: training batches to refit kernels that read what is cut by least
@@ -144,7 +145,7 @@ class Prune:
     cut.
     """
 
-    method: Method | LowRank = "criterion"
+    method: Literal[Method, LowRank] = "criterion"
     criterion: Criterion = "taylor"
     normalize: Literal["none", "mean", "max", "sum", "l2"] = "mean"
     per_cost: bool = False
@@ -304,6 +305,7 @@ def differences(config: Config, default: Config | None = None) -> dict[str, Any]
 def _rules(config: Config) -> list[tuple[str, bool, str]]:
     """(field, whether it is valid, what it must be)."""
     data, evaluate, distill = config.data, config.evaluate, config.distill
+    prune = config.prune
     stored = data.stored or data.size
     sizes = all(n > 0 for n in (*data.size, *stored, *(data.counts or ())))
     widths = all(n > 0 for n in config.network.widths)
@@ -324,8 +326,8 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
         ("save_every", config.save_every > 0, "positive"),
         (
             "scratch",
-            not (config.scratch and config.prune.low_rank),
-            "false where prune.method is one of low rank: widths stay as they are",
+            not config.scratch or not (prune.low_rank or prune.irregular),
+            f"false where the method is {prune.method!r}: no widths change",
         ),
         *(
             (
@@ -335,20 +337,15 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
             )
             for where in ("train", "retrain")
         ),
-        (
-            "scratch",
-            not (config.scratch and config.prune.irregular),
-            "false where the method is 'weights': no widths change",
-        ),
         # Another optimiser has no use for the moments of the one before.
         (
             "prune.carry_optimizer",
-            not config.prune.carry_optimizer or same,
+            not prune.carry_optimizer or same,
             "false where train.optimizer and retrain.optimizer differ",
         ),
         (
             "prune.metric",
-            config.prune.metric == "plain" or config.train.optimizer == "adam",
+            prune.metric == "plain" or config.train.optimizer == "adam",
             "'plain' where train.optimizer is not 'adam'",
         ),
     ]
@@ -391,11 +388,6 @@ def _check_prune(prune: Prune) -> None:
         ("lasso_epochs", prune.lasso_epochs >= 0, "0 or more"),
         ("strength", prune.strength >= 0, "0 or more"),
         ("strength", prune.strength > 0 or not prune.target, "positive with a target"),
-        (
-            "metric",
-            prune.metric == "plain" or prune.method != "gates",
-            "'plain' where the method is 'gates'",
-        ),
         ("gates_lr", prune.gates_lr > 0, "positive"),
         ("target", 0 <= prune.target <= 1, "in [0, 1]; 0: none"),
         ("cuts_in_training", prune.cuts_in_training >= 0, "0 or more"),
@@ -403,10 +395,30 @@ def _check_prune(prune: Prune) -> None:
         ("trials", prune.trials > 0, "positive"),
         ("stages", 0 < prune.stages <= prune.trials, "from 1 to prune.trials"),
         ("reconstruct", prune.reconstruct >= 0, "0 or more"),
+        (
+            "reconstruct",
+            not (prune.irregular and prune.reconstruct),
+            "0 where the method is 'weights'",
+        ),
         ("statistics", prune.statistics >= 0, "0 or more"),
         ("carry_optimizer", not carried, "false where the method is 'gates'"),
     ]
-    _apply("prune", prune, rules + (_low_rank_rules(prune) if prune.low_rank else []))
+    rules += _penalty_rules(prune)
+    rules += _low_rank_rules(prune) if prune.low_rank else []
+    _apply("prune", prune, rules)
+
+
+def _penalty_rules(prune: Prune) -> list[tuple[str, bool, str]]:
+    """What other methods would pass over is refused."""
+    off, own = "where the method is not", "where it is neither 'lasso' nor 'gates'"
+    lasso, gates = prune.method == "lasso", prune.method == "gates"
+    return [
+        ("metric", lasso or prune.metric == "plain", f"'plain' {off} 'lasso'"),
+        ("accelerated", gates or not prune.accelerated, f"false {off} 'gates'"),
+        ("repriced", prune.sparse or not prune.repriced, f"false {own}"),
+        ("target", prune.sparse or not prune.target, f"0 {own}"),
+        ("cuts_in_training", prune.sparse or not prune.cuts_in_training, f"0 {own}"),
+    ]
 
 
 def _low_rank_rules(prune: Prune) -> list[tuple[str, bool, str]]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Overrides of nested frozen dataclasses, typed by their fields' annotations."""
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -114,9 +115,9 @@ def _parse(text: str, hint: Any) -> Any:
     """`text` as a value of the annotated type; ValueError where it is none."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if text.lower() in ("none", ""):
+        if type(None) in args and text.lower() in ("none", ""):
             return None
-        return _parse(text, next(a for a in args if a is not type(None)))
+        return _parse_any(text, [a for a in args if a is not type(None)])
     if origin is typing.Literal:
         if text not in args:
             raise ValueError
@@ -128,6 +129,14 @@ def _parse(text: str, hint: Any) -> Any:
             raise ValueError
         return text.lower() in _TRUE
     return hint(text)
+
+
+def _parse_any(text: str, hints: list[Any]) -> Any:
+    """As the first of these types that it is a value of."""
+    for hint in hints[:-1]:
+        with contextlib.suppress(ValueError):
+            return _parse(text, hint)
+    return _parse(text, hints[-1])
 
 
 def _parse_tuple(text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

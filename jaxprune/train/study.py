@@ -21,7 +21,7 @@ from typing import Any, get_args
 from jaxprune.base import ConfigError
 from jaxprune.lowrank import Method as LowRank
 from jaxprune.train import stages
-from jaxprune.train.config import Config, check, to_json
+from jaxprune.train.config import Config, Prune, check, to_json
 from jaxprune.train.folder import CONFIG, write_json, write_text
 
 # What of `Prune` makes a method; its other fields are the config's.
@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "particles": {"method": "particles"},
     "weights": {"method": "weights"},
     "lasso": {"method": "lasso"},
-    "gates": {"method": "gates", "metric": "plain"},
+    "gates": {"method": "gates"},
     **{name: {"method": name} for name in get_args(LowRank)},
 }
 
@@ -106,7 +106,7 @@ def planned(
     prune = dataclasses.replace(
         config.prune, method="criterion", ratio=budget, choose="budget"
     )
-    prune = dataclasses.replace(prune, **METHODS[method])
+    prune = _without_others(dataclasses.replace(prune, **METHODS[method]))
     retrain = config.retrain
     if prune.sparse:
         spent = min(prune.lasso_epochs, retrain.epochs)
@@ -127,9 +127,7 @@ def planned(
     if prune.low_rank:
         more = prune.recovery_epochs * (prune.rounds - 1)
         retrain = dataclasses.replace(retrain, epochs=retrain.epochs + more)
-        prune = dataclasses.replace(
-            prune, rounds=1, reconstruct=0, carry_optimizer=False
-        )
+        prune = dataclasses.replace(prune, rounds=1, carry_optimizer=False)
     return dataclasses.replace(
         config,
         name=f"{config.name}_{method}",
@@ -140,6 +138,20 @@ def planned(
         and method == first
         and not (prune.irregular or prune.low_rank),
     )
+
+
+def _without_others(prune: Prune) -> Prune:
+    """Without what the config says of another method of the study."""
+    off: dict[str, Any] = {}
+    if not prune.sparse:
+        off |= {"repriced": False, "target": 0.0, "cuts_in_training": 0}
+    if prune.method != "lasso":
+        off["metric"] = "plain"
+    if prune.method != "gates":
+        off["accelerated"] = False
+    if prune.irregular or prune.low_rank:
+        off["reconstruct"] = 0
+    return dataclasses.replace(prune, **off)
 
 
 def _take_over(first: Path, folder: Path, plan: Config) -> None:
