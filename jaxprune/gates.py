@@ -131,8 +131,8 @@ def accelerated_gates(
     errors as there.
 
     Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
-    networks", 2018, equations 10 to 12. Their program besides cuts negative gates off
-    at 0; here a gate may change its sign.
+    networks", 2018. Their program besides cuts negative gates off at 0; here a gate
+    may change its sign.
     """
     steering.check_strength(strength)
     if not callable(momentum) and not 0 <= momentum < 1:

@@ -93,8 +93,8 @@ def factorize(
     [kh, kw, in, out] of a plain convolution, or a matrix [in, out], becomes with rank r
 
     - 'svd': [kh, kw, in, r], [1, 1, r, out], the nearest such (Denton et al., 2014,
-      "Exploiting linear structure within convolutional networks", section 3.2, the
-      matrix decomposition; not its clusters of filters);
+      "Exploiting linear structure within convolutional networks", the matrix
+      decomposition; not its clusters of filters);
     - 'separable': [kh, 1, in, r], [1, kw, r, out], the nearest (Jaderberg et al., 2014,
       "Speeding up convolutional neural networks with low rank expansions", scheme 2);
     - 'cp': [1, 1, in, r], [kh, 1, 1, r], [1, kw, 1, r], [1, 1, r, out] by alternating

@@ -62,7 +62,7 @@ def prune_weights(
     finite.
 
     Source: Han et al., "Learning both weights and connections for efficient neural
-    networks", 2015, sections 3 and 4.
+    networks", 2015.
     """
     if scope not in ("global", "local"):
         raise ConfigError(f"scope={scope!r}: scope is 'global' or 'local'")
