@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jaxprune import base
 
@@ -359,17 +359,19 @@ def _report(args: argparse.Namespace) -> int:
 def _point(text: str) -> Any:
     """`step=7` as 7, a rule as it is, `flops=0.4` as a budget."""
     from jaxprune import inspection
+    from jaxprune.steps import Rule
 
+    rules = get_args(Rule)
     name, _, number = text.partition("=")
     if name == "step":
         if not number.isdecimal():
             raise base.ConfigError(f"--at {text!r}: write step=7")
         return int(number)
-    if text in ("min", "1se", "knee"):
+    if text in rules:
         return text
     if "=" not in text:
         raise base.ConfigError(
-            f"--at {text!r}: a point is step=7, min, 1se, knee or flops=0.4"
+            f"--at {text!r}: a point is step=7, {', '.join(rules)} or flops=0.4"
         )
     return inspection.parse_budget(text)
 

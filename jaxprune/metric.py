@@ -43,7 +43,7 @@ def preconditioned(
     where r > 0 solves sum_i (v[i] / (r + t[i]))^2 = 1, and x = 0 where there is no such
     r: where ||v / t|| <= 1. 1 / ||v / (r + t)|| is concave in r, so that Newton's
     method from a lower bound rises to the root without overshoot (Conn et al., "Trust
-    region methods", 2000, section 7.3); 12 iterations, of elementwise operations. With
+    region methods", 2000); 12 iterations, of elementwise operations. With
     d = 1 this is `proximal`. Where `tx` rests, lambda * group_lasso and the loss
     balance, which `proximal` behind Adam does not give. Entries that the loss does not
     move have large d, and go first.
@@ -65,7 +65,6 @@ def preconditioned(
     """
     steering.check_strength(strength)
     sparsity.checked(graph, weights, roles, blocks)
-
     tx = optax.with_extra_args_support(tx)
 
     def update(
@@ -82,7 +81,7 @@ def preconditioned(
             graph, weights, roles, lambda: sparsity.live(graph, params, roles=roles)
         )
         units = _units(graph, arrived, each, own, roles, blocks)
-        deaths = {n: _spread(graph, n, u, u.death) for n, u in units.items()}
+        deaths = {n: _spread(graph, n, u.death) for n, u in units.items()}
         s, outer = steering.stepped(strength, state[1], lambda: deaths)
         lines = {n: _line(graph, n, u, s) for n, u in units.items()}
         scaled = _scaled(graph, lines, arrived, each, roles)
@@ -166,7 +165,8 @@ def _units(
     return units
 
 
-def _spread(graph: Graph, name: str, unit: _Unit, values: jax.Array) -> jax.Array:
+def _spread(graph: Graph, name: str, values: jax.Array) -> jax.Array:
+    """Of the channels, where they are those of one block."""
     return jnp.broadcast_to(values, (graph.groups[name].size,))
 
 
@@ -182,7 +182,7 @@ def _line(graph: Graph, name: str, unit: _Unit, s: Any) -> tuple[jax.Array, jax.
     # Where nothing pulls, the factor is exactly 1.
     free = pull == 0
     r = jnp.where(free, 1, r)
-    return _spread(graph, name, unit, r), _spread(graph, name, unit, pull)
+    return _spread(graph, name, r), _spread(graph, name, pull)
 
 
 def _radius(v: jax.Array, d: jax.Array, pull: jax.Array, norm: jax.Array) -> jax.Array:

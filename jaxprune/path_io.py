@@ -9,6 +9,7 @@ the walk retrains, the shrunk variables of step n as FILE.n.npz: each leaf's byt
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -120,13 +121,9 @@ def save_variables(
         f"leaf{i}": np.frombuffer(_plain(jnp.asarray(x)).tobytes(), np.uint8)
         for i, x in enumerate(leaves)
     }
-    name = _beside(file, number)
-    partial = name.with_name(name.name + ".partial")
-    with open(partial, "wb") as stream:
-        np.savez(stream, allow_pickle=False, **arrays)  # type: ignore[arg-type]
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, name)
+    archive = io.BytesIO()
+    np.savez(archive, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    _replace(_beside(file, number), archive.getvalue())
 
 
 def load_variables(

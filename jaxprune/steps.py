@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from jaxprune import graph_io
 from jaxprune.base import BudgetError, ConfigError, Cost, DataError
 from jaxprune.budget import Budget
 
-Rule = Literal["1se", "min", "knee"]
+Rule = Literal["min", "1se", "knee"]
 
 
 class Step(NamedTuple):
@@ -61,7 +61,7 @@ class Path:
         """
         if isinstance(rule, Budget):
             return _least_risk(self._within(rule))
-        if rule not in ("1se", "min", "knee"):
+        if rule not in get_args(Rule):
             raise ConfigError(
                 f"select({rule!r}): '1se', 'min', 'knee' or a budget as flops(0.4)"
             )

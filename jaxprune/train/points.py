@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jaxprune.base import CheckpointError, DataError
 from jaxprune.budget import Kind
@@ -16,7 +16,7 @@ from jaxprune.steps import Path as Walked
 from jaxprune.steps import Rule, Step
 from jaxprune.train.metrics import measures
 
-RULES: tuple[Rule, ...] = ("min", "1se", "knee")
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def file(workdir: Path, number: int) -> Path:
