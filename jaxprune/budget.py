@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from jaxprune.base import BudgetError, Graph
+from jaxprune.base import BudgetError, Graph, Keep
 from jaxprune.cost import at
 
 Name = Literal["flops", "params", "channels", "bytes"]
@@ -92,6 +92,12 @@ def sizes(graph: Graph) -> np.ndarray:
 def limit(graph: Graph, budget: Budget) -> float:
     """The most that may stay, in the budget's own unit, forgiving float rounding."""
     return float(measure(graph, budget.kind, sizes(graph))) * budget.ratio * (1 + 1e-12)
+
+
+def met(graph: Graph, keep: Keep, budget: Budget) -> bool:
+    """Whether what a keep leaves is within the budget."""
+    kept = np.array([np.sum(k) for k in keep.values()], int)
+    return bool(measure(graph, budget.kind, kept) <= limit(graph, budget))
 
 
 def rounded_up(ratio: float) -> str:

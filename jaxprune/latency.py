@@ -211,6 +211,7 @@ class _Known:
     def __init__(self, file: Path | None) -> None:
         self.file = file
         self.found: dict[str, float] = {}
+        self.new = False
         if file is not None and file.exists():
             try:
                 self.found = {
@@ -229,10 +230,11 @@ class _Known:
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
         if key not in self.found:
             self.found[key] = _timed(reading, features, kernel, repeats)
+            self.new = True
         return self.found[key]
 
     def write(self) -> None:
-        if self.file is None:
+        if self.file is None or not self.new:
             return
         partial = self.file.with_name(f".{self.file.name}.{os.getpid()}")
         try:

@@ -113,7 +113,7 @@ def prune_path(
         batches,
         held,
         scorer(criterion or taylor(), graph, loss),
-        risks.mean_loss(graph, loss, batches) if measured else None,
+        risks.evaluator(graph, loss) if measured else None,
         risks.evaluator(graph, risk or loss),
         recover,
         allowed_counts(graph, multiple_of, min_channels),
@@ -147,7 +147,7 @@ class _Walk(NamedTuple):
     batches: list[Any]
     held: list[Any]
     estimate: Callable[..., dict[str, np.ndarray]]
-    measure: Callable[[Keep, PyTree], float] | None
+    measure: Callable[..., risks.Found] | None
     evaluate: Callable[..., risks.Found]
     recover: Recover | None
     allowed: dict[str, np.ndarray]
@@ -170,7 +170,7 @@ def _next(
             )
         return step, variables
     last = steps[-1]
-    if walk.until is not None and _met(walk.graph, last.keep, walk.until):
+    if walk.until is not None and budgets.met(walk.graph, last.keep, walk.until):
         return None
     link = _weakest(walk, last.keep, len(steps), variables)
     if link is None:
@@ -195,7 +195,9 @@ def _weakest(
     if measure is None:
         rises = weakest.summed(scores, order)
     else:
-        rises = weakest.measured(keep, order, lambda k: measure(k, variables))
+        rises = weakest.measured(
+            keep, order, lambda k: measure(k, variables, walk.batches).risk
+        )
     excess = _excess(graph, keep, walk.until, kind)
     target = min(walk.block * _dense(walk), excess)
     return weakest.cut(graph, keep, order, rises, walk.allowed, kind, target, excess)
@@ -267,9 +269,3 @@ def _excess(
         return math.inf
     kept = np.array([k.sum() for k in keep.values()])
     return float(budgets.measure(graph, kind, kept)) - budgets.limit(graph, until)
-
-
-def _met(graph: Graph, keep: Keep, budget: Budget) -> bool:
-    kept = np.array([k.sum() for k in keep.values()])
-    within = budgets.measure(graph, budget.kind, kept) <= budgets.limit(graph, budget)
-    return bool(within)

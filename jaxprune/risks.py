@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What masked networks lose: risk with its standard error, mean loss; compiled once."""
+"""What masked networks lose: the risk with its standard error, compiled once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.base import DataError, Graph, Keep, PyTree
-from jaxprune.criteria import Loss
 from jaxprune.trees import mask
 
 Risk = Callable[[PyTree, Any], Any]
@@ -25,22 +24,6 @@ class Found(NamedTuple):
     stderr: float
     counted: int
     sums: dict[str, np.ndarray] | None
-
-
-def mean_loss(
-    graph: Graph, loss: Loss, batches: list[Any]
-) -> Callable[[Keep, PyTree], float]:
-    """(keep, variables) -> the mean of the masked loss over batches; traced once."""
-
-    @jax.jit
-    def masked(keep: Keep, variables: PyTree, batch: Any) -> jax.Array:
-        return loss(mask(graph, keep, variables), batch)
-
-    def mean(keep: Keep, variables: PyTree) -> float:
-        losses = [masked(keep, variables, batch) for batch in batches]
-        return float(np.mean(np.array(jax.device_get(losses), np.float64)))
-
-    return mean
 
 
 def evaluator(graph: Graph, risk: Risk) -> Callable[..., Found]:

@@ -2,15 +2,17 @@
 """Runs that cut single weights, and budgets that nothing meets."""
 
 import dataclasses
+import sys
 
 import chex
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from test_run import CONFIG, prepared
 
 from jaxprune.base import BudgetError
-from jaxprune.train import cut, loop, run, stages, study
+from jaxprune.train import choose, cut, loop, run, stages, study
 from jaxprune.train import step as steps
 from jaxprune.train.progress import Progress
 
@@ -27,6 +29,37 @@ def test_a_budget_that_cannot_be_met_is_told_before_any_work(method, tmp_path):
     free = dataclasses.replace(job.config.prune, choose="1se")
     if method == "path":
         cut.check_reachable(free, graph)
+
+
+@pytest.mark.parametrize("method", ["lasso", "gates"])
+def test_a_target_out_of_reach_is_told_before_any_work(method, tmp_path):
+    job, graph, _ = prepared(tmp_path, method=method, target=0.1)
+    with pytest.raises(
+        BudgetError, match=r"target=0\.1: .* 0\.1667 of the dense flops"
+    ):
+        cut.check_reachable(job.config.prune, graph)
+
+
+def test_all_processes_cut_by_the_milliseconds_of_the_first(tmp_path, monkeypatch):
+    clock = iter(range(1, 100))
+    monkeypatch.setattr(
+        sys.modules["jaxprune.latency"], "_timed", lambda *_: float(next(clock))
+    )
+    job, graph, dense = prepared(tmp_path)
+    found = []
+
+    def here(index: int, count: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_index", lambda: index)
+            patch.setattr(jax, "process_count", lambda: count)
+            found.append(choose.kind_of(job, graph, dense.average, "latency"))
+
+    # The second waits until the first has measured.
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda _: here(0, 1))
+    here(1, 2)
+    first, second = ([p.ms for p in f.products] for f in found)
+    chex.assert_trees_all_equal(second, first)
+    assert next(clock) == 1 + sum(map(np.size, first))
 
 
 def test_a_run_that_cannot_be_small_enough_leaves_no_folder(tmp_path, monkeypatch):

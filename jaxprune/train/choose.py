@@ -48,7 +48,7 @@ def choose(
     if prune.sparse:
         # Zeros that stay cost time but change nothing; widths are as they are wanted.
         alive = widened(prune, graph, sparsity.dead(graph, variables), scores)
-        if _measured(graph, alive, budget) <= budgets.limit(graph, budget):
+        if budgets.met(graph, alive, budget):
             return alive, None
     keep = select(
         graph,
@@ -72,7 +72,18 @@ def kind_of(job: Job, graph: Graph, variables: PyTree, name: str) -> budgets.Kin
     batch = (config.evaluate.batch, *config.data.size, 3)
     images = jax.ShapeDtypeStruct(batch, np.float32)
     file = job.workdir / "timings.json"
-    return timings(job.apply, graph, variables, images, cache=file, train=False)
+
+    def found() -> budgets.Kind:
+        return timings(job.apply, graph, variables, images, cache=file, train=False)
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        # One measures, the others read: clocks differ, and all must cut alike.
+        if jax.process_index() == 0:
+            found()
+        multihost_utils.sync_global_devices("jaxprune timings")
+    return found()
 
 
 def widened(
@@ -124,11 +135,6 @@ def _tried(
         multiple_of=prune.multiple_of,
         min_channels=prune.min_channels,
     )
-
-
-def _measured(graph: Graph, keep: Keep, budget: Budget) -> float:
-    kept = np.array([np.sum(k) for k in keep.values()], int)
-    return float(budgets.measure(graph, budget.kind, kept))
 
 
 def _scores(

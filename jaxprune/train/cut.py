@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import optax
 
-from jaxprune import checkpoint, graph_io
+from jaxprune import checkpoint, graph_io, steering
 from jaxprune.base import (
     EDGES,
     CheckpointError,
     Cost,
     Graph,
+    GraphError,
     Keep,
     PyTree,
     path_str,
@@ -56,13 +57,16 @@ class Cut(NamedTuple):
 def check_reachable(prune: Prune, graph: Graph) -> None:
     """Raise BudgetError, telling the least, where no keep of the dense graph meets it.
 
-    Milliseconds, and zeros among the weights, are told of when they are counted.
+    Nor the target of the training under a penalty. Milliseconds, ranks and zeros among
+    the weights are told of when they are counted.
     """
     free = prune.method == "path" and prune.choose != "budget"
     if free or prune.irregular or prune.low_rank or prune.budget == "latency":
         return
     budget = Budget(prune.budget, prune.ratio)
     check_budget(graph, budget, prune.multiple_of, prune.min_channels)
+    if prune.target:
+        steering.check_target(graph, prune.target, prune.budget)
 
 
 def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) -> Cut:
@@ -93,7 +97,7 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
             rows += more
             if last and not (job.workdir / _FILE).exists():
                 _write(job, graph, cut.keep, rows)
-            meta = {"keep": _text(cut.keep), "path": more}
+            meta = {"keep": graph_io.keep_to_text(cut.keep), "path": more}
             store.save(number, {"variables": cut.variables}, meta, force=True)
         if not last:
             cut = _recover(job, graph, cut, number, progress)
@@ -103,10 +107,6 @@ def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) 
 
 def _carried(job: Job, opt_state: PyTree) -> PyTree:
     return opt_state if job.config.prune.carry_optimizer else None
-
-
-def _text(keep: Keep) -> dict[str, str]:
-    return {n: "".join("01"[int(c)] for c in k) for n, k in keep.items()}
 
 
 def _round(
@@ -206,9 +206,9 @@ def _decided(job: Job, before: Keep) -> dict[str, np.ndarray] | None:
         return None
     try:
         text = json.loads(file.read_text("utf-8"))["keep"]
-        keep = {n: np.array([c == "1" for c in line]) for n, line in text.items()}
+        keep = graph_io.keep_from_text(text)
         return {n: keep[n][before[n]] for n in before}
-    except (ValueError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, GraphError) as error:
         raise CheckpointError(
             f"{file} is damaged ({error}); delete it to prune again"
         ) from error
@@ -259,8 +259,7 @@ def _recover(job: Job, graph: Graph, cut: Cut, number: int, progress: Progress) 
 
 def _restore(store: checkpoint.Store, number: int, graph: Graph, before: Cut) -> Cut:
     meta = store.meta(number)
-    keep = {n: np.array(list(text)) == "1" for n, text in meta["keep"].items()}
-    keep = check_keep(graph, keep, concrete=True)
+    keep = check_keep(graph, graph_io.keep_from_text(meta["keep"]), concrete=True)
     smaller = shrink_graph(graph, before.keep)
     more = {n: keep[n][before.keep[n]] for n in keep}
     small = shrink(smaller, more, (before.variables, before.carried))
@@ -285,7 +284,7 @@ def _write(job: Job, graph: Graph, keep: Keep, rows: list[dict[str, Any]]) -> No
         )
     document = {
         "method": described(job),
-        "keep": _text(keep),
+        "keep": graph_io.keep_to_text(keep),
         "groups": groups,
         "frozen": [
             {**dataclasses.asdict(f), "path": path_str(f.path)} for f in graph.frozen
