@@ -12,7 +12,7 @@ import pytest
 import tinyrun
 
 import jaxprune as jp
-from jaxprune import checkpoint, cli, graph_io, models
+from jaxprune import checkpoint, cli, graph_io
 from jaxprune.base import BudgetError, CheckpointError, ConfigError
 from jaxprune.train import choose, cut, cutout, loop, points, run, stages
 from jaxprune.train.config import Config, Data, Fit, Network, Prune, to_json
@@ -142,11 +142,7 @@ def pruned_run(tmp_path_factory):
 
 @pytest.fixture
 def tiny(monkeypatch, pruned_run):
-    """As if the tiny network were shipped, and its frames a source of data."""
-    splits = tinyrun.job(pruned_run[0]).splits
-    monkeypatch.setattr(stages, "load_split", lambda _, name: getattr(splits, name))
-    monkeypatch.setattr(models, "build", lambda *args: tinyrun.Net())
-    monkeypatch.setattr(models, "init", lambda *args: tinyrun.variables())
+    tinyrun.ship(monkeypatch, tinyrun.job(pruned_run[0]).splits)
 
 
 @pytest.mark.parametrize("number", [1, 2])

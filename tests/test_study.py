@@ -6,24 +6,31 @@ import json
 
 import numpy as np
 import pytest
+import tinyrun
 
 from jaxprune import cli, train
 from jaxprune.base import ConfigError
 from jaxprune.train import study
 
-FIT = train.Fit(epochs=1, batch=4, ema=0.5)
+FIT = train.Fit(epochs=1, batch=8, ema=0.5)
 CONFIG = train.Config(
     name="tiny",
-    network=train.Network("unet", widths=(4, 4, 4, 4, 4)),
-    data=train.Data("synthetic", size=(16, 16), stored=(24, 24), counts=(8, 4, 4)),
+    data=train.Data("synthetic", size=tinyrun.SIZE),
     train=FIT,
     prune=train.Prune(
         multiple_of=1, min_channels=1, batches=1, statistics=1, lasso_epochs=0.5
     ),
     retrain=FIT,
     scratch=True,
-    evaluate=train.Evaluate(repeats=1, samples=1),
+    evaluate=train.Evaluate(repeats=0, samples=1),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """The dense network's programs are each run's: keep them."""
+    with tinyrun.compilations(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 def test_plans_differ_in_the_method_alone_and_train_as_long():
@@ -115,15 +122,17 @@ def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
         "import test_study\n\n\ndef get_config():\n    return test_study.CONFIG\n"
     )
     folder = tmp_path / "study"
+    tinyrun.ship(monkeypatch, tinyrun.job(tmp_path / "data").splits)
     command = ["compare", str(config), "--workdir", str(folder), "--budgets", "0.6"]
     assert cli.main([*command, "--methods", "l1,lasso"]) == 0
     rows = json.loads((folder / "comparison.json").read_text())["rows"]
     assert {r["method"] for r in rows} == {"dense", "l1", "lasso", "from scratch"}
     assert all(r["flops"] <= 0.6 for r in rows if r["method"] != "dense")
+    assert {r["ms"] for r in rows} == {None}  # evaluate.repeats = 0
     assert (folder / "comparison.md").read_text().count("\n") == 6
     assert (folder / "frontier.png").stat().st_size > 10_000
     one, other = (folder / f"{m}-0.6-seed0" for m in ("l1", "lasso"))
-    kept = "checkpoints/train/2/manifest.sha256.json"
+    kept = "checkpoints/train/3/manifest.sha256.json"
     assert (one / kept).read_bytes() == (other / kept).read_bytes()
     # What is there is not run again; one more method is.
     trained = []

@@ -10,13 +10,15 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import data
+from jaxprune import data, models
+from jaxprune.train import stages
 from jaxprune.train.config import Config, Data, Evaluate, Fit
 from jaxprune.train.loop import Job, Splits, train
 from jaxprune.train.progress import Progress
@@ -68,6 +70,16 @@ def variables() -> dict:
     """Initial variables, always the same ones."""
     net = Net()
     return net.init(jax.random.key(7), jnp.zeros((1, *SIZE, 3)), train=False)
+
+
+def ship(monkeypatch: Any, splits: Splits) -> None:
+    """As if the tiny network were shipped, and its frames a source of data."""
+    monkeypatch.setattr(
+        stages, "load_split", lambda _, name, **more: getattr(splits, name)
+    )
+    monkeypatch.setattr(models, "build", lambda *args: Net())
+    monkeypatch.setattr(models, "init", lambda *args: variables())
+    monkeypatch.setattr(models, "rebuild", lambda net, variables: net)
 
 
 @contextlib.contextmanager

@@ -194,18 +194,18 @@ def frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
     """A comparison's test mIoU against the FLOPs and the milliseconds that stay.
 
     rows: as of comparison.json. A line a method, with bars of its deviation over seeds.
+    Milliseconds are left out where none were measured.
     """
-    figure, axes = _figure(6.4, 2)
+    timed = any(r["ms"] is not None for r in rows)
+    figure, axes = _figure(6.4 if timed else 3.2, 2 if timed else 1)
     methods = list(dict.fromkeys(r["method"] for r in rows))
     dense = next((r for r in rows if r["method"] == "dense"), None)
     markers = "osD^vP*X<>"
-    for ax, field, label in (
-        (axes[0], "flops", "FLOPs that stay (%)"),
-        (axes[1], "ms", "milliseconds, one image"),
-    ):
+    fields = ("flops", "FLOPs that stay (%)"), ("ms", "milliseconds, one image")
+    for ax, (field, label) in zip(axes, fields):
         scale = 100 if field == "flops" else 1
         for i, method in enumerate(m for m in methods if m != "dense"):
-            mine = [r for r in rows if r["method"] == method]
+            mine = [r for r in rows if r["method"] == method and r[field] is not None]
             mine.sort(key=lambda r: r[field])
             ax.errorbar(
                 [scale * r[field] for r in mine],

@@ -199,7 +199,8 @@ def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row[f"{split}_deviation"] = (
                 statistics.stdev(scores) if len(scores) > 1 else None
             )
-        row["ms"] = statistics.fmean(n["latency_ms"]["1"] for n in unique)
+        ms = [n["latency_ms"]["1"] for n in unique if n["latency_ms"]["1"] is not None]
+        row["ms"] = statistics.fmean(ms) if ms else None
         row["epochs"] = statistics.fmean(n["epochs"] for n in unique)
         rows.append(row)
     return sorted(rows, key=lambda r: (-r["budget"], -r["val"]))
@@ -227,7 +228,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['params']:.1%}",
             score(row, "val"),
             score(row, "test"),
-            f"{row['ms']:.1f}",
+            "" if row["ms"] is None else f"{row['ms']:.1f}",
             f"{row['epochs']:g}",
         ]
         if zeros:
