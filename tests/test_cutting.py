@@ -212,9 +212,19 @@ def test_what_is_cut_on_the_way_changes_nothing(tmp_path, monkeypatch, capsys):
 
 FORMS = {
     "lasso": {"optimizer": "adam", "metric": "optimizer", "repriced": True},
-    "gates": {"method": "gates", "accelerated": True, "gates_lr": 0.02},
+    "gates": {
+        "method": "gates",
+        "accelerated": True,
+        "gates_lr": 0.02,
+        "lasso_epochs": 3.0,
+    },
 }
-STEERED = {"target": 0.5, "strength": 1e3, "cuts_in_training": 2}
+STEERED = {
+    "target": 0.5,
+    "strength": 1e3,
+    "lasso_epochs": 2.0,
+    "cuts_in_training": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +233,13 @@ def whole(tmp_path_factory):
     found = {}
     for name, fields in FORMS.items():
         folder = tmp_path_factory.mktemp(name)
-        found[name] = folder, sparsified(folder, **STEERED, **fields)[1]
+        found[name] = folder, sparsified(folder, **{**STEERED, **fields})[1]
     return found
 
 
 @pytest.mark.parametrize(
     ("form", "killed"),
-    [("lasso", 4), ("lasso", "cut"), ("lasso", "begin"), ("gates", 7)],
+    [("lasso", 4), ("lasso", "cut"), ("lasso", "begin"), ("gates", 10)],
 )
 def test_killed_anywhere_it_goes_on_to_the_same(
     whole, tmp_path, monkeypatch, form, killed

@@ -87,7 +87,7 @@ def compilations(folder: Path) -> Iterator[None]:
     """Compiled programs are kept in a folder meanwhile."""
     values = {
         "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_compile_time_secs": 0.02,
     }
     before = {name: getattr(jax.config, name) for name in values}
     for name, value in values.items():
