@@ -125,10 +125,7 @@ def factorize(
     """
     _check(method, ratio, budget, batches, multiple_of)
     _check_tree(graph, variables, method)
-    readings = _readings(apply, variables, inputs, kwargs, only)
-    readings = {
-        p: r for p, r in readings.items() if factors.full_rank(method, r.kernel.shape)
-    }
+    readings = _readings(method, apply, variables, inputs, kwargs, only)
     seen_by = None
     if method in _SEEING and readings:
         seen_by = responses.sampler(
@@ -166,6 +163,26 @@ def factorize(
     full = {p: factors.full_rank(method, r.kernel.shape) for p, r in readings.items()}
     of = {path_str(p): Chain(r, full[p], p in relu) for p, r in chosen.items()}
     return Factorized(factorized(apply), thin, of)
+
+
+def check_reachable(
+    apply: Apply,
+    graph: Graph,
+    variables: PyTree,
+    *inputs: Any,
+    method: Method,
+    budget: Budget,
+    multiple_of: int = 1,
+    **kwargs: Any,
+) -> None:
+    """Raises BudgetError, telling the least, where `factorize` would; of shapes alone.
+
+    variables, inputs: arrays or jax.ShapeDtypeStruct.
+    """
+    kind = str(budget.kind)
+    found = _readings(method, apply, variables, inputs, kwargs, ("*",))
+    table = {p: ranks.priced(method, r, kind, multiple_of) for p, r in found.items()}
+    ranks.check(graph, table, method, budget)
 
 
 def _table(
@@ -231,13 +248,17 @@ def _fitted(
 
 
 def _readings(
+    method: str,
     apply: Apply,
     variables: PyTree,
     inputs: Sequence[Any],
     kwargs: Mapping[str, Any],
     only: Sequence[str],
 ) -> dict[Path, Reading]:
-    """Kernels of these names that one plain product reads, without their numbers."""
+    """Kernels for the method, of these names, that one plain product reads.
+
+    Without their numbers.
+    """
     found: dict[Path, list[Reading]] = {}
 
     def look(reading: Reading) -> None:
@@ -253,6 +274,7 @@ def _readings(
         for path, readings in found.items()
         if len(readings) == 1
         and is_plain(readings[0])
+        and factors.full_rank(method, readings[0].kernel.shape)
         and any(fnmatch.fnmatchcase(path_str(path), pattern) for pattern in only)
     }
 

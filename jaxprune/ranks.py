@@ -44,7 +44,24 @@ def choices(
     kind: 'flops' for the inputs of the reading, or 'params' that are trained. spectrum:
     of what the kernel answers; None: of the kernel itself.
     """
-    shape = tuple(kernel.shape)
+    whole, *thinner = priced(method, reading, kind, multiple_of)
+    shape, kept = tuple(kernel.shape), [c.rank for c in thinner]
+    energy = np.ones(len(kept))
+    if method not in _EVENLY and kept:
+        own = factors.spectrum(method, kernel) if spectrum is None else spectrum
+        energy = energies(own, kept)
+        if method == "asymmetric3d":
+            inner = [factors.inner_rank(shape, r) for r in kept]
+            energy = energy * energies(factors.spectrum(method, kernel), inner)
+    of_ranks = zip(thinner, energy, strict=True)
+    return [whole, *(c._replace(energy=float(e)) for c, e in of_ranks)]
+
+
+def priced(
+    method: str, reading: Reading, kind: str, multiple_of: int = 1
+) -> list[Choice]:
+    """The same from shapes alone, as if all energy stayed."""
+    shape = tuple(reading.kernel.shape)
     images, axes = _axes(reading)
 
     def costs(parts: Sequence[tuple[int, ...]]) -> int:
@@ -55,18 +72,8 @@ def choices(
 
     whole = Choice(0, costs([shape]), 1.0)
     found = range(multiple_of, factors.full_rank(method, shape), multiple_of)
-    priced = [(r, costs(factors.shapes(method, shape, r))) for r in found]
-    priced = [(r, price) for r, price in priced if price < whole.cost]
-    kept = [r for r, _ in priced]
-    energy = np.ones(len(kept))
-    if method not in _EVENLY and kept:
-        own = factors.spectrum(method, kernel) if spectrum is None else spectrum
-        energy = energies(own, kept)
-        if method == "asymmetric3d":
-            inner = [factors.inner_rank(shape, r) for r in kept]
-            energy = energy * energies(factors.spectrum(method, kernel), inner)
-    of_ranks = zip(priced, energy, strict=True)
-    return [whole, *(Choice(r, price, float(e)) for (r, price), e in of_ranks)]
+    thinner = [Choice(r, costs(factors.shapes(method, shape, r)), 1.0) for r in found]
+    return [whole, *(c for c in thinner if c.cost < whole.cost)]
 
 
 def _axes(reading: Reading) -> tuple[int, list[factors.Axis]]:
@@ -101,19 +108,31 @@ def together(
     graph: Graph, table: Mapping[Path, Sequence[Choice]], method: str, budget: Budget
 ) -> dict[Path, Choice]:
     """Ranks within a budget of the whole network; BudgetError where none are."""
-    rows = list(table.values())
+    limit = check(graph, table, method, budget)
+    select = evenly if method in _EVENLY else greedily
+    found = select(list(table.values()), limit)
+    return dict(zip(table, found or (), strict=True))
+
+
+def check(
+    graph: Graph, table: Mapping[Path, Sequence[Choice]], method: str, budget: Budget
+) -> float:
+    """What the kernels of the table may cost together; BudgetError if it is too little.
+
+    The rest of the network is as it was.
+    """
+    rows = table.values()
     whole = getattr(cost(graph), str(budget.kind))
     rest = whole - sum(row[0].cost for row in rows)
-    select = evenly if method in _EVENLY else greedily
-    found = select(rows, whole * budget.ratio - rest)
-    if found is None:
+    limit = whole * budget.ratio - rest
+    if not _fits([cheapest(row) for row in rows], limit):
         least = rest + sum(cheapest(row).cost for row in rows)
         raise BudgetError(
             f"factorize: {budget.kind}({budget.ratio}) is out of reach of {method!r}; "
             "take more kernels (only) or finer ranks (multiple_of): of these, the "
             f"lowest ranks leave {rounded_up(least / whole)}"
         )
-    return dict(zip(table, found, strict=True))
+    return limit
 
 
 def evenly(table: Sequence[Sequence[Choice]], limit: float) -> list[Choice] | None:

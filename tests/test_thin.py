@@ -4,13 +4,14 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tinyrun
 
 import jaxprune as jp
-from jaxprune import report
-from jaxprune.base import ConfigError
+from jaxprune import models, report
+from jaxprune.base import BudgetError, ConfigError
 from jaxprune.train import config as configs
 from jaxprune.train import run, stages, study
 from jaxprune.train.config import Config, Data, Evaluate, Fit, Network, Prune
@@ -76,6 +77,31 @@ def test_what_low_rank_does_not_do_is_refused():
             check(**fields)
     with pytest.raises(ConfigError, match="scratch"):
         configs.check(dataclasses.replace(CONFIG, scratch=True))
+
+
+@pytest.mark.parametrize("method", ["svd", "predicted", "asymmetric3d"])
+def test_ranks_out_of_reach_are_told_before_any_work(tmp_path, monkeypatch, method):
+    """With the same least that `factorize` tells."""
+    prune = dataclasses.replace(CONFIG.prune, method=method, ratio=0.01)
+    config = dataclasses.replace(CONFIG, prune=prune)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(BudgetError, match=f"out of reach of '{method}'") as early:
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    least = float(str(early.value).split()[-1])
+    net = models.build("segnet_basic", stages.network_args(config, 11))
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    variables = models.init(net, jax.random.key(0), (16, 16))
+    graph = jp.trace(net.apply, variables, images, train=False)
+    more = {"method": method, "batches": [images], "train": False}
+    found = jp.factorize(
+        net.apply, graph, variables, images, budget=jp.flops(least), **more
+    )
+    assert min(c.rank for c in found.chains.values()) == 1
+    with pytest.raises(BudgetError, match=f"leave {least:.4f}"):
+        jp.factorize(
+            net.apply, graph, variables, images, budget=jp.flops(least - 1e-4), **more
+        )
 
 
 def test_a_comparison_trains_it_as_long_as_the_others():

@@ -57,11 +57,11 @@ class Cut(NamedTuple):
 def check_reachable(prune: Prune, graph: Graph) -> None:
     """Raise BudgetError, telling the least, where no keep of the dense graph meets it.
 
-    Nor the target of the training under a penalty. Milliseconds, ranks and zeros among
-    the weights are told of when they are counted.
+    Nor the target of the training under a penalty. Milliseconds, and zeros among the
+    weights, are told of when they are counted.
     """
     free = prune.method == "path" and prune.choose != "budget"
-    if free or prune.irregular or prune.low_rank or prune.budget == "latency":
+    if free or prune.irregular or prune.budget == "latency":
         return
     budget = Budget(prune.budget, prune.ratio)
     check_budget(graph, budget, prune.multiple_of, prune.min_channels)

@@ -122,9 +122,12 @@ def check_budgets(configs: Sequence[Config], classes: int) -> None:
     """
     first = configs[0]
     net = models.build(first.network.name, network_args(first, classes))
-    graph = _traced(net, first)
+    graph, variables = _traced(net, first)
     for config in configs:
-        cut.check_reachable(config.prune, graph)
+        if config.prune.low_rank:
+            thin.check_budget(config, net.apply, graph, variables)
+        else:
+            cut.check_reachable(config.prune, graph)
 
 
 def pruned_epochs(config: Config) -> float:
@@ -190,15 +193,16 @@ def read_graph(net: Any, config: Config, workdir: Path) -> Graph:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it, and it is traced again"
             ) from error
-    graph = _traced(net, config)
+    graph, _ = _traced(net, config)
     folder.write_text(path, graph_to_json(graph))
     return graph
 
 
-def _traced(net: Any, config: Config) -> Graph:
+def _traced(net: Any, config: Config) -> tuple[Graph, PyTree]:
+    """(graph, the variables' shapes) of the dense network."""
     images = jax.ShapeDtypeStruct((1, *config.data.size, 3), jax.numpy.float32)
     variables = jax.eval_shape(net.init, jax.random.key(0), images)
-    return trace(net.apply, variables, images, train=False)
+    return trace(net.apply, variables, images, train=False), variables
 
 
 def _from_scratch(job: Job, net: Any, epochs: float, progress: Progress) -> PyTree:

@@ -10,20 +10,45 @@ import jax
 import numpy as np
 
 from jaxprune import checkpoint
-from jaxprune.base import Graph, PyTree, path_str
+from jaxprune.base import Apply, Graph, PyTree, path_str
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
-from jaxprune.lowrank import Factorized, factorize
+from jaxprune.lowrank import Factorized, check_reachable, factorize
 from jaxprune.pruned import Pruned
 from jaxprune.select import alignment
 from jaxprune.trace import trace
 from jaxprune.train import choose, cut
 from jaxprune.train import step as steps
+from jaxprune.train.config import Config, Prune
 from jaxprune.train.folder import write_json
 from jaxprune.train.loop import Job
 from jaxprune.train.progress import Progress
 
 _FILE = "prune.json"
+
+
+def check_budget(config: Config, apply: Apply, graph: Graph, variables: PyTree) -> None:
+    """Raise BudgetError, telling the least, where no ranks of the method meet it.
+
+    variables: of the dense network; their shapes count.
+    """
+    check_reachable(
+        apply, graph, variables, _images(config), train=False, **_asked(config.prune)
+    )
+
+
+def _images(config: Config) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *config.data.size, 3), np.float32)
+
+
+def _asked(prune: Prune) -> dict[str, Any]:
+    """What of `factorize` the config says."""
+    auto = prune.multiple_of == "auto"
+    return {
+        "method": prune.method,
+        "budget": Budget(prune.budget, prune.ratio),  # type: ignore[arg-type]
+        "multiple_of": alignment() if auto else prune.multiple_of,
+    }
 
 
 def thin_stage(
@@ -45,20 +70,17 @@ def thin_stage(
 
 def _thinned(job: Job, graph: Graph, variables: PyTree, progress: Progress) -> Pruned:
     config, prune = job.config, job.config.prune
-    images = jax.ShapeDtypeStruct((1, *config.data.size, 3), np.float32)
-    multiple = alignment() if prune.multiple_of == "auto" else prune.multiple_of
+    images = _images(config)
     seen = [steps.scaled(b["image"]) for b in choose.estimates(job, prune.batches)]
     found = factorize(
         job.apply,
         graph,
         variables,
         images,
-        method=prune.method,  # type: ignore[arg-type]
-        budget=Budget(prune.budget, prune.ratio),  # type: ignore[arg-type]
         batches=seen,
-        multiple_of=multiple,
         seed=config.seed,
         train=False,
+        **_asked(prune),
     )
     here = dataclasses.replace(job, apply=found.apply)
     small = cut.restated(here, found.variables)
