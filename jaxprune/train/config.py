@@ -410,7 +410,8 @@ def _check_prune(prune: Prune) -> None:
 
 def _penalty_rules(prune: Prune) -> list[tuple[str, bool, str]]:
     """What other methods would pass over is refused."""
-    off, own = "where the method is not", "where it is neither 'lasso' nor 'gates'"
+    off = "where the method is not"
+    own = "where the method is neither 'lasso' nor 'gates'"
     lasso, gates = prune.method == "lasso", prune.method == "gates"
     return [
         ("metric", lasso or prune.metric == "plain", f"'plain' {off} 'lasso'"),
