@@ -2,6 +2,7 @@
 """The criteria that measure: from weights, gradients, or nothing at all."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -174,24 +175,14 @@ def taylor(
     if power not in (1, 2):
         raise ConfigError(f"taylor(power={power!r}): power is 1 or 2")
 
-    def init(graph: Graph, variables: PyTree) -> PyTree:
-        del variables
-        return jnp.zeros(()), {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
-
-    def update(scores: Scores, state: PyTree, evidence: Evidence):
+    def change(scores: Scores, evidence: Evidence) -> Scores:
         del scores
         loss, batch = needed(evidence, "taylor")
         products = _gradient_times_weight(loss, evidence.variables, batch)
         sums = trees.channel_sum(evidence.graph, products, roles=roles)
-        new = {n: jnp.abs(s) ** power for n, s in sums.items()}
-        if not mean:
-            return new, state
-        count, average = state
-        count = count + 1
-        average = {n: a + (new[n] - a) / count for n, a in average.items()}
-        return average, (count, average)
+        return {n: jnp.abs(s) ** power for n, s in sums.items()}
 
-    return Criterion(init, update)
+    return _averaged(change) if mean else stateless(change)
 
 
 def fisher(*, roles: tuple[Role, ...] = ("out", "in")) -> Criterion:
@@ -303,11 +294,7 @@ def measured(at_once: int = 1) -> Criterion:
     if at_once < 1:
         raise ConfigError(f"measured(at_once={at_once!r}): at least 1")
 
-    def init(graph: Graph, variables: PyTree) -> PyTree:
-        del variables
-        return jnp.zeros(()), {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
-
-    def update(scores: Scores, state: PyTree, evidence: Evidence):
+    def rises_of(scores: Scores, evidence: Evidence) -> Scores:
         del scores
         loss, batch = needed(evidence, "measured")
         graph, variables = evidence.graph, evidence.variables
@@ -322,7 +309,20 @@ def measured(at_once: int = 1) -> Criterion:
 
         rises = jax.lax.map(rise, jnp.arange(graph.channels), batch_size=at_once)
         ends = np.cumsum([g.size for g in graph.groups.values()])
-        new = dict(zip(graph.groups, jnp.split(rises, ends[:-1])))
+        return dict(zip(graph.groups, jnp.split(rises, ends[:-1])))
+
+    return _averaged(rises_of)
+
+
+def _averaged(measure: Callable[[Scores, Evidence], Scores]) -> Criterion:
+    """The mean of a measure over the batches so far."""
+
+    def init(graph: Graph, variables: PyTree) -> PyTree:
+        del variables
+        return jnp.zeros(()), {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        new = measure(scores, evidence)
         count, average = state
         count = count + 1
         average = {n: a + (new[n] - a) / count for n, a in average.items()}
