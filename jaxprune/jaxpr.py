@@ -106,6 +106,20 @@ def fitted(
     return sharding.update(spec=jax.sharding.PartitionSpec(*parts))
 
 
+def laid_like(x: Any, y: Any, whole: Sequence[int]) -> Any:
+    """x as y lies over a mesh whose axes are part of its type, split along no `whole`.
+
+    x has y's shape but for the axes that are whole.
+    """
+    sharding = explicit_sharding(y)
+    if sharding is None:
+        return x
+    parts = [None if a in whole else part for a, part in enumerate(sharding.spec)]
+    mesh = sharding.mesh if isinstance(y, jax.core.Tracer) else y.sharding.mesh
+    spec = jax.sharding.PartitionSpec(*parts)
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
+
+
 def vary(x: Any, axes: frozenset[str]) -> Any:
     """The array as one that may differ along these axes of the mesh."""
     more = tuple(sorted(axes - varying(x)))

@@ -154,7 +154,11 @@ class Labels:
         return _noted(self.constants, self.fresh(length))
 
     def unify(self, a: Axis, b: Axis, cause: object) -> Axis:
-        """Tie two axes of one length, index by index; the labels of the tied axis."""
+        """Tie two axes of one length, index by index; the older labels.
+
+        Those of variables come first: a reshape asks whether it has any, and `slim`
+        which of them a keep cut.
+        """
         if a is None or b is None:
             self.freeze(a, cause)
             self.freeze(b, cause)
@@ -165,7 +169,7 @@ class Labels:
             if not loose.all():
                 self.freeze(a[~loose], cause)
                 self.freeze(b[~loose], cause)
-        return a
+        return b if len(b) and b[0] < a[0] else a
 
     def unify_all(self, axes: Sequence[Axis], cause: object) -> Axis:
         """Tie axes of one length, index by index."""

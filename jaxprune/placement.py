@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxprune import jaxpr as jx
+
 # Bytes that are cut at a time.
 _BLOCK = 2**21
 # Numbers that are summed at a time: they stay in a core's cache.
@@ -25,18 +27,24 @@ def on_cpu(x: Any) -> bool:
     if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
         return False
     (device, *others) = x.devices()
-    return device.platform == "cpu" and not others and not x.weak_type
+    here = device.platform == "cpu" and not others and x.is_fully_addressable
+    return here and jx.is_array(x) and not x.weak_type
 
 
 def on_host(tree: Any) -> Any:
     """The tree with NumPy arrays that share a CPU's memory; None if one lies elsewhere.
 
-    Of arrays that JAX knows, in the types that it knows them by.
+    Of arrays that JAX knows, in the types that it knows them by; zeros for keys.
     """
     leaves, treedef = jax.tree.flatten(tree)
+    leaves = [np.zeros(x.shape) if _is_key(x) else x for x in leaves]
     if not all(is_numpy(x) or on_cpu(x) for x in leaves):
         return None
     return jax.tree.unflatten(treedef, [np.asarray(x) for x in leaves])
+
+
+def _is_key(x: Any) -> bool:
+    return hasattr(x, "dtype") and not jx.is_array(x)
 
 
 def power_sums(x: np.ndarray, axis: int, power: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import jaxpr as jx
 from jaxprune.base import Graph, Group, Keep, Leaf, Path, PyTree, Scores
 from jaxprune.keeps import check_keep
 from jaxprune.matching import (
@@ -89,6 +90,7 @@ def shrink(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
         small = x
         for axis, indices in enumerate(kept):
             if indices is not None:
+                small = jx.laid_like(small, small, (axis,))
                 small = jnp.take(small, indices, axis=axis)
         return placed_like(x, small)
 
@@ -111,7 +113,8 @@ def expand(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
             *(np.arange(n) if k is None else k for n, k in zip(leaf.shape, kept))
         )
         if not is_numpy(x):
-            return placed_like(x, jnp.zeros(leaf.shape, x.dtype).at[where].set(x))
+            whole = jx.laid_like(x, x, range(x.ndim))
+            return placed_like(x, jnp.zeros(leaf.shape, x.dtype).at[where].set(whole))
         dense = np.zeros(leaf.shape, x.dtype)
         dense[where] = x
         return dense

@@ -94,7 +94,8 @@ class Cut:
     """One equation to run: small operands `args`, and the indices that are kept.
 
     kept(value) gives, per axis, the int indices that stay, or None for all of them.
-    frame: the run that it is part of; None once taken out of it, by `parts`.
+    frame: the run that it is part of; None once taken out of it, by `parts`. at: the
+    axes of the one output of which what removed indices hold is asked.
     """
 
     node: Node
@@ -102,6 +103,7 @@ class Cut:
     kept: Callable[[Value], Kept]
     rules: Mapping[str, Rule]
     frame: Frame | None = None
+    at: Axes = ()
 
     @property
     def eqn(self) -> jx.Eqn:
@@ -114,11 +116,10 @@ class Cut:
         return self.kept(self.node.outs[i])
 
     def shape_out(self, i: int = 0) -> tuple[int, ...]:
-        """The i-th output's shape once cut."""
+        """The i-th output's shape once cut, 1 along the axes `at`."""
         dense = self.eqn.outvars[i].aval.shape
-        return tuple(
-            n if k is None else len(k) for n, k in zip(dense, self.kept_out(i))
-        )
+        small = [n if k is None else len(k) for n, k in zip(dense, self.kept_out(i))]
+        return tuple(1 if a in self.at else n for a, n in enumerate(small))
 
     def at_removed(self, i: int, axes: Axes) -> Any:
         """Operand i at the removed indices of even axes: of length 1 along them."""
@@ -212,6 +213,7 @@ class Frame:
 
     def at_removed(self, atom: Any, value: Value, axes: Axes) -> Any:
         """What the masked network holds at the removed indices of even axes."""
+        axes = tuple(sorted(axes))  # `run_in_place` knows choices of axes by this order
         if (atom, axes) not in self.removed:
             self.removed[atom, axes] = self._at_removed(atom, value, axes)
         return self.removed[atom, axes]
@@ -221,7 +223,7 @@ class Frame:
         if number is not None:
             x = self.read(atom, value)
             shape = [1 if a in axes else n for a, n in enumerate(np.shape(x))]
-            return jax.lax.full_like(x, number, shape=shape)
+            return jx.laid_like(jax.lax.full_like(x, number, shape=shape), x, axes)
         node = self._makers[atom]
         if (inner := self.inner.get(id(node))) is not None:
             i = node.eqn.outvars.index(atom)
@@ -231,7 +233,7 @@ class Frame:
         at_removed = self.rules[node.eqn.primitive.name].at_removed
         if at_removed is None:
             raise GraphError(f"the rule of {jx.Site(node.eqn)} lacks `at_removed`")
-        return at_removed(self.cut(node), axes)
+        return at_removed(dataclasses.replace(self.cut(node), at=axes), axes)
 
     @functools.cached_property
     def _makers(self) -> dict[Any, Node]:

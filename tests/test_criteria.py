@@ -116,6 +116,13 @@ def test_numpy_scores_as_compiled_ones_do(p, by):
     assert not chain(magnitude(), ema(0.9)).numpy
 
 
+def test_magnitude_beside_a_key_of_random_numbers():
+    """As the states of nnx hold one; it is no number, and no array of NumPy's."""
+    beside = {**VARIABLES, "rngs": {"key": jax.random.key(0)}}
+    scores = score(magnitude(), GRAPH, beside)
+    chex.assert_trees_all_equal(scores, score(magnitude(), GRAPH, VARIABLES))
+
+
 def test_magnitude_of_params_alone_and_of_bfloat16():
     whole = score(magnitude(), GRAPH, VARIABLES)
     chex.assert_trees_all_equal(whole, score(magnitude(), GRAPH, VARIABLES["params"]))

@@ -110,6 +110,15 @@ PROGRAMS = {
     "bfloat16 inf": lambda h, x: (
         h.astype(jnp.bfloat16) * jnp.array([1, jnp.inf, 1, 1, 1, 1], jnp.bfloat16)
     ),
+    "inf over devices": lambda h, x: (
+        h
+        * jax.shard_map(
+            lambda h: lax.psum(1 / h, "d"),
+            mesh=jax.make_mesh((1,), ("d",)),
+            in_specs=jax.P(),
+            out_specs=jax.P(),
+        )(h)
+    ),
     "log2 rounded": lambda h, x: h + total(jnp.floor(jnp.log2(h + 8)) - 3),
     "exp2 rounded": lambda h, x: h + total(jnp.floor(jnp.exp2(h + 3)) - 8),
     "jacobian": lambda h, x: jnp.einsum(

@@ -113,6 +113,7 @@ print(json.dumps(found))
 
 
 LAID = """
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +129,8 @@ keep = {"a": np.arange(8) < 5}  # which no longer divides among the devices
 
 
 def apply(v, x, lay=lambda y: y):
-    return jax.nn.relu(lay(x @ v["a"])) @ v["b"]
+    h = lay(x @ v["a"])
+    return (jax.nn.relu(h) + jax.nn.softmax(h)) @ v["b"]
 
 
 def numbers(f, x):
@@ -158,6 +160,13 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             plain = jp.slim(apply, graph, keep)
             assert jax.typeof(plain(small, spread)).sharding.spec == P("all", None)
             given.append(numbers(plain, spread))
+            cuts = {"a": P(None, "all"), "b": P("all", None)}
+            for n, spec in cuts.items():
+                cuts[n] = jax.device_put(variables[n], NamedSharding(mesh, spec))
+            cut = jp.shrink(graph, keep, cuts)
+            chex.assert_trees_all_equal(*jax.device_get((cut, small)))
+            back = jp.expand(graph, keep, cut), jp.mask(graph, keep, cuts)
+            chex.assert_trees_all_equal(*jax.device_get(back))
         for found in given:
             errors = jax.tree.map(lambda a, b: np.abs(a - b).max(), found, wanted)
             worst = max(worst, *jax.tree.leaves(errors))

@@ -229,3 +229,51 @@ def test_an_inexact_cut_leaves_other_groups_exact() -> None:
             got = jp.slim(apply, graph, cut)(small, x, train=True)
             want = apply(jp.mask(graph, cut, variables), x, train=True)
             assert np.allclose(got, want, rtol=1e-3) == cut["a"].all()
+
+
+def test_axes_removed_together_are_asked_across_a_call_in_any_order() -> None:
+    """Turned inside a jitted function, they come in another order than outside."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 8), "b": (8, 6), "c": (6, 2)}
+    variables = {n: jnp.asarray(rng.normal(size=s)) for n, s in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(4, 3)))
+
+    def apply(v: Any, x: Any) -> Any:
+        shifted = jnp.exp(v["b"] + 0.3)  # 0.3 at removed rows, and at removed columns
+        total = jax.jit(lambda w: w.T.sum())(shifted)
+        return jnp.tanh(jnp.tanh(x @ v["a"]) @ v["b"]) @ v["c"] + total / 9
+
+    graph = jp.trace(apply, variables, x)
+    assert {g.size for g in graph.groups.values()} == {8, 6}
+    keep = {n: np.arange(g.size) % 3 > 0 for n, g in graph.groups.items()}
+    assert jp.verify(apply, graph, keep, variables, x) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda x: np.linspace(1, 2, 12) * x,
+        lambda x: jnp.broadcast_to(jnp.arange(4.0)[:, None], x.shape) * x,
+        lambda x: jnp.where(
+            jax.random.bernoulli(jax.random.key(0), 0.5, (4, 12)), x, 0
+        ),
+    ],
+)
+def test_where_channels_were_split_is_seen_behind_what_no_variable_made(
+    first: Any,
+) -> None:
+    """The four in each group cannot go: that is known of the groups' kernel alone."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 12), "c": (12, 2)}
+    variables = {n: jnp.asarray(rng.normal(size=s)) for n, s in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(4, 3)))
+
+    def apply(v: Any, x: Any) -> Any:
+        h = first(x @ v["a"]).reshape(4, 3, 4)
+        return jnp.cumsum(h, -1).reshape(4, 12) @ v["c"]
+
+    graph = jp.trace(apply, variables, x)
+    ((name, group),) = graph.groups.items()
+    assert group.size == 3
+    keep = {name: np.array([True, False, True])}
+    assert jp.verify(apply, graph, keep, variables, x) < 1e-5

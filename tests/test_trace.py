@@ -183,6 +183,15 @@ EXACT = {
     "through a call": lambda x: (
         x * jax.jit(jnp.cos)(jax.jit(jnp.subtract)(x, x.mean(-1)[:, None])).mean()
     ),
+    "around means of groups": lambda x: (
+        x - jnp.repeat(jnp.cos(jnp.exp(x / 9)).reshape(4, 3, 2).mean(-1), 2, -1)
+    ),
+    "beside what stays": lambda x: (
+        x * jnp.concatenate([jnp.exp(x / 9) + x[:, :1], x[:, :1]], -1).var(-1)[:, None]
+    ),
+    "under another": lambda x: (
+        x * jnp.concatenate([jnp.exp(x / 9), jnp.cos(x + 1)]).var(-1)[:4, None]
+    ),
     "log of a softmax": lambda x: x * jax.nn.log_softmax(x).sum(-1, keepdims=True) / 9,
     "unsigned": lambda x: _of_unsigned(x),
     "integer division": lambda x: (

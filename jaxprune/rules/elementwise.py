@@ -341,7 +341,8 @@ def _fold(eqn: jx.Eqn, arrays: Sequence[np.ndarray]) -> np.ndarray | None:
     name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
     if name == "select_n":
         which, *cases = np.broadcast_arrays(arrays[0].astype(int), *arrays[1:])
-        return np.choose(which, cases).astype(dtype) if len(cases) < 32 else None
+        few = len(cases) < 32  # or NumPy gives up
+        return np.choose(which, cases, mode="clip").astype(dtype) if few else None
     if name in _SAME:
         return arrays[0].astype(dtype)
     with np.errstate(all="ignore"):

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxprune import jaxpr as jx
-from jaxprune.labels import Value, fixed
+from jaxprune.labels import Value, fixed, unknown
 from jaxprune.walk import Context, Cut, Rule, rebind
 
 
@@ -79,7 +79,7 @@ def _exchange(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value
     keeps = eqn.primitive.name in ("pmax", "pmin", "pvary")
     outs = []
     for value in ins:
-        fill = tuple(f if keeps or f == 0 else None for f in value.held())
+        fill = tuple(f if keeps or f == 0 else unknown(f) for f in value.held())
         leaf = value.leaf if eqn.primitive.name == "pvary" else None
         outs.append(Value(value.labels, fill, value.const if keeps else None, leaf))
     return outs

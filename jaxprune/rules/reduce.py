@@ -98,6 +98,7 @@ def _refilled(cut: Cut, along: Axes, lack: dict[int, int]) -> Any:
     (axis, times), *others = lack.items()
     stays = _refilled(cut, along, dict(others))
     one = _refilled(cut, (*along, axis), dict(others))
+    stays = jx.laid_like(stays, stays, (axis,))
     return lax.concatenate([stays, *[one] * times], axis)
 
 

@@ -47,8 +47,8 @@ def _broadcast_at_removed(cut: Cut, axes: Axes) -> Any:
     for axis, to in enumerate(cut.eqn.params["broadcast_dimensions"]):
         if to in axes and cut.eqn.invars[0].aval.shape[axis] == new[to]:
             mine.append(axis)
-    shape = tuple(1 if a in axes else n for a, n in enumerate(cut.shape_out()))
-    return cut.bind(cut.at_removed(0, tuple(mine)), *cut.args[1:], shape=shape)[0]
+    x = cut.at_removed(0, tuple(mine))
+    return cut.bind(x, *cut.args[1:], shape=cut.shape_out())[0]
 
 
 def _fold_broadcast(eqn: jx.Eqn, arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -132,20 +132,33 @@ def _concatenate(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Va
     of_variables = all(v.leaf not in (None, FROM_INPUT) for v in ins)
     labels: list[Axis] = []
     fill: list[float | None] = []
+    even: list[bool] = []
     for axis in range(len(shape)):
         axes = [v.labels[axis] for v in ins]
-        known = {v.removed(axis) for v, a in zip(ins, axes) if a is not None}
+        loose = [v for v, a in zip(ins, axes) if a is not None]
+        known = {v.removed(axis) for v in loose}
         fill.append(known.pop() if len(known) == 1 else unknown(*known))
+        # Of several arrays end to end, each may hold its own.
+        one = axis != along or len(loose) == 1
+        even.append(one and all(v.is_even(axis) for v in loose))
         if axis == along:
             lengths = [atom.aval.shape[axis] for atom in eqn.invars]
             labels.append(joined(list(zip(axes, lengths))))
             continue
-        labels.append(context.labels.unify_all(axes, jx.Site(eqn)))
-        loose = tuple(axis for axis in axes if axis is not None)
-        if of_variables and len(loose) == len(axes):
-            context.labels.joint.append(loose)
+        tied = context.labels.unify_all(axes, jx.Site(eqn))
+        labels.append(tied)
+        if of_variables and tied is not None:
+            context.labels.joint.append((tied, *(a for a in axes if a is not None)))
     leaf = ins[0].leaf if of_variables else None
-    return [Value(tuple(labels), tuple(fill), leaf=leaf)]
+    return [Value(tuple(labels), tuple(fill), leaf=leaf, even=tuple(even))]
+
+
+def _concatenate_at_removed(cut: Cut, axes: Axes) -> Any:
+    """Along the axis that is joined, of the one array that loses indices."""
+    along, ins = cut.eqn.params["dimension"], cut.node.ins
+    read = [i for i, v in enumerate(ins) if v.labels[along] is not None]
+    read = read if along in axes else list(range(len(ins)))
+    return cut.bind(*(cut.at_removed(i, axes) for i in read))[0]
 
 
 def _stack(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
@@ -249,6 +262,7 @@ def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
         value, old = _permuted(value, order), [old[a] for a in order]
     labels: list[Axis] = [None] * len(new)
     fill: list[float | None] = [None] * len(new)
+    even = [False] * len(new)
     for olds, news in _blocks(old, new):
         loose = {i: a for i, a in enumerate(olds) if value.labels[a] is not None}
         if loose:
@@ -256,7 +270,10 @@ def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
             sizes = [old[a] for a in olds], [new[a] for a in news]
             read, made, line = _reshape_block(context.labels, eqn, lines, *sizes)
             labels[news[made]], fill[news[made]] = line, value.fill[olds[read]]
-    return [Value(tuple(labels), tuple(fill), None, value.leaf)]
+            # Beside other axes that merge, an index's copies hold what these have.
+            alone = order is None and len(olds) == 1
+            even[news[made]] = alone and value.is_even(olds[read])
+    return [Value(tuple(labels), tuple(fill), None, value.leaf, tuple(even))]
 
 
 def _number(eqn: jx.Eqn, value: Value) -> float | None:
@@ -332,6 +349,17 @@ def _rewrite_reshape(cut: Cut) -> list[Any]:
     return cut.bind(new_sizes=shape)
 
 
+def _reshape_at_removed(cut: Cut, axes: Axes) -> Any:
+    """Of an axis that is split, all parts hold the one number."""
+    dense = (v.aval.shape for v in (cut.eqn.invars[0], cut.eqn.outvars[0]))
+    blocks = [b for b in _blocks(*dense) if set(b[1]) & set(axes)]
+    parts = {a for _, news in blocks for a in news}
+    x = cut.at_removed(0, tuple(olds[0] for olds, _ in blocks))
+    shape = cut.shape_out()
+    x = jnp.reshape(x, [1 if a in parts else n for a, n in enumerate(shape)])
+    return jnp.broadcast_to(x, shape)
+
+
 def _source(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]:
     """Arrays made from nothing: any index may be left out."""
     for value in ins:
@@ -357,10 +385,12 @@ RULES = {
     "broadcast_in_dim": Rule(
         _broadcast, _rewrite_broadcast, _broadcast_at_removed, _fold_broadcast
     ),
-    "concatenate": Rule(_concatenate, rebind, fold=_fold_concatenate),
+    "concatenate": Rule(
+        _concatenate, rebind, _concatenate_at_removed, _fold_concatenate
+    ),
     "iota": Rule(_source, _rewrite_source, fold=_fold_iota),
     "pad": Rule(_pad, _rewrite_pad),
-    "reshape": Rule(_reshape, _rewrite_reshape, fold=_fold_reshape),
+    "reshape": Rule(_reshape, _rewrite_reshape, _reshape_at_removed, _fold_reshape),
     "rev": Rule(_reverse, rebind, fold=_fold_reverse),
     "stack": Rule(_stack, rebind),
     "squeeze": Rule(_squeeze, rebind, _squeeze_at_removed, _fold_reshape),
