@@ -102,7 +102,7 @@ def prune_weights(
         part = parts.get(key_path(keys))
         if part is None:
             return x
-        where = np.where if isinstance(x, np.ndarray) else jnp.where
+        where: Any = np.where if isinstance(x, np.ndarray) else jnp.where
         return where(part.reshape(x.shape), x, np.zeros((), x.dtype))
 
     return jax.tree_util.tree_map_with_path(cut, variables)
