@@ -140,6 +140,7 @@ def _add_run(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--workdir", metavar="DIR", help="where to work (runs/NAME-OF-CONFIG)"
     )
+    _add_distributed(verb)
     _add_settings(verb, "A.B=VALUE", "change a field of the config; repeatable")
 
 
@@ -157,6 +158,7 @@ def _add_compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--workdir", metavar="DIR", help="where to work (runs/NAME-OF-CONFIG-compare)"
     )
+    _add_distributed(verb)
     _add_settings(verb, "A.B=VALUE", "change a field of the config; repeatable")
 
 
@@ -239,6 +241,16 @@ def _add_report(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("folder", metavar="DIR", help="a work folder")
 
 
+def _add_distributed(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,N,I",
+        help="as process I of N; alone: as SLURM, a TPU pod or MPI says",
+    )
+
+
 def _add_settings(verb: argparse.ArgumentParser, form: str, text: str) -> None:
     verb.add_argument(
         "--set", dest="settings", action="append", default=[], metavar=form, help=text
@@ -249,9 +261,11 @@ def _run(args: argparse.Namespace) -> int:
     import jax
 
     from jaxprune import report
-    from jaxprune.train import config, run
+    from jaxprune.train import config, processes, run
 
     settings = config.load_config(args.config, args.settings)
+    if args.distributed:
+        processes.join(args.distributed)
     workdir = args.workdir or Path("runs") / Path(args.config).stem
     run(settings, workdir)
     if jax.process_index() == 0:
@@ -263,9 +277,11 @@ def _compare(args: argparse.Namespace) -> int:
     import jax
 
     from jaxprune import report
-    from jaxprune.train import config, study
+    from jaxprune.train import config, processes, study
 
     settings = config.load_config(args.config, args.settings)
+    if args.distributed:
+        processes.join(args.distributed)
     name = f"{Path(args.config).stem}-compare"
     workdir = Path(args.workdir or Path("runs") / name)
     budgets = [_ratio(text) for text in args.budgets.split(",")]

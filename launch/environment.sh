@@ -89,7 +89,7 @@ environment() {
         "$python" -m pip --version >/dev/null 2>&1 ||
             "$python" -m ensurepip >/dev/null 2>&1 || stop \
             "$venv has no pip; remove it and start anew"
-        "$python" -m pip install --quiet --editable "$root[$extra]" || stop \
+        "$python" -m pip install --quiet --editable "${root}[$extra]" || stop \
             "the installation failed; is the package index within reach?"
         printf '%s\n' "$state" >"$stamp"
     fi
