@@ -58,6 +58,20 @@ class CheckpointError(JaxpruneError, ValueError):
     """A checkpoint is missing, damaged, or belongs to something else."""
 
 
+class DiskError(JaxpruneError, OSError):
+    """The disk refuses a file: it is full, read-only or broken."""
+
+
+class PeerError(JaxpruneError, RuntimeError):
+    """Another process of the same run is lost."""
+
+
+class NonFinite(JaxpruneError, FloatingPointError):
+    """The loss or its gradient is not a number any more, at `step` of a training."""
+
+    step = 0
+
+
 def path_str(path: Path) -> str:
     """`('params', 'conv', 'kernel')` as `params/conv/kernel`."""
     return "/".join(path)

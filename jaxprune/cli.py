@@ -2,18 +2,19 @@
 """The command `jaxprune`: a verb each for what one does with a network.
 
 Each verb imports what it needs when it runs, so that `--help` is quick. Exit codes: 0
-done, 2 bad input (one line on stderr), 130 Ctrl-C, 143 SIGTERM (`run` can be resumed).
+done, 1 failed, 2 bad input (both with one line on stderr), 75 to be resumed by the same
+command, 130 Ctrl-C; docs/faults.md has them in a table.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from jaxprune import base
+from jaxprune import base, exits
 
-BAD_INPUT, INTERRUPTED = 2, 130
 # What only the extras of pyproject.toml install, by the name that it is imported by.
 EXTRAS = (
     "PIL",
@@ -23,6 +24,7 @@ EXTRAS = (
     "matplotlib",
     "rich",
     "safetensors",
+    "tensorboardX",
     "tensorflow_datasets",
 )
 
@@ -87,14 +89,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's); returns its exit code."""
     args = parser().parse_args(argv)
     try:
+        code = _ended(args)
+    except Exception:
+        if not _one_of_several():
+            raise
+        traceback.print_exc()
+        code = exits.FAILED
+    if code and _one_of_several():
+        # At its end JAX would wait for the others, and they for this one.
+        exits.at_once(code)
+    return code
+
+
+def _one_of_several() -> bool:
+    found = sys.modules.get("jaxprune.peers")
+    return found is not None and found.joined()
+
+
+def _ended(args: argparse.Namespace) -> int:
+    """The exit code; what a user can mend is told in one line."""
+    try:
         return args.verb(args)
     except base.JaxpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        return exits.code_of(error)
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         print(f"error: {named}{error.strerror or error}", file=sys.stderr)
-        return BAD_INPUT
+        return exits.code_of(error)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -104,10 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "pip install '.[all]' in the checkout",
             file=sys.stderr,
         )
-        return BAD_INPUT
+        return exits.BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return exits.INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -119,8 +141,8 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name, (short, more), function, add_arguments in (
-        ("run", RUN, _run, _add_run),
-        ("compare", COMPARE, _compare, _add_compare),
+        ("run", RUN, _resumable(_run), _add_run),
+        ("compare", COMPARE, _resumable(_compare), _add_compare),
         ("inspect", INSPECT, _inspect, _add_inspect),
         ("eval", EVAL, _eval, _add_eval),
         ("predict", PREDICT, _predict, _add_predict),
@@ -139,6 +161,16 @@ def _add_run(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("config", metavar="CONFIG", help="a file like those in configs/")
     verb.add_argument(
         "--workdir", metavar="DIR", help="where to work (runs/NAME-OF-CONFIG)"
+    )
+    verb.add_argument(
+        "--tensorboard", action="store_true", help="write DIR/tensorboard too"
+    )
+    verb.add_argument(
+        "--profile",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="trace N steps of each training into DIR/profile",
     )
     _add_distributed(verb)
     _add_settings(verb, "A.B=VALUE", "change a field of the config; repeatable")
@@ -249,6 +281,12 @@ def _add_distributed(verb: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT,N,I",
         help="as process I of N; alone: as SLURM, a TPU pod or MPI says",
     )
+    verb.add_argument(
+        "--wait",
+        type=float,
+        metavar="SECONDS",
+        help="how long other processes are waited for (600)",
+    )
 
 
 def _add_settings(verb: argparse.ArgumentParser, form: str, text: str) -> None:
@@ -257,17 +295,35 @@ def _add_settings(verb: argparse.ArgumentParser, form: str, text: str) -> None:
     )
 
 
+def _resumable(verb: Callable[[argparse.Namespace], int]) -> Any:
+    """A verb that one of several processes may run, and SIGTERM end resumably."""
+
+    def run(args: argparse.Namespace) -> int:
+        with exits.resumable():
+            from jaxprune import peers
+
+            with peers.patience(peers.WAIT if args.wait is None else args.wait):
+                try:
+                    return verb(args)
+                except SystemExit as stop:
+                    if stop.code == exits.RESUMABLE:
+                        print("stopped; the same command resumes", file=sys.stderr)
+                    raise
+
+    return run
+
+
 def _run(args: argparse.Namespace) -> int:
     import jax
 
-    from jaxprune import report
-    from jaxprune.train import config, processes, run
+    from jaxprune import peers, report
+    from jaxprune.train import config, run
 
     settings = config.load_config(args.config, args.settings)
     if args.distributed:
-        processes.join(args.distributed)
+        peers.join(args.distributed)
     workdir = args.workdir or Path("runs") / Path(args.config).stem
-    run(settings, workdir)
+    run(settings, workdir, tensorboard=args.tensorboard, profile=args.profile)
     if jax.process_index() == 0:
         print(f"report: {report.write(workdir)}")
     return 0
@@ -276,12 +332,12 @@ def _run(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     import jax
 
-    from jaxprune import report
-    from jaxprune.train import config, processes, study
+    from jaxprune import peers, report
+    from jaxprune.train import config, study
 
     settings = config.load_config(args.config, args.settings)
     if args.distributed:
-        processes.join(args.distributed)
+        peers.join(args.distributed)
     name = f"{Path(args.config).stem}-compare"
     workdir = Path(args.workdir or Path("runs") / name)
     budgets = [_ratio(text) for text in args.budgets.split(",")]

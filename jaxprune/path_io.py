@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import disk
 from jaxprune.base import DataError, Graph, PyTree
 from jaxprune.steps import Step, from_plain, to_plain
 from jaxprune.trees import expand, shrink
@@ -52,7 +53,7 @@ def write(
 def append(file: File, step: Step) -> None:
     """Add a step to a file, from the first process; on the disk when it returns."""
     if jax.process_index() == 0:
-        with open(file, "ab") as stream:
+        with disk.writing(Path(file)), open(file, "ab") as stream:
             stream.write(_line(to_plain(step)).encode())
             stream.flush()
             os.fsync(stream.fileno())
@@ -211,8 +212,9 @@ def _parsed(file: Path, number: int, line: str) -> dict[str, Any]:
 
 def _replace(file: Path, content: bytes) -> None:
     partial = file.with_name(file.name + ".partial")
-    with open(partial, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+    with disk.writing(file):
+        with open(partial, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import integrity, leaves
+from jaxprune import disk, integrity, leaves, peers
 from jaxprune.base import CheckpointError, PyTree
 
 VERSION = 1
@@ -24,7 +24,8 @@ def write(folder: Path, arrays: Mapping[str, Any], texts: Mapping[str, str]) -> 
     """Write and seal a folder of arrays and text files; it appears when complete.
 
     In a multi-host run every process calls it, on a file system that all of them share.
-    Raises CheckpointError where the disk or Orbax refuses.
+    Raises DiskError where the disk is full or read-only, CheckpointError where Orbax
+    refuses.
     """
     partial = integrity.sibling(folder, "partial")
     first = jax.process_index() == 0
@@ -33,18 +34,20 @@ def write(folder: Path, arrays: Mapping[str, Any], texts: Mapping[str, str]) -> 
             integrity.begin(folder)
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
-        _barrier(f"jaxprune begins {folder}")
+        peers.barrier(f"jaxprune begins {folder}")
         if arrays:
             from orbax.checkpoint import v1 as ocp
 
             ocp.save(partial / _ARRAYS, dict(arrays))
-        _barrier(f"jaxprune wrote {folder}")
+        peers.barrier(f"jaxprune wrote {folder}")
         if first:
             integrity.commit(partial, folder)
-        _barrier(f"jaxprune sealed {folder}")
+        peers.barrier(f"jaxprune sealed {folder}")
     except CheckpointError:
         raise
     except Exception as error:
+        if (number := disk.errno_of(error)) in disk.REFUSALS:
+            raise disk.refused(folder, number) from error
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
 
 
@@ -172,13 +175,6 @@ def _sharding(given: Any) -> Any:
     raise CheckpointError(
         f"sharding = {given!r} is neither a jax.sharding.Sharding nor a Mesh"
     )
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def _plain(x: Any) -> Any:

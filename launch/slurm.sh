@@ -31,7 +31,7 @@ status=0
 srun --kill-on-bad-exit=0 --wait=120 jaxprune run "$@" --distributed || status=$?
 
 case "$status" in
-    75 | 143) # saved and left, as it was asked to
+    75 | 143) # saved and left, or was ended before it could
         printf 'jaxprune: job %s goes back into the queue\n' "$SLURM_JOB_ID"
         scontrol requeue "$SLURM_JOB_ID"
         ;;

@@ -188,20 +188,20 @@ def test_a_missing_extra_is_one_line(missing, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "said", "code"),
     [
-        (OSError(errno.ENOSPC, "No space left", "DIR/x"), "DIR/x: No space left"),
-        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
-        (OSError("odd"), "odd"),
+        (OSError(errno.ENOSPC, "No space left", "DIR/x"), "DIR/x: No space left", 1),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error", 1),
+        (OSError("odd"), "odd", 2),
     ],
     ids=["file", "no file", "text"],
 )
-def test_what_the_system_refuses_is_one_line(error, said, monkeypatch, capsys):
+def test_what_the_system_refuses_is_one_line(error, said, code, monkeypatch, capsys):
     def write(workdir):
         raise error
 
     monkeypatch.setattr("jaxprune.report.write", write)
-    assert cli.main(["report", "DIR"]) == 2
+    assert cli.main(["report", "DIR"]) == code
     assert error_line(capsys) == f"error: {said}\n"
 
 

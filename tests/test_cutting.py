@@ -169,9 +169,8 @@ def prepared(folder: Path, optimizer: str = "sgd", **fields):
 
 def rows(folder: Path) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    leave_out = ("time", "images_per_s")
     return [
-        {k: v for k, v in json.loads(line).items() if k not in leave_out}
+        {k: v for k, v in json.loads(line).items() if k not in tinyrun.TIMED}
         for line in lines
     ]
 

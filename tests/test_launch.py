@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxprune import cli
+from jaxprune import cli, exits, peers
 from jaxprune.base import ConfigError
-from jaxprune.train import processes
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -45,7 +44,7 @@ def command(*arguments, **more) -> subprocess.CompletedProcess:
 
 
 def environment(cache: Path | str = "", **more: str) -> dict[str, str]:
-    """One CPU device, the commands of this Python, compiled programs kept in `cache`."""
+    """One CPU device, this Python's commands, compiled programs kept in `cache`."""
     quick = "--xla_backend_optimization_level=0"
     here = os.path.dirname(sys.executable)
     paths = {"PATH": f"{here}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -105,7 +104,7 @@ def test_a_place_to_meet_that_is_none_is_named(where, words, monkeypatch):
     for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=words):
-        processes.join(where)
+        peers.join(where)
 
 
 def test_a_bad_place_is_bad_input(tmp_path, capsys):
@@ -119,8 +118,9 @@ def test_a_bad_place_is_bad_input(tmp_path, capsys):
 
 def test_others_that_never_come_are_an_error():
     program = (
-        "from jaxprune.train import processes\n"
-        f"processes.join('127.0.0.1:{free_port()},2,0', 1)"
+        "from jaxprune import peers\n"
+        "with peers.patience(1):\n"
+        f"    peers.join('127.0.0.1:{free_port()},2,0')"
     )
     done = command(sys.executable, "-c", program, env=environment(), timeout=60)
     assert done.returncode == 1
@@ -180,8 +180,8 @@ import sys
 from pathlib import Path
 import jax, numpy as np
 from jax.experimental import multihost_utils
-from jaxprune.train import processes
-processes.join(sys.argv[-1])
+from jaxprune import peers
+peers.join(sys.argv[-1])
 found = multihost_utils.process_allgather(np.array(jax.process_index()))
 Path(__file__).with_name(f"found{jax.process_index()}").write_text(f"{found}")
 """
@@ -242,7 +242,7 @@ def test_kubernetes_jobset():
         "run-1-hosts-0-0.run-1:1234,4,$(JOB_COMPLETION_INDEX)",
     ]
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [cli.BAD_INPUT]
+    assert rule["onExitCodes"]["values"] == [exits.BAD_INPUT]
     assert command(*made[:2], "Bad_Name", *made[3:]).returncode == 2
 
 

@@ -63,6 +63,26 @@ def store(source: Source, cache: str | os.PathLike | bool | None = None) -> Spli
     return Split(source.split, images, labels, source.stems, source.classes)
 
 
+def check_whole(array: np.ndarray) -> None:
+    """Raise DataError where the file behind a memory map was cut short meanwhile.
+
+    Reading it would end the process (SIGBUS). A file that was deleted, or replaced,
+    stays mapped, and is no harm.
+    """
+    file = getattr(array, "filename", None)
+    if file is None:
+        return
+    try:
+        size = os.stat(file).st_size
+    except OSError:
+        return
+    if size < array.offset + array.nbytes:  # type: ignore[attr-defined]
+        raise DataError(
+            f"{file}: cut short while it was used; repeat the command: it is decoded"
+            " anew"
+        )
+
+
 def _paths(folder: Path, entry: str) -> list[Path]:
     return [folder / f"{entry}.{s}" for s in ("images.npy", "labels.npy", "json")]
 

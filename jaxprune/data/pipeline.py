@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxprune.base import DataError
 from jaxprune.data.augment import Augment, augment
+from jaxprune.data.cache import check_whole
 from jaxprune.data.types import Split
 
 Batch = dict[str, np.ndarray]
@@ -32,7 +33,7 @@ def batches(
     runs on across that border, so every batch is full. `batch` counts the samples of a
     step over all processes: with `process=(index, count)` this one gets its
     b = batch / count rows, in order. `threads` work ahead; 0 = none. Raises DataError
-    for counts that do not fit.
+    for counts that do not fit, and while it yields where a file was cut short.
     """
     import grain
 
@@ -67,6 +68,8 @@ def eval_batches(split: Split, batch: int) -> Iterator[Batch]:
     if batch < 1:
         raise DataError(f"batch {batch}: must be at least 1")
     for start in range(0, len(split), batch):
+        check_whole(split.images)
+        check_whole(split.labels)
         images = np.asarray(split.images[start : start + batch])
         labels = np.asarray(split.labels[start : start + batch], np.int32)
         missing = [(0, batch - len(images))]
@@ -80,6 +83,8 @@ def eval_batches(split: Split, batch: int) -> Iterator[Batch]:
 
 def _sampler(split: Split, how: Augment | None):
     def view(index: int, rng: np.random.Generator) -> Batch:
+        check_whole(split.images)
+        check_whole(split.labels)
         image, label = np.asarray(split.images[index]), np.asarray(split.labels[index])
         if how is not None:
             image, label = augment(how, rng, image, label, split.classes.ignore)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxprune import base
+from jaxprune import base, disk
 from jaxprune.report import files, html, pictures, plots, tables, words
 
 MISSING = {
@@ -28,17 +28,19 @@ def write(workdir: str | Path) -> Path:
 
     Drawn from config.json, graph.json, metrics.jsonl, prune.json, evaluation.json and
     samples.npz; what a missing one would have shown is listed in the report. Raises
-    DataError where the folder is no work folder or a file is damaged, naming it.
+    DataError where the folder is no work folder or a file is damaged, naming it, and
+    DiskError where it cannot be written.
     """
     record = files.read(workdir)
     out = record.folder / "report"
-    out.mkdir(exist_ok=True)
     title = words.headline(record)
-    page = html.page(title, sections(record, out))
-    # The page appears whole or not at all, also where a kill comes between.
-    part = out / "index.html.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, out / "index.html")
+    with disk.writing(out):
+        out.mkdir(exist_ok=True)
+        page = html.page(title, sections(record, out))
+        # The page appears whole or not at all, also where a kill comes between.
+        part = out / "index.html.part"
+        part.write_text(page, encoding="utf-8")
+        os.replace(part, out / "index.html")
     return out / "index.html"
 
 

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import budget as budgets
-from jaxprune import criteria, data, features, measures, path, search, sparsity
+from jaxprune import (
+    criteria,
+    data,
+    features,
+    measures,
+    path,
+    peers,
+    search,
+    sparsity,
+)
 from jaxprune.base import Graph, Keep, PyTree, Scores
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
@@ -76,13 +85,10 @@ def kind_of(job: Job, graph: Graph, variables: PyTree, name: str) -> budgets.Kin
     def found() -> budgets.Kind:
         return timings(job.apply, graph, variables, images, cache=file, train=False)
 
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        # One measures, the others read: clocks differ, and all must cut alike.
-        if jax.process_index() == 0:
-            found()
-        multihost_utils.sync_global_devices("jaxprune timings")
+    # One measures, the others read: clocks differ, and all must cut alike.
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        found()
+    peers.barrier("jaxprune timings")
     return found()
 
 
@@ -252,6 +258,7 @@ def _walk(
         progress.note(f"prune: going on behind {done} steps of the path")
 
     def told(step: path.Step) -> None:
+        progress.alive("prune", number)
         progress.note(
             f"prune: {step.cost.flops / dense.flops:6.1%} of {whose} FLOPs, "
             f"risk {step.risk:.3f} ± {step.stderr:.3f}, mIoU {points.miou(step):.3f}"

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import disk
 from jaxprune.base import Apply, Cost, PyTree
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config
@@ -154,8 +155,9 @@ def _samples(job: Job, forwards: Mapping[str, Callable[[Any], Any]]) -> None:
 def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     partial = path.with_name("samples.partial.npz")
     named: dict[str, Any] = dict(arrays)
-    np.savez_compressed(partial, **named)
-    os.replace(partial, path)
+    with disk.writing(path):
+        np.savez_compressed(partial, **named)
+        os.replace(partial, path)
 
 
 def _closing_card(evaluation: Mapping[str, Any], progress: Progress) -> None:

@@ -66,6 +66,8 @@ class Fit:
     ema: the decay of the moving average of the weights that is evaluated and kept; 0:
     the last weights. clip: the largest norm of a gradient; 0: none. augment: a factor
     of `data.augment`'s strengths; a network that is trained already bears more of it.
+    on_nan: where the loss is not finite, 'stop', or 'skip': go back to the last save,
+    and pass over the batches since; at most `rollbacks` times a training.
     """
 
     epochs: float = 80.0
@@ -82,6 +84,8 @@ class Fit:
     ema: float = 0.0
     clip: float = 0.0
     augment: float = 1.0
+    on_nan: Literal["stop", "skip"] = "stop"
+    rollbacks: int = 3
 
 
 Method = Literal[
@@ -365,6 +369,7 @@ def _check_fit(where: str, fit: Fit) -> None:
         ("ema", 0 <= fit.ema < 1, "in [0, 1)"),
         ("clip", fit.clip >= 0, "0 or more"),
         ("augment", fit.augment >= 0, "0 or more"),
+        ("rollbacks", fit.rollbacks > 0, "positive"),
     ]
     _apply(where, fit, rules)
 

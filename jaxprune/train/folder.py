@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import checkpoint
+from jaxprune import checkpoint, disk, peers
 from jaxprune.base import ConfigError
 from jaxprune.data import Split
 from jaxprune.train import config as configs
@@ -26,7 +26,7 @@ CONFIG = "config.json"
 _DATA = "data.json"
 _LOCK = ".lock"
 # Fields that may differ when a run is resumed: they change no result. Of data.root it
-# is `check_data` that sees to this.
+# is `check_data` that sees to this; with on_nan = 'skip', save_every does change some.
 FREE = ("data.cache", "data.root", "save_every")
 
 
@@ -73,22 +73,25 @@ def claim(config: Config, workdir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system takes back however the process ends."""
-    if jax.process_index() != 0:
-        yield
-        return
-    # The file stays: who deletes it may delete the lock of the next.
-    with open(workdir / _LOCK, "a", encoding="utf-8") as file:
-        try:
-            import fcntl  # not on every system
+    with contextlib.ExitStack() as stack:
+        free = True
+        if jax.process_index() == 0:
+            # The file stays: who deletes it may delete the lock of the next.
+            with disk.writing(workdir / _LOCK):
+                file = stack.enter_context(open(workdir / _LOCK, "a", encoding="utf-8"))
+            try:
+                import fcntl  # not on every system
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                free = False
+            except (ImportError, OSError):
+                pass  # there are no locks here
+        if not peers.first_says(free):
             raise ConfigError(
                 f"{workdir}: another run is using it; wait for its end, or choose "
                 "another --workdir"
-            ) from error
-        except (ImportError, OSError):
-            pass  # there are no locks here
+            )
         yield
 
 
@@ -146,8 +149,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a file all at once, from the first process."""
     if jax.process_index() == 0:
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, "utf-8")
-        os.replace(partial, path)
+        with disk.writing(path):
+            partial.write_text(text, "utf-8")
+            os.replace(partial, path)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -164,10 +168,12 @@ def _compare(config: Config, text: str, folder: Path) -> None:
             f"{folder / CONFIG}: {error}; choose another --workdir"
         ) from error
     here = settings.flatten(dataclasses.asdict(config))
+    skips = "skip" in (config.train.on_nan, config.retrain.on_nan)
+    free = [name for name in FREE if not (skips and name == "save_every")]
     changed = [
         f"{name} (there {there[name]!r}, now {value!r})"
         for name, value in here.items()
-        if name not in FREE and there[name] != value
+        if name not in free and there[name] != value
     ]
     if changed:
         raise ConfigError(

@@ -5,27 +5,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune import checkpoint, data
-from jaxprune.base import Apply, CheckpointError, JaxpruneError, PyTree, path_str
+from jaxprune import checkpoint, data, integrity
+from jaxprune.base import Apply, CheckpointError, NonFinite, PyTree, path_str
 from jaxprune.graph_io import graph_from_json
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config, Fit
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
 from jaxprune.train.stopping import Stop, stoppable
-
-
-class NonFinite(JaxpruneError, FloatingPointError):
-    """The loss or its gradient is not a number any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +72,46 @@ class Job:
         return self.total if self.until is None else self.until
 
 
+class SoFar(NamedTuple):
+    """What a save holds beside the state.
+
+    losses: of the steps of this epoch. skipped: each time, the step that was gone back
+    to, and the one that was not finite.
+    """
+
+    losses: list[float]
+    skipped: list[tuple[int, int]]
+
+    @property
+    def passed_over(self) -> int:
+        """Batches that made no step of those that stay."""
+        return sum(bad - good for good, bad in self.skipped)
+
+
 def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     """Train from `variables`, or on from the newest checkpoint; the state, in NumPy.
 
     Saves every `save_every` epochs, at the end, and on SIGTERM or Ctrl-C (then exits);
     where there are several processes, on a SIGTERM to any of them.
-    Raises NonFinite that names the step and the last good checkpoint.
+    Raises NonFinite that names the step and the last good checkpoint, where the fit
+    does not say to skip what led there.
     """
-    store = checkpoint.open_store(job.workdir / "checkpoints" / job.stage)
+    # With steps to go back to, the last regular save stays beside two on signals.
+    keep = 3 if job.fit.on_nan == "skip" else 2
+    folder = job.workdir / "checkpoints" / job.stage
+    store = checkpoint.open_store(folder, keep_last=keep)
     tx, rate = steps.optimizer(job.fit, job.total, job.around)
     mesh = steps.make_mesh()
     whole = steps.replicated(mesh)
     first = job.begun or steps.init_state(variables, tx, job.carried)
-    # A copy: the step takes over the memory of what it is given.
-    state = jax.device_put(jax.tree.map(jnp.array, first), whole)
-    losses: list[float] = []
+
+    def fresh() -> steps.State:
+        # A copy: the step takes over the memory of what it is given.
+        return jax.device_put(jax.tree.map(jnp.array, first), whole)
+
+    state, so_far = fresh(), SoFar([], [])
     if store.latest() is not None:
-        state, losses = _restore(store, state)
+        state, so_far = _restore(store, state)
         done = int(state.step) >= job.end
         what = "done already," if done else "resumed at"
         progress.note(f"{job.stage}: {what} step {state.step} of {job.end}")
@@ -100,11 +119,42 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     progress.rewind(job.stage, start)
     if start < job.end:
         with stoppable() as stop, jax.set_mesh(mesh):
-            try:
-                state = _run(job, tx, rate, store, state, losses, progress, stop)
-            finally:
-                progress.finish()
+            while int(state.step) < job.end:
+                try:
+                    state = _run(job, tx, rate, store, state, so_far, progress, stop)
+                except NonFinite as error:
+                    state, so_far = _back(job, store, fresh, so_far, error, progress)
+                finally:
+                    progress.finish()
     return jax.tree.map(np.asarray, state)
+
+
+def _back(
+    job: Job,
+    store: checkpoint.Store,
+    fresh: Callable[[], steps.State],
+    so_far: SoFar,
+    error: NonFinite,
+    progress: Progress,
+) -> tuple[steps.State, SoFar]:
+    """The last regular save before a step that was not finite, to go on behind it.
+
+    Regular, since saves on a signal must change nothing.
+    """
+    if job.fit.on_nan == "stop" or len(so_far.skipped) >= job.fit.rollbacks:
+        raise error
+    regular = [s for s in store.steps() if s % every(job, job.config.save_every) == 0]
+    state, there = fresh(), SoFar([], [])
+    if regular:
+        state, there = _restore(store, state, regular[-1])
+    good = int(state.step)
+    progress.rewind(job.stage, good)
+    progress.note(
+        f"{job.stage}: not finite at step {error.step}; back at step {good}, the "
+        "batches between are passed over "
+        f"({len(so_far.skipped) + 1} of {job.fit.rollbacks} times)"
+    )
+    return state, SoFar(there.losses, [*so_far.skipped, (good, error.step)])
 
 
 def finished(job: Job, variables: PyTree) -> steps.State:
@@ -127,18 +177,34 @@ def finished(job: Job, variables: PyTree) -> steps.State:
     return jax.tree.map(np.asarray, state)
 
 
-def _restore(store: checkpoint.Store, state: Any) -> tuple[steps.State, list[float]]:
+def _restore(
+    store: checkpoint.Store, state: Any, step: int | None = None
+) -> tuple[steps.State, SoFar]:
+    """A step, by default the newest, in the shardings of `state`."""
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     try:
-        state, meta = store.restore(None, like)
+        state, meta = store.restore(step, like)
     except CheckpointError as error:
-        folder = store.directory / str(store.latest())
+        folder = store.directory / str(store.latest() if step is None else step)
         raise CheckpointError(
             f"{error}. To go on from the step before, delete {folder}"
         ) from error
-    return state, list(meta.get("losses", []))
+    skipped = [(int(a), int(b)) for a, b in meta.get("skipped", [])]
+    return state, SoFar(list(meta.get("losses", [])), skipped)
+
+
+def _save(store: checkpoint.Store, job: Job, state: steps.State, so_far: SoFar) -> None:
+    done = int(state.step)
+    meta: dict[str, Any] = {"losses": so_far.losses}
+    if so_far.skipped:
+        meta["skipped"] = so_far.skipped
+    store.save(done, state, meta, force=True)
+    if job.fit.on_nan == "skip" and jax.process_index() == 0:
+        for step in store.steps():
+            if step < done and step % every(job, job.config.save_every):
+                integrity.remove(store.directory / str(step))
 
 
 def _run(
@@ -147,18 +213,19 @@ def _run(
     rate: optax.Schedule,
     store: checkpoint.Store,
     state: steps.State,
-    losses: list[float],
+    so_far: SoFar,
     progress: Progress,
     stop: Stop,
 ) -> steps.State:
-    """The loop. `losses`: of the steps of this epoch so far."""
+    """The loop."""
     mesh = steps.make_mesh()
     step, evaluate = _functions(job, tx)
+    losses = so_far.losses
     teacher = None
     if job.teacher is not None and job.config.distill.weight:
         teacher = jax.device_put(job.teacher[1], steps.replicated(mesh))
     start = int(state.step)
-    batches = _batches(job, start)
+    batches = _batches(job, start + so_far.passed_over)
     key = jax.random.key(job.config.seed)
     progress.start(job.stage, start, job.end, job.per_epoch, job.fit.batch)
     began = time.perf_counter()
@@ -177,6 +244,8 @@ def _run(
         progress.step(done, loss)
         if done % job.per_epoch == 0 or done == job.end:
             row = {"loss": float(np.mean(losses)), "lr": float(rate(done - 1))}
+            if so_far.skipped:
+                row["skipped"] = so_far.passed_over
             progress.row("train", done, row)
             losses.clear()
 
@@ -196,7 +265,7 @@ def _run(
             progress.row("val", done, measures(matrix))
         if stopping or last or done % every(job, job.config.save_every) == 0:
             settle()
-            store.save(done, state, {"losses": losses}, force=True)
+            _save(store, job, state, so_far)
         if stopping:
             _leave(job, done, progress, stop)
     if stop.signals:  # while the last step was judged and saved
@@ -280,12 +349,15 @@ def _non_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> Non
     largest = max(norms, key=lambda k: (not np.isfinite(norms[k]), norms[k]))
     good = store.latest()
     saved = "there is no checkpoint yet" if good is None else f"step {good} is saved"
-    return NonFinite(
+    skip = ", or on_nan = 'skip'" if job.fit.on_nan == "stop" else ""
+    error = NonFinite(
         f"{job.stage}: the loss or its gradient is not finite at step {step} "
         f"({saved}); the parameter with the largest norm is {largest}"
         f"{_whose(job, largest)}, {norms[largest]:.4g}. Start anew with a lower "
-        "learning rate (lr), or clip"
+        f"learning rate (lr), or clip{skip}"
     )
+    error.step = step
+    return error
 
 
 def _whose(job: Job, parameter: str) -> str:

@@ -5,30 +5,45 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from jaxprune import disk
 from jaxprune.graph_io import bar
+from jaxprune.train import vitals
 
 _INTERVAL = 15.0  # seconds between plain lines
 _SMOOTH = 0.95  # of the loss that is shown
 
 
 class Progress:
-    """The screen and `metrics.jsonl` of one run; other processes stay silent."""
+    """The screen, `metrics.jsonl` and signs of life of one run.
 
-    def __init__(self, workdir: Path, *, speaks: bool = True) -> None:
+    Other processes stay silent, but for their heartbeats. tensorboard: also write its
+    events, into `tensorboard/`. profile: so many steps of each training, traced into
+    `profile/`.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        speaks: bool = True,
+        tensorboard: bool = False,
+        profile: int = 0,
+    ) -> None:
         from rich.console import Console
 
         self.rows = workdir / "metrics.jsonl"
         self.speaks = speaks
         self.console = Console(highlight=False, quiet=not speaks)
+        self._heart = vitals.Heartbeat(workdir)
+        self._board = None
+        if tensorboard and speaks:
+            self._board = vitals.Board(workdir / "tensorboard")
+        self._trace = vitals.Trace(workdir / "profile", profile if speaks else 0)
         self._live: Any = None
         self._stage, self._total, self._per_epoch, self._batch = "", 0, 1, 1
         self._began = self._said = self._shown = 0.0
@@ -40,6 +55,10 @@ class Progress:
     def note(self, text: str) -> None:
         """A line of its own."""
         self.console.print(text, soft_wrap=True, markup=False)
+
+    def alive(self, stage: str, step: int) -> None:
+        """A sign of life, for who watches the heartbeat."""
+        self._heart.beat(stage, step)
 
     def card(self, title: str, rows: Sequence[Sequence[str]], head: Any = None) -> None:
         """A table with a title; the first column is text, the others numbers."""
@@ -61,6 +80,7 @@ class Progress:
         self._batch, self._first, self._at = batch, at + 1, at
         self._loss = self._score = self._best = None
         self._began = 0.0
+        self.alive(stage, at)
         if self.console.is_terminal and self.speaks:
             from rich.live import Live
 
@@ -73,12 +93,15 @@ class Progress:
         """The first step is done; its time does not count in what follows."""
         self.note(f"{self._stage}: compiling took {seconds:.0f} s")
         self._began = self._said = self._shown = time.perf_counter()
+        self._trace.begin(self._stage)
 
     def step(self, done: int, loss: float) -> None:
         """The loss of the step that makes `done` steps has arrived."""
         before = loss if self._loss is None else self._loss
         self._loss = _SMOOTH * before + (1 - _SMOOTH) * loss
         self._at = done
+        self.alive(self._stage, done)
+        self._trace.step()
         now = time.perf_counter()
         if self._live is not None:
             if now - self._shown > 0.2:
@@ -93,27 +116,45 @@ class Progress:
         if "miou" in values:
             self._score = values["miou"]
             self._best = max(self._score, self._best or 0.0)
-        speed = {"images_per_s": round(self._rate() * self._batch, 2)}
+        speed = {
+            "images_per_s": round(self._rate() * self._batch, 2),
+            **vitals.memory(),
+        }
         epoch = {"epoch": round(done / self._per_epoch, 4)}
         place = {"stage": self._stage, "step": done, **epoch, "split": split}
         self.append({**place, **values, **(speed if split == "train" else {})})
 
     def finish(self) -> None:
         """The training ended, or was left: the last line stays, the live one goes."""
+        self._trace.end()
         if self._live is not None:
             self._live.stop()
             self._live = None
         if self._at >= self._first:
             self.note(self._line())
 
+    def close(self) -> None:
+        """The run ended, or was left."""
+        if self._board is not None:
+            self._board.close()
+
     def append(self, row: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl."""
+        self.alive(row["stage"], row["step"])
         if self.speaks:
-            with open(self.rows, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, "time": round(time.time(), 1)}) + "\n")
+            line = json.dumps({**row, "time": round(time.time(), 1)}) + "\n"
+            with (
+                disk.writing(self.rows),
+                open(self.rows, "a", encoding="utf-8") as file,
+            ):
+                file.write(line)
+        if self._board is not None:
+            self._board.add(row)
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop a stage's rows that lie behind the step at which it goes on."""
+        if self._board is not None:
+            self._board.rewind(stage, step)
         if not (self.speaks and self.rows.exists()):
             return
         rows = []
@@ -125,8 +166,9 @@ class Progress:
             if row.get("stage") != stage or row.get("step", 0) <= step:
                 rows.append(line + "\n")
         partial = self.rows.with_suffix(".partial")
-        partial.write_text("".join(rows), "utf-8")
-        os.replace(partial, self.rows)
+        with disk.writing(self.rows):
+            partial.write_text("".join(rows), "utf-8")
+            os.replace(partial, self.rows)
 
     def _rate(self) -> float:
         """Steps a second since the first one, which was compiled."""
@@ -152,12 +194,7 @@ class Progress:
 
 def memory() -> str:
     """The highest use so far: of the first device, or of the process on a CPU."""
-    known = jax.local_devices()[0].memory_stats() or {}
-    used = known.get("peak_bytes_in_use")
-    if used is None:
-        unit = 1 if sys.platform == "darwin" else 1024
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{used / 2**30:.1f} GiB"
+    return f"{vitals.peak() / 2**30:.1f} GiB"
 
 
 def clock(seconds: float) -> str:

@@ -7,6 +7,7 @@ same command resumes a stopped run. Everything is a function of the config and i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -17,14 +18,14 @@ from typing import Any
 import jax
 
 import jaxprune
-from jaxprune import checkpoint, data, models
+from jaxprune import checkpoint, data, models, peers
 from jaxprune.base import CheckpointError, ConfigError, Graph, GraphError, PyTree
 from jaxprune.cost import cost
 from jaxprune.graph_io import graph_from_json, graph_to_json
 from jaxprune.pruned import Pruned
 from jaxprune.slim import slim
 from jaxprune.trace import trace
-from jaxprune.train import compare, cut, folder, thin
+from jaxprune.train import compare, cut, folder, thin, vitals
 from jaxprune.train import step as steps
 from jaxprune.train.compare import Contender
 from jaxprune.train.config import Config, check, differences
@@ -33,16 +34,28 @@ from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
 
 
-def run(config: Config, workdir: str | Path) -> dict[str, Any]:
+def run(
+    config: Config,
+    workdir: str | Path,
+    *,
+    tensorboard: bool = False,
+    profile: int = 0,
+) -> dict[str, Any]:
     """Run a config in a work folder, from wherever it got to; the evaluation.
 
     Raises, before any work, ConfigError for a bad config, or a folder that another
     config made, another run is using, or that began with other data; BudgetError for a
     budget that no network meets; DataError for data that is missing or damaged. Raises
-    NonFinite for a diverged run.
-    SIGTERM saves and exits with 143; a kill loses the steps since the last save.
+    NonFinite for a diverged run, DiskError for a disk that is full or read-only, and
+    PeerError where another process of the run is lost.
+    SIGTERM saves and exits with 75; a kill loses the steps since the last save.
+
+    tensorboard: write its events too, into `tensorboard/`. profile: trace so many steps
+    of each training into `profile/`, once they are compiled.
     """
     check(config)
+    if tensorboard:
+        vitals.check_tensorboard()
     _check_devices(config)
     workdir = Path(os.path.abspath(workdir))
     folder.check_free(config, workdir)
@@ -52,16 +65,27 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     if not (workdir / "graph.json").exists():
         check_budgets([config], len(splits.train.classes))
     net = models.build(config.network.name, args)
-    with folder.claim(config, workdir):
+    with peers.told(), folder.claim(config, workdir):
         folder.check_data((splits.train, splits.val, splits.test), workdir)
-        return _stages(config, net, args, splits, workdir)
+        first = jax.process_index() == 0
+        shown = Progress(
+            workdir, speaks=first, tensorboard=tensorboard, profile=profile
+        )
+        with contextlib.closing(shown) as progress:
+            evaluation = _stages(config, net, args, splits, workdir, progress)
+            progress.alive("done", 0)
+            return evaluation
 
 
 def _stages(
-    config: Config, net: Any, args: dict[str, Any], splits: Splits, workdir: Path
+    config: Config,
+    net: Any,
+    args: dict[str, Any],
+    splits: Splits,
+    workdir: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The run in its folder; the evaluation."""
-    progress = Progress(workdir, speaks=jax.process_index() == 0)
     graph = read_graph(net, config, workdir)
     _opening_card(config, graph, splits, workdir, progress)
 

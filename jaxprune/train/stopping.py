@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+
+from jaxprune import exits, peers
 
 # JAX agrees on a number that all processes have yet to reach, and so wants numbers that
 # rise from one training of a run to the next.
@@ -18,9 +20,13 @@ _asked = itertools.count(1)
 
 
 class Stop(NamedTuple):
-    """`signals`: those that have arrived, where there is one process."""
+    """`signals`: those that have arrived, and been agreed on by all processes.
+
+    `beat`: see `peers.watched`.
+    """
 
     signals: list[int]
+    beat: Callable[[str], None]
 
     def asked(self) -> bool:
         """Whether to stop behind this step; all processes get the same answer.
@@ -28,17 +34,22 @@ class Stop(NamedTuple):
         To be called once a step. Where there are several processes, a SIGTERM to any of
         them counts, a second or more later.
         """
+        self.beat("training step")
         if jax.process_count() == 1:
             return bool(self.signals)
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(next(_asked))
+        # Once reached, in all at the same step, the answer stays.
+        if not self.signals:
+            if multihost_utils.reached_preemption_sync_point(next(_asked)):
+                self.signals.append(signal.SIGTERM)
+        return bool(self.signals)
 
     def leave(self) -> None:
-        """End the process as the signal asked: 143 for SIGTERM."""
+        """End the process as the signal asked: with 75, to be resumed, for SIGTERM."""
         if signal.SIGINT in self.signals:
             raise KeyboardInterrupt
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(exits.RESUMABLE)
 
 
 @contextlib.contextmanager
@@ -46,13 +57,14 @@ def stoppable() -> Iterator[Stop]:
     """A `Stop` that SIGTERM and SIGINT fill; a second one ends the process at once.
 
     Several processes leave SIGTERM to JAX, whose handler one of Python would replace,
-    and are not stoppable by Ctrl-C, which ends the one that it reaches.
+    and are not stoppable by Ctrl-C, which ends the one that it reaches. They end with
+    75 where no step comes to its end in time, since one of them is stuck.
     """
-    stop = Stop([])
+    signals: list[int] = []
     before: dict[int, Any] = {}
 
     def handler(number: int, frame: FrameType | None) -> None:
-        stop.signals.append(number)
+        signals.append(number)
         signal.signal(number, before[number])
 
     caught = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
@@ -63,7 +75,8 @@ def stoppable() -> Iterator[Stop]:
     except ValueError:  # not the main thread, which alone gets signals
         before.clear()
     try:
-        yield stop
+        with peers.watched() as beat:
+            yield Stop(signals, beat)
     finally:
         for changed, previous in before.items():
             signal.signal(changed, previous)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other processes of a run: found, and waited for, but not for ever.
+
+JAX ends a process whose peer is gone, with SIGABRT and by its own clock. A peer that is
+there but does nothing it waits for without end. So waits have a limit here: behind it
+the process says which wait it was and ends with 75, for a launcher to start all again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from jaxprune import exits
+from jaxprune.base import ConfigError, PeerError
+
+WAIT = 600.0  # seconds
+AUTO = "auto"
+_FORM = "write HOST:PORT,PROCESSES,INDEX such as node0:1234,4,0, or 'auto'"
+_wait: contextvars.ContextVar[float] = contextvars.ContextVar("wait", default=WAIT)
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """How long others are waited for meanwhile; ConfigError unless positive."""
+    if not seconds > 0:
+        raise ConfigError(f"--wait {seconds:g}: must be a positive number of seconds")
+    token = _wait.set(seconds)
+    try:
+        yield
+    finally:
+        _wait.reset(token)
+
+
+def limit() -> float:
+    """How many seconds others are waited for."""
+    return _wait.get()
+
+
+def join(where: str = AUTO) -> None:
+    """Become one of the processes of a run, by `jax.distributed`; before any device is.
+
+    where: 'auto', where JAX itself finds the others (SLURM, TPU pods, Open MPI, ...);
+    else 'HOST:PORT,PROCESSES,INDEX': where process 0 listens, how many there are, and
+    which of them this is. Where the others do not come in time, see `patience`, this
+    process ends with exit code 1 and a line that says so.
+    Raises ConfigError for another text, and where JAX finds no cluster.
+    """
+    address, count, index = (None, None, None) if where == AUTO else _parsed(where)
+    seconds = limit()
+    late = (
+        f"--distributed {where}: not all processes came within {seconds:g} s; "
+        "is each of them started, and can each reach the first's address?"
+    )
+    # JAX would abort with a native trace, so its own limit is never to be reached.
+    waiting = threading.Timer(seconds, exits.at_once, (exits.FAILED, late))
+    waiting.daemon = True
+    waiting.start()
+    most = int(seconds) + 60
+    try:
+        jax.distributed.initialize(address, count, index, initialization_timeout=most)
+    except ValueError as error:
+        raise ConfigError(
+            f"--distributed {where}: JAX finds no cluster here ({error}); {_FORM}"
+        ) from error
+    finally:
+        waiting.cancel()
+
+
+def _parsed(where: str) -> tuple[str, int, int]:
+    """(address, processes, index) of 'HOST:PORT,PROCESSES,INDEX'."""
+    try:
+        address, count, index = where.split(",")
+        port = int(address.rpartition(":")[2])
+        found = (address, int(count), int(index))
+    except ValueError:
+        raise ConfigError(f"--distributed {where}: {_FORM}") from None
+    if not (0 < port < 65536 and address.rpartition(":")[0]):
+        raise ConfigError(f"--distributed {where}: no port in {address!r}; {_FORM}")
+    if not 0 <= found[2] < found[1]:
+        raise ConfigError(
+            f"--distributed {where}: INDEX must be from 0 to {found[1] - 1}"
+        )
+    return found
+
+
+def joined() -> bool:
+    """Whether this is one of several processes; starts no device."""
+    return jax.distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def watched(what: str = "") -> Iterator[Callable[[str], None]]:
+    """A limit on each wait inside; begins anew with every call of what it yields.
+
+    what: is waited for. Where it is "", the limit begins with the first call.
+    """
+    if jax.process_count() == 1:
+        yield lambda what: None
+        return
+    seconds, ended, last = limit(), threading.Event(), [(time.monotonic(), what)]
+
+    def beat(what: str) -> None:
+        last[0] = time.monotonic(), what
+
+    def watch() -> None:
+        while not ended.wait(min(seconds / 4, 5.0)):
+            began, what = last[0]
+            if what and time.monotonic() - began > seconds:
+                exits.at_once(exits.RESUMABLE, _lost(f"no {what} within {seconds:g} s"))
+
+    thread = threading.Thread(target=watch, daemon=True, name="jaxprune peers")
+    thread.start()
+    try:
+        yield beat
+    finally:
+        ended.set()
+
+
+def _lost(why: str) -> str:
+    return (
+        f"another process of this run is lost or stuck ({why}); start all of them "
+        "again: they go on from the last save"
+    )
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes, where there are several."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        with watched(f"answer at {name!r}"):
+            multihost_utils.sync_global_devices(name)
+
+
+def first_says(value: bool) -> bool:
+    """What the first process has for `value`, in all."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    with watched("word of the first process"):
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Raises PeerError for what JAX raises inside when another process is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        gone = re.search("gloo|unavailable|deadline|connection|closed", reason, re.I)
+        if jax.process_count() == 1 or not gone:
+            raise
+        raise PeerError(_lost(reason)) from error
