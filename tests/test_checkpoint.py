@@ -244,7 +244,7 @@ def test_folder_of_another_version_or_form(tmp_path):
     card = json.loads((folder / "jaxprune.json").read_text())
     leaf = card["leaves"][0]
     for change, message in [
-        ({"version": 2}, "version 2 is unknown"),
+        ({"version": 2}, "version 2 is written by jaxprune"),
         ({"keep": {"l0": "1111"}}, "keep lacks group 'l1'"),
         ({"keep": {"l0": "1111", "l1": "111111"}}, "l0"),
         ({"keep": 3}, "jaxprune.json: keep is not"),

@@ -30,7 +30,7 @@ TEXTS = sorted(
 
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
-    "base jaxpr factors",
+    "base jaxpr factors formats",
     "labels walk plan rules splits groups trace taps behind chains",
     "keeps matching placement",
     "trees slim graph_io modules",
