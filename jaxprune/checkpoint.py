@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxprune import integrity, keeps, leaves, storage, trees
+from jaxprune import formats, keeps, leaves, remote, storage, trees
 from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree
 from jaxprune.chains import factorized, is_factorized
 from jaxprune.graph_io import (
@@ -55,9 +55,17 @@ def save(
     shipped network, 'classes'. The folder appears once complete; with `overwrite` the
     one that is there stays until then. In a multi-host run every process calls it.
 
+    path: a folder, or a URL that fsspec knows (s3://, gs://, ...; the extra `remote`).
+    What lies at a URL is deleted before it is replaced, and is whole when its manifest,
+    the last file, is there.
+
     Raises CheckpointError for a folder that exists and for what can't be kept,
     GraphError for variables or a keep that do not fit the graph.
     """
+    if remote.is_url(path):
+        with remote.written(path, overwrite=overwrite) as folder:
+            save(folder, pruned, **more)
+        return
     folder = Path(os.path.abspath(path))
     _check_free(folder, overwrite)
     keep = keeps.check_keep(pruned.graph, pruned.keep, concrete=True)
@@ -82,6 +90,8 @@ def load(
 ) -> Pruned:
     """The network that `save` wrote, bit for bit, with no dense model at hand.
 
+    path: a folder, or a URL that fsspec knows (the extra `remote`), of which a copy is
+    made, verified and deleted.
     apply: the dense function that was pruned, for a network that is not shipped; of a
     factorised one, the function that `factorize` was given.
     sharding: a Sharding of the arrays, or a Mesh over which they are replicated; the
@@ -91,9 +101,13 @@ def load(
 
     Raises CheckpointError that names the missing or damaged file, or what to pass.
     """
-    card = read_card(path)
-    dense = apply if apply is not None else dense_network(path, card.info).apply
-    folder = integrity.resolve(Path(os.path.abspath(path)))
+    with remote.local(path) as folder:
+        return _load(folder, apply, sharding, like)
+
+
+def _load(folder: Path, apply: Apply | None, sharding: Any, like: PyTree) -> Pruned:
+    card = _read_card(folder)
+    dense = apply if apply is not None else dense_network(folder, card.info).apply
     records = storage.read_record(folder, _CARD, "info", verified=True)["leaves"]
     variables = storage.read_as_saved(folder, records, sharding, like)
     try:
@@ -111,12 +125,16 @@ def read_card(path: str | Path) -> Pruned:
 
     Verifies the whole folder. Raises CheckpointError as `load` does.
     """
-    folder = integrity.resolve(Path(os.path.abspath(path)))
+    with remote.local(path) as folder:
+        return _read_card(folder)
+
+
+def _read_card(folder: Path) -> Pruned:
     if (folder / "config.json").exists() and (folder / "final").is_dir():
         raise CheckpointError(f"{folder} is a work folder; load {folder / 'final'}")
     record = storage.read_record(folder, _CARD, "info")
     try:
-        graph = graph_from_json((folder / _GRAPH).read_text(encoding="utf-8"))
+        graph = graph_from_json(formats.read_text(folder / _GRAPH))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _GRAPH}: {error}") from error
     try:

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from jaxprune import formats, integrity
+from jaxprune import formats, integrity, remote
 from jaxprune.base import CheckpointError, GraphError
 from jaxprune.pruned import Pruned
 from jaxprune.trace import struct
@@ -94,10 +94,15 @@ def export(
 def load_export(path: str | os.PathLike) -> Callable[..., Any]:
     """The program that `export` wrote, as a function of the inputs, jitted by JAX.
 
-    Raises CheckpointError that names the missing or damaged file, or a program that
-    calls back into Python.
+    path: a folder, or a URL that fsspec knows (the extra `remote`). The
+    program may compute, and nothing else. Raises CheckpointError that names the missing
+    or damaged file, or a program that calls back into Python.
     """
-    folder = integrity.resolve(Path(os.path.abspath(path)))
+    with remote.local(path) as folder:
+        return _load(folder)
+
+
+def _load(folder: Path) -> Callable[..., Any]:
     integrity.verify(folder)
     for name in (_CARD, _PROGRAM):
         if not (folder / name).is_file():

@@ -105,6 +105,15 @@ def verify(folder: Path) -> None:
             )
 
 
+def listed(folder: Path) -> dict[str, int]:
+    """The files that a folder's manifest lists, by name, and their bytes.
+
+    Raises CheckpointError for a manifest that is missing, damaged, or of another
+    version; the files themselves need not be there.
+    """
+    return {name: size for name, (size, _) in _read_manifest(folder / MANIFEST).items()}
+
+
 def read_json(file: Path) -> Any:
     """A JSON file's value. Raises CheckpointError that names the file."""
     try:

@@ -38,7 +38,7 @@ LAYERS = (
     "pricing steering sparsity gates metric",
     "steps path path_io risks weakest search weights pruned prune "
     "reconstruct responses ranks lowrank",
-    "integrity leaves storage store checkpoint export bench",
+    "integrity remote leaves storage store checkpoint export bench",
     "data models",
     "train",
     "report inspection predict",
