@@ -9,6 +9,7 @@ checksums and appears under its name only once it is complete.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
 from jaxprune import formats, keeps, leaves, remote, storage, trees
 from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree
@@ -107,11 +109,16 @@ def load(
 
 def _load(folder: Path, apply: Apply | None, sharding: Any, like: PyTree) -> Pruned:
     card = _read_card(folder)
-    dense = apply if apply is not None else dense_network(folder, card.info).apply
+    dense = apply if apply is not None else _dense(folder, card.info)
     records = storage.read_record(folder, _CARD, "info", verified=True)["leaves"]
+    try:
+        # Before anything is read: shapes are what its files say, and cost nothing.
+        shapes = storage.shapes_as_saved(records, like)
+        _check_variables(card.graph, card.keep, shapes)
+    except (CheckpointError, GraphError) as error:
+        raise CheckpointError(f"{folder / _CARD}: {error}") from error
     variables = storage.read_as_saved(folder, records, sharding, like)
     try:
-        _check_variables(card.graph, card.keep, variables)
         if is_factorized(card.graph):
             dense = factorized(dense)
         small = slim(dense, card.graph, card.keep)
@@ -170,11 +177,32 @@ def dense_network(path: str | Path, info: Mapping[str, Any]) -> Any:
             f"{path} is of no network that jaxprune ships: load it in Python, with the "
             "dense function that was pruned, jaxprune.load(path, apply=model.apply)"
         )
-    if not isinstance(network, dict) or set(network) != {"name", "args"}:
+    if (
+        not isinstance(network, dict)
+        or set(network) != {"name", "args"}
+        or not isinstance(network["args"], dict)
+    ):
         raise CheckpointError(f"{path}: network = {network} is not {{name, args}}")
     from jaxprune import models
 
     return models.build(network["name"], network["args"])
+
+
+def _dense(folder: Path, info: Mapping[str, Any]) -> Apply:
+    """The shipped network's function, which says whose fault it is if arrays differ."""
+    dense = dense_network(folder, info).apply
+
+    @functools.wraps(dense)
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return dense(*args, **kwargs)
+        except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
+            raise CheckpointError(
+                f"{folder / _CARD}: its network = {info['network']} is not the one "
+                f"whose arrays it holds: {str(error).splitlines()[0]}"
+            ) from error
+
+    return apply
 
 
 def _check_variables(graph: Graph, keep: Any, variables: PyTree) -> None:

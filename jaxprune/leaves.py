@@ -10,6 +10,7 @@ a file's name, and no code is stored.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -137,6 +138,20 @@ def revive(
             array = jax.random.wrap_key_data(array, impl=record["impl"])
         values.append(array[()] if kind == "scalar" and place is None else array)
     return values
+
+
+def struct(record: Record) -> Any:
+    """A leaf as its shape and dtype; what needs no array as it is."""
+    if record["kind"] in _WITHOUT_ARRAY:
+        return {} if record["kind"] == "empty" else record.get("value")
+    found = jax.ShapeDtypeStruct(tuple(record["shape"]), jnp.dtype(record["dtype"]))
+    if record["kind"] != "key":
+        return found
+    wrap = functools.partial(jax.random.wrap_key_data, impl=record["impl"])
+    try:
+        return jax.eval_shape(wrap, found)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path_of(record)} is no key: {error}") from error
 
 
 def nest(records: Sequence[Record], values: Sequence[Any]) -> Any:

@@ -141,6 +141,17 @@ def read_as_saved(
         raise CheckpointError(f"{folder}: {error}") from error
 
 
+def shapes_as_saved(records: Sequence[leaves.Record], like: PyTree | None) -> PyTree:
+    """What `read_as_saved` would return, as shapes and dtypes; reads nothing."""
+    treedef = None
+    if like is not None:
+        records, _, treedef = leaves.arrange(records, like, shapes=False)
+    values = [leaves.struct(record) for record in records]
+    if treedef is None:
+        return leaves.nest(records, values)
+    return jax.tree.unflatten(treedef, values)
+
+
 def _read(
     folder: Path, records: Sequence[leaves.Record], places: Sequence[Any]
 ) -> list[Any]:
