@@ -9,6 +9,7 @@ checksums and appears under its name only once it is complete.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
-from jaxprune import integrity, keeps, leaves, storage, trees
+from jaxprune import formats, keeps, leaves, remote, storage, trees
 from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree
 from jaxprune.chains import factorized, is_factorized
 from jaxprune.graph_io import (
@@ -55,9 +57,17 @@ def save(
     shipped network, 'classes'. The folder appears once complete; with `overwrite` the
     one that is there stays until then. In a multi-host run every process calls it.
 
+    path: a folder, or a URL that fsspec knows (s3://, gs://, ...; the extra `remote`).
+    What lies at a URL is deleted before it is replaced, and is whole when its manifest,
+    the last file, is there.
+
     Raises CheckpointError for a folder that exists and for what can't be kept,
     GraphError for variables or a keep that do not fit the graph.
     """
+    if remote.is_url(path):
+        with remote.written(path, overwrite=overwrite) as folder:
+            save(folder, pruned, **more)
+        return
     folder = Path(os.path.abspath(path))
     _check_free(folder, overwrite)
     keep = keeps.check_keep(pruned.graph, pruned.keep, concrete=True)
@@ -82,6 +92,8 @@ def load(
 ) -> Pruned:
     """The network that `save` wrote, bit for bit, with no dense model at hand.
 
+    path: a folder, or a URL that fsspec knows (the extra `remote`), of which a copy is
+    made, verified and deleted.
     apply: the dense function that was pruned, for a network that is not shipped; of a
     factorised one, the function that `factorize` was given.
     sharding: a Sharding of the arrays, or a Mesh over which they are replicated; the
@@ -91,13 +103,22 @@ def load(
 
     Raises CheckpointError that names the missing or damaged file, or what to pass.
     """
-    card = read_card(path)
-    dense = apply if apply is not None else dense_network(path, card.info).apply
-    folder = integrity.resolve(Path(os.path.abspath(path)))
+    with remote.local(path) as folder:
+        return _load(folder, apply, sharding, like)
+
+
+def _load(folder: Path, apply: Apply | None, sharding: Any, like: PyTree) -> Pruned:
+    card = _read_card(folder)
+    dense = apply if apply is not None else _dense(folder, card.info)
     records = storage.read_record(folder, _CARD, "info", verified=True)["leaves"]
+    try:
+        # Before anything is read: shapes are what its files say, and cost nothing.
+        shapes = storage.shapes_as_saved(records, like)
+        _check_variables(card.graph, card.keep, shapes)
+    except (CheckpointError, GraphError) as error:
+        raise CheckpointError(f"{folder / _CARD}: {error}") from error
     variables = storage.read_as_saved(folder, records, sharding, like)
     try:
-        _check_variables(card.graph, card.keep, variables)
         if is_factorized(card.graph):
             dense = factorized(dense)
         small = slim(dense, card.graph, card.keep)
@@ -111,12 +132,16 @@ def read_card(path: str | Path) -> Pruned:
 
     Verifies the whole folder. Raises CheckpointError as `load` does.
     """
-    folder = integrity.resolve(Path(os.path.abspath(path)))
+    with remote.local(path) as folder:
+        return _read_card(folder)
+
+
+def _read_card(folder: Path) -> Pruned:
     if (folder / "config.json").exists() and (folder / "final").is_dir():
         raise CheckpointError(f"{folder} is a work folder; load {folder / 'final'}")
     record = storage.read_record(folder, _CARD, "info")
     try:
-        graph = graph_from_json((folder / _GRAPH).read_text(encoding="utf-8"))
+        graph = graph_from_json(formats.read_text(folder / _GRAPH))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / _GRAPH}: {error}") from error
     try:
@@ -152,11 +177,32 @@ def dense_network(path: str | Path, info: Mapping[str, Any]) -> Any:
             f"{path} is of no network that jaxprune ships: load it in Python, with the "
             "dense function that was pruned, jaxprune.load(path, apply=model.apply)"
         )
-    if not isinstance(network, dict) or set(network) != {"name", "args"}:
+    if (
+        not isinstance(network, dict)
+        or set(network) != {"name", "args"}
+        or not isinstance(network["args"], dict)
+    ):
         raise CheckpointError(f"{path}: network = {network} is not {{name, args}}")
     from jaxprune import models
 
     return models.build(network["name"], network["args"])
+
+
+def _dense(folder: Path, info: Mapping[str, Any]) -> Apply:
+    """The shipped network's function, which says whose fault it is if arrays differ."""
+    dense = dense_network(folder, info).apply
+
+    @functools.wraps(dense)
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return dense(*args, **kwargs)
+        except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
+            raise CheckpointError(
+                f"{folder / _CARD}: its network = {info['network']} is not the one "
+                f"whose arrays it holds: {str(error).splitlines()[0]}"
+            ) from error
+
+    return apply
 
 
 def _check_variables(graph: Graph, keep: Any, variables: PyTree) -> None:

@@ -127,6 +127,9 @@ def _ended(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return exits.BAD_INPUT
+    except MemoryError as error:
+        print(f"error: not enough memory: {error}", file=sys.stderr)
+        return exits.FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return exits.INTERRUPTED

@@ -3,6 +3,9 @@
 
     FOLDER/  model.stablehlo  export.json  manifest.sha256.json
 
+`export.json`, version 1: {version, jaxprune, jax, inputs, outputs, platforms, info};
+version 0 named neither itself nor the jaxprune that wrote it.
+
 `model.stablehlo` runs with JAX alone: `jax.export.deserialize(bytes).call(images)`. JAX
 promises to read it for six months; `jaxprune.save` is the archive.
 """
@@ -12,18 +15,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxprune import integrity
+from jaxprune import formats, integrity, remote
 from jaxprune.base import CheckpointError, GraphError
 from jaxprune.pruned import Pruned
 from jaxprune.trace import struct
 
+VERSION = 1
 _PROGRAM, _CARD = "model.stablehlo", "export.json"
+# What XLA calls to run Python of the process that exported it.
+_CALLBACK = re.compile(rb"python_\w*callback")
 
 
 def export(
@@ -69,7 +76,9 @@ def export(
             f"{lines[0]}"
         ) from error
     card = {
-        "inputs": [f"{s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs],
+        "version": VERSION,
+        "jaxprune": formats.writer_here(),
+        "inputs": _described(specs),
         "outputs": [str(a) for a in program.out_avals],
         "platforms": list(program.platforms),
         "jax": jax.__version__,
@@ -85,15 +94,58 @@ def export(
 def load_export(path: str | os.PathLike) -> Callable[..., Any]:
     """The program that `export` wrote, as a function of the inputs, jitted by JAX.
 
-    Raises CheckpointError that names the missing or damaged file.
+    path: a folder, or a URL that fsspec knows (the extra `remote`). The
+    program may compute, and nothing else. Raises CheckpointError that names the missing
+    or damaged file, or a program that calls back into Python.
     """
-    folder = integrity.resolve(Path(os.path.abspath(path)))
+    with remote.local(path) as folder:
+        return _load(folder)
+
+
+def _load(folder: Path) -> Callable[..., Any]:
     integrity.verify(folder)
+    for name in (_CARD, _PROGRAM):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing; this is no export")
+    inputs = _read_card(folder / _CARD)
     file = folder / _PROGRAM
     try:
-        return jax.export.deserialize(bytearray(file.read_bytes())).call
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        content = file.read_bytes()
+        if _CALLBACK.search(content):
+            raise CheckpointError(f"{file}: it calls Python, which is not run")
+        program = jax.export.deserialize(bytearray(content))
+        found = _described(program.in_avals)
+    except CheckpointError:
+        raise
+    except Exception as error:  # flatbuffers raises whatever its offsets lead to
+        raise CheckpointError(f"{file}: no program: {error!r:.200}") from error
+    if found != inputs:
+        raise CheckpointError(f"{file} takes {found}, {_CARD} says {inputs}")
+    return program.call
+
+
+def _read_card(file: Path) -> list[str]:
+    """The inputs that a card names."""
+    card = integrity.read_json(file)
+    if not isinstance(card, dict):
+        raise CheckpointError(f"{file}: no JSON object")
+    version, writer = card.get("version", 0), card.get("jaxprune")
+    read = formats.reader(_READERS, version, str(file), CheckpointError, writer)
+    return read(file, card)
+
+
+def _read_1(file: Path, card: dict[str, Any]) -> list[str]:
+    inputs = card.get("inputs")
+    if not isinstance(inputs, list) or not all(isinstance(x, str) for x in inputs):
+        raise CheckpointError(f"{file}: inputs is no list of shapes")
+    return inputs
+
+
+_READERS = {0: _read_1, 1: _read_1}
+
+
+def _described(structs: Sequence[Any]) -> list[str]:
+    return [f"{s.dtype}[{', '.join(map(str, s.shape))}]" for s in structs]
 
 
 def _symbolic(structs: Sequence[Any], shapes: Sequence[str | None]) -> list[Any]:

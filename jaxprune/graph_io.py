@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Graphs as JSON text and as a table: names and integers, no pickle, no code.
 
-JSON, version 1: `leaves` [{path, shape, dtype, trained}], `groups` [{name, size, exact,
-slots: [{path, axis, role, indices}]}], `frozen` [{path, axis, count, cause}], `terms`
-[{kind, coefficient, name, extents: [[fixed, [[group, times], ...]], ...]}]. Indices
-[C, n] are {start, steps: [a, b], n}, index (c, j) = start + a * c + b * j, where they
-can be, else nested lists. The groups' order is kept.
+JSON, version 1: `jaxprune` (the version that wrote it), `leaves` [{path, shape, dtype,
+trained}], `groups` [{name, size, exact, slots: [{path, axis, role, indices}]}],
+`frozen` [{path, axis, count, cause}], `terms` [{kind, coefficient, name, extents:
+[[fixed, [[group, times], ...]], ...]}]. Indices [C, n] are {start, steps: [a, b], n},
+index (c, j) = start + a * c + b * j, where they can be, else nested lists. The groups'
+order is kept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune import formats
 from jaxprune.base import (
     EDGES,
     Extent,
@@ -33,6 +35,7 @@ from jaxprune.base import (
 )
 
 VERSION = 1
+_MOST_INDICES = 1 << 27  # of all slots together, 1 GiB of them
 _Shapes = Mapping[Path, tuple[int, ...]]
 
 
@@ -44,7 +47,7 @@ def graph_to_json(graph: Graph) -> str:
         "frozen": [dataclasses.asdict(frozen) for frozen in graph.frozen],
         "terms": [term._asdict() for term in graph.terms],
     }
-    blocks = [f'"version": {VERSION}']
+    blocks = [f'"version": {VERSION}', f'"jaxprune": "{formats.writer_here()}"']
     for name, records in parts.items():
         lines = ",\n".join("  " + json.dumps(r, default=_integer) for r in records)
         blocks.append(f'"{name}": [\n{lines}\n]' if records else f'"{name}": []')
@@ -58,15 +61,17 @@ def graph_from_json(text: str) -> Graph:
     a missing or mistyped field, a path without a leaf, an index outside its leaf.
     """
     try:
-        record = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
+        record = formats.parse(text)
+    except (TypeError, ValueError) as error:
         raise GraphError(f"the graph is not JSON: {error}") from error
     version = _field(record, "version", int, "graph")
-    if version != VERSION:
-        raise GraphError(
-            f"graph: version {version} is unknown, this jaxprune reads {VERSION}; "
-            "use the jaxprune that wrote it"
-        )
+    writer = record.get("jaxprune")
+    return formats.reader(_READERS, version, "graph", GraphError, writer)(record)
+
+
+def _read_1(record: Any) -> Graph:
+    """A graph of version 1."""
+    _check_size(record)
     leaves = tuple(_leaf(r, w) for r, w in _records(record, "leaves"))
     shapes = {leaf.path: leaf.shape for leaf in leaves}
     groups: dict[str, Group] = {}
@@ -78,6 +83,9 @@ def graph_from_json(text: str) -> Graph:
     frozen = tuple(_frozen(r, w, shapes) for r, w in _records(record, "frozen"))
     terms = tuple(_term(r, w, groups) for r, w in _records(record, "terms"))
     return Graph(groups, frozen, leaves, terms)
+
+
+_READERS = {1: _read_1}
 
 
 def keep_to_text(keep: Keep) -> dict[str, str]:
@@ -224,6 +232,27 @@ def _is_int(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**62
 
 
+def _check_size(record: Any) -> None:
+    """Raise GraphError where steps claim more indices than a graph's slots hold.
+
+    They are the one place where a few digits would make many numbers. A slot that alone
+    claims as many is left to `_stepped`, what is malformed to the other checks.
+    """
+    total = 0
+    for r, where in _records(record, "groups"):
+        match r:
+            case {"size": int(size), "slots": list(slots)}:
+                for slot in slots:
+                    match slot:
+                        case {"indices": {"n": int(n)}} if 0 < n * size < _MOST_INDICES:
+                            total += n * size
+        if total > _MOST_INDICES:
+            raise GraphError(
+                f"{where}: the slots up to here have {total} indices, more than "
+                f"{_MOST_INDICES}"
+            )
+
+
 def _path(record: Any, where: str) -> Path:
     path = _field(record, "path", list, where)
     if not path or not all(isinstance(name, str) for name in path):
@@ -299,7 +328,7 @@ def _stepped(record: Any, where: str, size: int, length: int) -> np.ndarray:
     steps = _field(record, "steps", list, where)
     two = len(steps) == 2 and all(_is_int(s) and 0 < abs(s) <= length for s in steps)
     # Bounded first: what is written there must not decide how much is allocated.
-    if not two or max(start, size, n) > length:
+    if not two or max(start, size, n) > length or size * n > _MOST_INDICES:
         raise GraphError(
             f"{where}: indices = {_short(record)} do not fit an axis of length {length}"
         )

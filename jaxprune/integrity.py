@@ -5,6 +5,9 @@ A folder is written under a hidden name beside its own (`.NAME.partial`), sealed
 manifest of the size and SHA-256 of every file, and renamed: it exists only once it is
 complete. Where it replaces another, that one lies at `.NAME.old` between two renames,
 and is read from there if the process dies just then.
+
+The manifest, version 2: {version, jaxprune (which wrote it), files {name: [size,
+SHA-256]}, sha256 (of the rest)}, in one valid spelling. Version 1 named no jaxprune.
 """
 
 from __future__ import annotations
@@ -12,15 +15,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from jaxprune import formats
 from jaxprune.base import CheckpointError
 
 MANIFEST = "manifest.sha256.json"
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 1 << 20
+_WAY_OUT = "copy the folder anew from where it was saved, or save it again"
 
 
 def sibling(folder: Path, kind: str) -> Path:
@@ -72,43 +79,56 @@ def verify(folder: Path) -> None:
     """Compare every file with the manifest.
 
     Raises CheckpointError that names the first file which is missing, unreadable, of
-    another size, changed, or not in the manifest.
+    another size, changed, not in the manifest, or a link, which could lead anywhere.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
+    there = _files(folder)
     listed = _read_manifest(folder / MANIFEST)
     for name, (size, digest) in listed.items():
         file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: damaged, the file is missing")
+        if name not in there:
+            raise CheckpointError(f"{file}: damaged, the file is missing; {_WAY_OUT}")
         if file.stat().st_size != size:
             raise CheckpointError(
-                f"{file}: damaged, {file.stat().st_size} bytes instead of {size}"
+                f"{file}: damaged, {file.stat().st_size} bytes instead of {size}; "
+                f"{_WAY_OUT}"
             )
         if _digest(file) != digest:
-            raise CheckpointError(f"{file}: damaged, its SHA-256 is not the manifest's")
-    for name in _files(folder):
+            raise CheckpointError(
+                f"{file}: damaged, its SHA-256 is not the manifest's; {_WAY_OUT}"
+            )
+    for name in sorted(there):
         if name not in listed:
             raise CheckpointError(
                 f"{folder / name}: not in the manifest; move the file elsewhere"
             )
 
 
+def listed(folder: Path) -> dict[str, int]:
+    """The files that a folder's manifest lists, by name, and their bytes.
+
+    Raises CheckpointError for a manifest that is missing, damaged, or of another
+    version; the files themselves need not be there.
+    """
+    return {name: size for name, (size, _) in _read_manifest(folder / MANIFEST).items()}
+
+
 def read_json(file: Path) -> Any:
     """A JSON file's value. Raises CheckpointError that names the file."""
     try:
-        return json.loads(file.read_bytes())
+        return formats.parse(formats.read_text(file))
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{file}: cannot be read: {reason}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file}: damaged, not JSON: {error}") from error
 
 
 def _seal(folder: Path) -> None:
     files = {
         name: [(folder / name).stat().st_size, _digest(folder / name, sync=True)]
-        for name in _files(folder)
+        for name in sorted(_files(folder))
     }
     with open(folder / MANIFEST, "wb") as stream:
         stream.write(_manifest(files))
@@ -119,12 +139,18 @@ def _seal(folder: Path) -> None:
     _sync(folder)
 
 
-def _manifest(files: dict[str, Any]) -> bytes:
+def _manifest(files: dict[str, Any], version: int = _VERSION) -> bytes:
     """The manifest's one valid spelling, which holds its own digest."""
-    document: dict[str, Any] = {"version": _VERSION, "files": files}
+    document: dict[str, Any] = {"version": version, "files": files}
+    if version > 1:
+        document["jaxprune"] = formats.writer_here()
+    return _signed(document)
+
+
+def _signed(document: dict[str, Any]) -> bytes:
     body = json.dumps(document, sort_keys=True).encode()
-    document["sha256"] = hashlib.sha256(body).hexdigest()
-    return json.dumps(document, sort_keys=True, indent=1).encode() + b"\n"
+    signed = {**document, "sha256": hashlib.sha256(body).hexdigest()}
+    return json.dumps(signed, sort_keys=True, indent=1).encode() + b"\n"
 
 
 def _read_manifest(file: Path) -> dict[str, tuple[int, str]]:
@@ -133,24 +159,60 @@ def _read_manifest(file: Path) -> dict[str, tuple[int, str]]:
             f"{file}: missing; the folder is damaged, or no checkpoint of jaxprune"
         )
     document = read_json(file)
-    version = document.get("version") if isinstance(document, dict) else None
-    files = document.get("files") if isinstance(document, dict) else None
-    if not isinstance(files, dict) or _manifest(files) != file.read_bytes():
-        if isinstance(version, int) and version > _VERSION:
-            raise CheckpointError(
-                f"{file}: of version {version}, where this jaxprune reads {_VERSION}, "
-                "or damaged"
-            )
-        raise CheckpointError(f"{file}: damaged, its own SHA-256 does not match")
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file}: damaged, no JSON object; {_WAY_OUT}")
+    unsigned = {name: x for name, x in document.items() if name != "sha256"}
+    version, writer = document.get("version"), document.get("jaxprune")
+    intact = _signed(unsigned) == file.read_bytes()
+    # A newer one may be spelt otherwise.
+    if not intact and not (isinstance(version, int) and version > _VERSION):
+        raise CheckpointError(
+            f"{file}: damaged, its own SHA-256 does not match; {_WAY_OUT}"
+        )
+    where = str(file) if intact else f"{file}: damaged, or"
+    read = formats.reader(_READERS, version, where, CheckpointError, writer)
+    return read(file, document)
+
+
+def _listed(file: Path, document: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """The files of a manifest, of version 1 or 2, each name and entry checked."""
+    files = document.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{file}: files is no JSON object")
+    for name, entry in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
             raise CheckpointError(f"{file}: {name!r} leads out of the folder")
+        match entry:
+            case [int(size), str(digest)] if size >= 0 and re.fullmatch(_HEX, digest):
+                continue
+        raise CheckpointError(f"{file}: {name!r} has no [size, SHA-256]")
     return files
 
 
-def _files(folder: Path) -> list[str]:
-    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+_READERS = {1: _listed, 2: _listed}
+_HEX = "[0-9a-f]{64}"
+
+
+def _files(folder: Path) -> set[str]:
+    """The names of all files below a folder but the manifest, with slashes.
+
+    Raises CheckpointError, naming it, for what is neither a file nor a folder.
+    """
+    found = set()
+    for place, folders, files in os.walk(folder):
+        for entry in (*folders, *files):
+            path = Path(place, entry)
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode):
+                found.add(path.relative_to(folder).as_posix())
+            elif not stat.S_ISDIR(mode):
+                kind = "a link" if stat.S_ISLNK(mode) else "no ordinary file"
+                raise CheckpointError(
+                    f"{path}: {kind}; a checkpoint holds files alone: copy what it "
+                    "leads to here (cp -rL)"
+                )
+    return found - {MANIFEST}
 
 
 def _digest(file: Path, *, sync: bool = False) -> str:

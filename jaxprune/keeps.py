@@ -19,6 +19,11 @@ def compose(keep1: Keep, keep2: Keep) -> dict[str, np.ndarray]:
     keep2[g] is bool[number of True in keep1[g]], both are concrete. Raises GraphError
     naming a group that only one of them has, that is not bool, or does not fit.
     """
+    for keep in (keep1, keep2):
+        if not isinstance(keep, Mapping):
+            raise GraphError(
+                f"a keep is {{group name: bool[C]}}, not {type(keep).__name__}"
+            )
     for name in (*keep1, *keep2):
         if name not in keep1 or name not in keep2:
             which = "first" if name not in keep1 else "second"

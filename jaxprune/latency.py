@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import formats
 from jaxprune import jaxpr as jx
 from jaxprune.base import Apply, BudgetError, Graph, GraphError, PyTree
 from jaxprune.base import Path as KeyPath
@@ -215,7 +216,8 @@ class _Known:
         if file is not None and file.exists():
             try:
                 self.found = {
-                    k: float(v) for k, v in json.loads(file.read_text()).items()
+                    k: float(v)
+                    for k, v in formats.parse(formats.read_text(file)).items()
                 }
             except (OSError, ValueError, AttributeError, TypeError) as error:
                 raise BudgetError(

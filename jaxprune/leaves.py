@@ -10,6 +10,7 @@ a file's name, and no code is stored.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxprune.base import CheckpointError, PyTree
 Record = dict[str, Any]
 _WITHOUT_ARRAY = ("python", "none", "empty")
 SCALARS = ("python", "scalar")
+_AXES = 32  # more than any array of NumPy or JAX has
 
 
 def describe(tree: PyTree) -> tuple[list[Record], dict[str, Any]]:
@@ -45,22 +47,57 @@ def check(records: Any) -> None:
     """Raise CheckpointError unless `records`, as read, are what `describe` returns."""
     if not isinstance(records, list):
         raise CheckpointError("leaves is no list")
+    paths, numbers = set(), set()
     for i, record in enumerate(records):
-        match record:
-            case {"path": list(), "number": int(), "kind": kind} if (
-                kind in _WITHOUT_ARRAY
-            ):
-                continue
-            case {
-                "path": list(),
-                "number": int(),
-                "kind": "jax" | "numpy" | "scalar" | "key" as kind,
-                "shape": list(shape),
-                "dtype": str(dtype),
-            } if all(type(n) is int and n >= 0 for n in shape) and _known(dtype):
-                if kind != "key" or isinstance(record.get("impl"), str):
-                    continue
-        raise CheckpointError(f"leaves[{i}] = {str(record)[:100]} is malformed")
+        if not _is_record(record):
+            raise CheckpointError(f"leaves[{i}] = {str(record)[:100]} is malformed")
+        path, number = path_of(record), record["number"]
+        if path in paths or number in numbers:
+            raise CheckpointError(f"leaves[{i}]: {path} or its number is there twice")
+        paths.add(path)
+        numbers.add(number)
+
+
+def _is_record(record: Any) -> bool:
+    match record:
+        case {"path": list(path), "number": int(number)} if (
+            all(map(_is_name, path)) and 0 <= number < 2**31
+        ):
+            pass
+        case _:
+            return False
+    match record:
+        case {"kind": "none" | "empty"}:
+            return True
+        case {"kind": "python", "value": bool() | int() | float()}:
+            return True
+        case {"kind": "key", "impl": impl} if not (
+            isinstance(impl, str) and _is_impl(impl)
+        ):
+            return False
+        case {
+            "kind": "jax" | "numpy" | "scalar" | "key",
+            "shape": list(shape),
+            "dtype": str(dtype),
+        }:
+            sizes = all(type(n) is int and 0 <= n < 2**62 for n in shape)
+            return sizes and len(shape) <= _AXES and _known(dtype)
+    return False
+
+
+def _is_name(name: Any) -> bool:
+    if isinstance(name, dict):
+        return set(name) in ({"attr"}, {"index"})
+    return type(name) in (str, int)
+
+
+def _is_impl(name: str) -> bool:
+    """Whether a PRNG is known by this name."""
+    try:
+        jax.eval_shape(lambda: jax.random.key(0, impl=name))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def targets(records: Sequence[Record], places: Sequence[Any]) -> dict[str, Any]:
@@ -76,7 +113,9 @@ def targets(records: Sequence[Record], places: Sequence[Any]) -> dict[str, Any]:
         shape, dtype = tuple(record["shape"]), jnp.dtype(record["dtype"])
         struct = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
         numpy = place is None or dtype.itemsize > 4
-        wanted[name_of(record)] = np.empty(shape, dtype) if numpy else struct
+        # Of no memory of its own: Orbax asks for its shape and dtype alone.
+        template = np.broadcast_to(np.zeros((), dtype), shape)
+        wanted[name_of(record)] = template if numpy else struct
     return wanted
 
 
@@ -101,6 +140,20 @@ def revive(
     return values
 
 
+def struct(record: Record) -> Any:
+    """A leaf as its shape and dtype; what needs no array as it is."""
+    if record["kind"] in _WITHOUT_ARRAY:
+        return {} if record["kind"] == "empty" else record.get("value")
+    found = jax.ShapeDtypeStruct(tuple(record["shape"]), jnp.dtype(record["dtype"]))
+    if record["kind"] != "key":
+        return found
+    wrap = functools.partial(jax.random.wrap_key_data, impl=record["impl"])
+    try:
+        return jax.eval_shape(wrap, found)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path_of(record)} is no key: {error}") from error
+
+
 def nest(records: Sequence[Record], values: Sequence[Any]) -> Any:
     """The leaves in nested dicts; an nnx variable's wrapper is left out.
 
@@ -119,6 +172,10 @@ def nest(records: Sequence[Record], values: Sequence[Any]) -> Any:
         node = root
         for name in path[:-1]:
             node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise CheckpointError(f"{path_of(record)} lies below another leaf")
+        if isinstance(node.get(path[-1]), dict) and path[1:]:
+            raise CheckpointError(f"{path_of(record)} has other leaves below it")
         node[path[-1]] = value
     return root[""]
 

@@ -2,9 +2,10 @@
 """Paths as files that grow by a line a step, so that a walk can go on after a kill.
 
 Each line is the CRC-32 of its JSON, a blank, the JSON. The first tells the version and
-what walk it is of ({name: number or text}, or null); the others are steps. A last line
-without its end was cut short by a kill, and does not count. Beside the file lie, where
-the walk retrains, the shrunk variables of step n as FILE.n.npz: each leaf's bytes.
+what walk it is of ({name: number or text}, or null), and which jaxprune wrote it; the
+others are steps. A last line without its end was cut short by a kill, and does not
+count. Beside the file lie, where the walk retrains, the shrunk variables of step n as
+FILE.n.npz: each leaf's bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import disk
+from jaxprune import disk, formats
 from jaxprune.base import DataError, Graph, PyTree
 from jaxprune.steps import Step, from_plain, to_plain
 from jaxprune.trees import expand, shrink
@@ -45,7 +45,8 @@ def write(
     if jax.process_index() == 0:
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        head = {"path": VERSION, "walk": None if walk is None else dict(walk)}
+        head = {"path": VERSION, "jaxprune": formats.writer_here()}
+        head |= {"walk": None if walk is None else dict(walk)}
         text = _line(head) + "".join(_line(to_plain(step)) for step in steps)
         _replace(file, text.encode())
 
@@ -67,23 +68,38 @@ def read(file: File) -> Kept:
     """
     file = Path(file)
     try:
-        lines = file.read_text("utf-8").splitlines(keepends=True)
+        lines = formats.read_text(file).splitlines(keepends=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{file}: no pruning path can be read: {reason}") from error
     if lines and not lines[-1].endswith("\n"):
         del lines[-1]
     records = [_parsed(file, number, line) for number, line in enumerate(lines, 1)]
-    version = records[0].get("path") if records else None
-    if version != VERSION:
-        raise DataError(
-            f"{file} is no pruning path of version {VERSION}; delete it to walk anew"
-        )
-    try:
-        steps = tuple(from_plain(record) for record in records[1:])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: this is not a pruning path: {error!r}") from error
-    return Kept(records[0]["walk"], steps)
+    if not records or "path" not in records[0]:
+        raise DataError(f"{file} is no pruning path; delete it to walk anew")
+    head = records[0]
+    find = formats.reader(
+        _READERS, head["path"], str(file), DataError, head.get("jaxprune")
+    )
+    return find(file, records)
+
+
+def _read_1(file: Path, records: list[dict[str, Any]]) -> Kept:
+    """A path of version 1."""
+    walk, steps = records[0].get("walk"), []
+    if walk is not None and not isinstance(walk, dict):
+        raise DataError(f"{file}: line 1: walk is neither an object nor null")
+    for number, record in enumerate(records[1:], 2):
+        try:
+            steps.append(from_plain(record))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{file}: line {number} is no step of a pruning path: {error!r}"
+            ) from error
+    return Kept(walk, tuple(steps))
+
+
+_READERS = {1: _read_1}
 
 
 def resume(file: File, walk: Mapping[str, Any]) -> tuple[Step, ...]:
@@ -139,12 +155,12 @@ def load_variables(
     shapes = jax.eval_shape(lambda tree: shrink(graph, step.keep, tree), like)
     leaves, treedef = jax.tree.flatten(shapes)
     try:
-        with np.load(name, allow_pickle=False) as archive:
-            found = [archive[f"leaf{i}"].tobytes() for i in range(len(leaves))]
+        archive = formats.read_npz(name)
+        found = [archive[f"leaf{i}"].tobytes() for i in range(len(leaves))]
         return jax.tree.unflatten(
             treedef, [*map(_revived, found, leaves, jax.tree.leaves(like))]
         )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"{name}: the variables of step {number} cannot be read: {error}"
         ) from error
@@ -204,7 +220,10 @@ def _parsed(file: Path, number: int, line: str) -> dict[str, Any]:
             "another; delete the file to walk anew, or that line and all behind it to "
             "go on from there"
         )
-    record = json.loads(text)
+    try:
+        record = formats.parse(text)
+    except ValueError as error:
+        raise DataError(f"{file}: line {number} is no JSON: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{file}: line {number} is no JSON object")
     return record

@@ -122,6 +122,10 @@ def write(
     stems = _stems(files)
     for file in files:  # all are looked at first: no work is half done
         read_image(file)
+    if size is None:
+        _training_size(pruned)
+    if samples:
+        _check_dropout(pruned)
     out.mkdir(parents=True, exist_ok=True)
     images, inputs = tee(read_image(file) for file in files)
     pairs: Iterator[tuple[np.ndarray, np.ndarray | None]]
@@ -152,7 +156,24 @@ def classes(pruned: Any) -> tuple[list[str], list[list[int]]]:
             "the saved network names no classes, so its labels have no colours; save "
             "it with classes={'names': [...], 'colors': [[r, g, b], ...]}"
         )
-    return list(known["names"]), [list(color) for color in known["colors"]]
+    match known:
+        case {"names": [*names], "colors": [*colors]} if _are_classes(names, colors):
+            return names, [list(color) for color in colors]
+    raise base.CheckpointError(
+        f"the saved network's classes are {known!r:.80}, not {{'names': [...], "
+        "'colors': [[r, g, b], ...]}"
+    )
+
+
+def _are_classes(names: list[Any], colors: list[Any]) -> bool:
+    """Whether there is a text and a colour, three numbers from 0 to 255, for each."""
+    return len(names) == len(colors) and all(
+        isinstance(name, str)
+        and isinstance(color, list | tuple)
+        and len(color) == 3
+        and all(isinstance(c, int) and 0 <= c <= 255 for c in color)
+        for name, color in zip(names, colors)
+    )
 
 
 def _expand(entry: str | Path) -> list[Path]:
@@ -227,7 +248,11 @@ def _sampler(pruned: Any, samples: int) -> Any:
 
 def _check_dropout(pruned: Any) -> None:
     network = (pruned.info or {}).get("network")
-    if network and not network["args"].get("dropout"):
+    if (
+        isinstance(network, dict)
+        and "args" in network
+        and not network["args"].get("dropout")
+    ):
         raise base.ConfigError(
             f"this {network['name']} was trained without dropout, so its samples would "
             "all be the same; train one with --set network.dropout=0.5"
@@ -256,7 +281,12 @@ def _training_size(pruned: Any) -> Size:
             "the saved network does not say which image size it was trained at; give "
             "one: --size HxW, or --size native"
         )
-    return int(size[0]), int(size[1])
+    match size:
+        case [int(height), int(width)] if height > 0 and width > 0:
+            return height, width
+    raise base.ConfigError(
+        f"the saved network's size is {size!r:.80}, not [H, W]; give one: --size HxW"
+    )
 
 
 def _batches(

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from jaxprune import budget as budgets
-from jaxprune import graph_io
+from jaxprune import formats, graph_io
 from jaxprune.base import BudgetError, ConfigError, Cost, DataError
 from jaxprune.budget import Budget
 
@@ -106,7 +106,8 @@ class Path:
     def from_json(text: str) -> Path:
         """The inverse of `to_json`; DataError for text that is none."""
         try:
-            return Path(tuple(from_plain(s) for s in json.loads(text)["steps"]))
+            steps = formats.parse(text)["steps"]
+            return Path(tuple(from_plain(s) for s in steps))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"this is not a pruning path: {error!r}") from error
 
@@ -197,8 +198,13 @@ def from_plain(plain: dict[str, Any]) -> Step:
 
     keep = graph_io.keep_from_text(plain["keep"])
     cost = Cost(**plain["cost"])
+    counts = [*cost, plain.get("counted") or 0]
+    if not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError(f"cost or counted of {counts} is no whole number")
     risks = number(plain["risk"]), number(plain["stderr"])
     sums = plain.get("sums")
     if sums is not None:
         sums = {n: np.asarray(v) for n, v in sums.items()}
+        if any(v.dtype.kind not in "iuf" for v in sums.values()):
+            raise ValueError("sums holds what is no array of numbers")
     return Step(number(plain["alpha"]), keep, cost, *risks, plain.get("counted"), sums)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import disk, integrity, leaves, peers
+from jaxprune import disk, formats, integrity, leaves, peers
 from jaxprune.base import CheckpointError, PyTree
 
-VERSION = 1
+VERSION = 1  # of jaxprune.json and step.json
 _ARRAYS = "arrays"
 
 
@@ -64,7 +65,9 @@ def to_json(record: Mapping[str, Any], free: str) -> str:
             raise CheckpointError(
                 f"{free}[{name!r}] can't be kept as JSON: {error}"
             ) from error
-    return json.dumps({"version": VERSION, **record}, default=_plain, indent=1) + "\n"
+    document = {"version": VERSION, "jaxprune": formats.writer_here()}
+    document |= record
+    return json.dumps(document, default=_plain, indent=1) + "\n"
 
 
 def read_record(
@@ -81,19 +84,27 @@ def read_record(
             f"{folder / name}: missing; the folder holds something else"
         )
     record = integrity.read_json(folder / name)
-    version = record.get("version") if isinstance(record, dict) else None
-    if version != VERSION:
-        raise CheckpointError(
-            f"{folder / name}: version {version} is unknown, this jaxprune reads "
-            f"{VERSION}"
-        )
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{folder / name}: no JSON object")
+    version, writer = record.get("version"), record.get("jaxprune")
+    read = formats.reader(
+        _READERS, version, str(folder / name), CheckpointError, writer
+    )
     try:
-        if not isinstance(record.get(free), dict):
-            raise CheckpointError(f"{free} is no JSON object")
-        leaves.check(record.get("leaves"))
+        return read(record, free)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / name}: {error}") from error
+
+
+def _read_1(record: dict[str, Any], free: str) -> dict[str, Any]:
+    """A record of version 1, checked."""
+    if not isinstance(record.get(free), dict):
+        raise CheckpointError(f"{free} is no JSON object")
+    leaves.check(record.get("leaves"))
     return record
+
+
+_READERS = {1: _read_1}
 
 
 def read_like(folder: Path, records: Sequence[leaves.Record], like: PyTree) -> PyTree:
@@ -133,6 +144,17 @@ def read_as_saved(
         raise CheckpointError(f"{folder}: {error}") from error
 
 
+def shapes_as_saved(records: Sequence[leaves.Record], like: PyTree | None) -> PyTree:
+    """What `read_as_saved` would return, as shapes and dtypes; reads nothing."""
+    treedef = None
+    if like is not None:
+        records, _, treedef = leaves.arrange(records, like, shapes=False)
+    values = [leaves.struct(record) for record in records]
+    if treedef is None:
+        return leaves.nest(records, values)
+    return jax.tree.unflatten(treedef, values)
+
+
 def _read(
     folder: Path, records: Sequence[leaves.Record], places: Sequence[Any]
 ) -> list[Any]:
@@ -143,6 +165,7 @@ def _read(
                 f"{leaves.path_of(record)} is {record['dtype']}, which this process "
                 "would narrow: call jax.config.update('jax_enable_x64', True) first"
             )
+    _check_size(records, places)
     wanted = leaves.targets(records, places)
     arrays: Mapping[str, Any] = {}
     if wanted:
@@ -155,7 +178,47 @@ def _read(
             raise CheckpointError(
                 f"{_ARRAYS}: Orbax cannot read it: {reason}"
             ) from error
-    return leaves.revive(records, arrays, places)
+    try:
+        return leaves.revive(records, arrays, places)
+    except (MemoryError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{_ARRAYS}: cannot be read: {error}") from error
+
+
+def _check_size(records: Sequence[leaves.Record], places: Sequence[Any]) -> None:
+    """Raise CheckpointError where this process would read more than there is memory.
+
+    What a record claims is not trusted: nothing is allocated before. An array that is
+    spread over devices counts with its shards that lie on this process's.
+    """
+    total, worst, largest = 0, "", -1
+    for record, place in zip(records, places, strict=True):
+        shape = tuple(record.get("shape", ()))
+        size = math.prod(shape) * jnp.dtype(record.get("dtype", bool)).itemsize
+        if size and place is not None:
+            shards = len(place.addressable_devices)
+            try:
+                size = size // math.prod(shape) * math.prod(place.shard_shape(shape))
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{leaves.path_of(record)}: {shape} does not fit {place}: {error}"
+                ) from error
+            size *= shards
+        total += size
+        if size > largest:
+            worst, largest = f"{leaves.path_of(record)} {shape}", size
+    most = formats.memory() + _device_memory()
+    if total > most:
+        raise CheckpointError(
+            f"{_ARRAYS}: its arrays claim {total:,} bytes, the largest is {worst}; "
+            f"there is memory for {most:,}. If this is so, load it with sharding= over "
+            "more machines"
+        )
+
+
+def _device_memory() -> int:
+    """Bytes of this process's accelerators; CPUs tell none: they use the machine's."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return sum(int(found.get("bytes_limit", 0)) for found in stats)
 
 
 def _place_of(x: Any) -> Any:

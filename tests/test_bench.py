@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune import cli
+from jaxprune import cli, exits
 from jaxprune.base import ConfigError
 from jaxprune.bench import as_markdown, bench_saved, write
 
@@ -71,5 +71,5 @@ def test_what_is_missing_is_named(folder, tmp_path, capsys):
         bench_saved(folder)
     with pytest.raises(ConfigError, match="--json .*nowhere"):
         write({}, tmp_path / "nowhere" / "x.json")
-    assert cli.main(["bench", str(tmp_path)]) == cli.BAD_INPUT
+    assert cli.main(["bench", str(tmp_path)]) == exits.BAD_INPUT
     assert "manifest.sha256.json: missing" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def faults():
     slot = ("groups", 0, "slots", 0)
     yield put(KeyError, "groups"), "graph lacks the field 'groups'"
     yield put(KeyError, "version"), "graph lacks the field 'version'"
-    yield put(2, "version"), "version 2 is unknown"
+    yield put(2, "version"), "version 2 is written by"
     yield put(True, "version"), "version = True is no int"
     yield put({}, "groups"), "groups = {} is no list"
     yield put(3, "groups", 0), r"groups\[0\] is a int"

@@ -30,7 +30,7 @@ TEXTS = sorted(
 
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
-    "base jaxpr factors disk exits peers",
+    "base jaxpr factors formats disk exits peers",
     "labels walk plan rules splits groups trace taps behind chains",
     "keeps matching placement",
     "trees slim graph_io modules",
@@ -38,7 +38,7 @@ LAYERS = (
     "pricing steering sparsity gates metric",
     "steps path path_io risks weakest search weights pruned prune "
     "reconstruct responses ranks lowrank",
-    "integrity leaves storage store checkpoint export bench",
+    "integrity remote leaves storage store checkpoint export bench",
     "data models",
     "train",
     "report inspection predict",

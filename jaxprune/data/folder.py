@@ -13,13 +13,13 @@ Without it they are the labels found, 0 to the highest but 255, which is ignored
 
 import colorsys
 import functools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxprune import formats
 from jaxprune.base import DataError
 from jaxprune.data import cache, images
 from jaxprune.data.types import Classes, Color, Size, Source
@@ -165,7 +165,7 @@ def listed_classes(root: Path) -> Classes | None:
     if not path.exists():
         return None
     try:
-        listed = json.loads(path.read_text())
+        listed = formats.parse(formats.read_text(path))
         names = tuple(str(name) for name in listed["names"])
         colors = listed.get("colors") or [_color(k) for k in range(len(names))]
         return Classes(

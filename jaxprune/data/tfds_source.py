@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune import formats
 from jaxprune.base import DataError
 from jaxprune.data import cache as caches
 from jaxprune.data import camvid, folder, images
@@ -19,6 +20,7 @@ _SPLIT_NAMES = {
     "val": ("val", "validation", "valid", "dev"),
     "test": ("test", "testing"),
 }
+_OWN = "tensorflow_datasets."
 _MASKS = ("segmentation_mask", "segmentation_label", "label", "mask", "annotation")
 
 
@@ -48,7 +50,11 @@ def source(
                 " data.root=DIR (in Python: root=DIR)"
             )
         directory, classes = _find_prepared(Path(root), name), None
-    builder = tfds.builder_from_directory(directory)
+    _check_features(directory / "features.json")
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:  # JSON, protobuf and features raise what they like
+        raise _damaged(str(directory), error) from error
     if builder.info.file_format.value != "array_record":
         raise DataError(
             f"{directory}: prepared as {builder.info.file_format.value}, which only"
@@ -76,11 +82,15 @@ class _Samples:
         import tensorflow_datasets as tfds
 
         self.name = f"{builder.info.full_name} {split}"
+        self.directory = str(builder.data_dir)
         self.mask = _mask_feature(builder)
         self.named = "stem" in builder.info.features
         # Undecoded, because TFDS lets OpenCV, if there, turn palettes into colours.
         skip = {key: tfds.decode.SkipDecoding() for key in ("image", self.mask)}
-        self.data = builder.as_data_source(split, decoders=skip)
+        try:
+            self.data = builder.as_data_source(split, decoders=skip)
+        except Exception as error:
+            raise _damaged(f"{builder.data_dir}: {split}", error) from error
         self.classes = classes or self._classes(Path(builder.data_dir))
         if not len(self.data):
             raise DataError(f"{self.name}: holds no samples; prepare it again")
@@ -91,7 +101,8 @@ class _Samples:
         """The samples' names where they have any, else their numbers."""
         if not self.named:
             return tuple(f"{self.name} {k:06d}" for k in range(len(self.data)))
-        return tuple(self.data[k]["stem"].decode() for k in range(len(self.data)))
+        samples = map(self._sample, range(len(self.data)))
+        return tuple(sample["stem"].decode() for sample in samples)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image, mask = self._pictures(index)
@@ -102,8 +113,18 @@ class _Samples:
             )
         return images.fit(image, mask, self.size, self.classes, f"{self.name}[{index}]")
 
+    def _sample(self, index: int) -> Any:
+        try:
+            sample = self.data[index]
+            for key in ("image", self.mask):
+                if not isinstance(sample[key], bytes):
+                    raise ValueError(f"it has no {key}")
+        except Exception as error:  # array_record's and protobuf's
+            raise _damaged(f"{self.directory}: {self.name}[{index}]", error) from error
+        return sample
+
     def _pictures(self, index: int) -> tuple[Any, Any]:
-        sample, name = self.data[index], f"{self.name}[{index}]"
+        sample, name = self._sample(index), f"{self.name}[{index}]"
         image = images.decode(Path(f"{name} image"), sample["image"])
         mask = images.decode(Path(f"{name} {self.mask}"), sample[self.mask])
         if image.size != mask.size or mask.mode not in ("L", "P"):
@@ -121,6 +142,32 @@ class _Samples:
         return folder.classes_of_labels(
             self._pictures(index)[1] for index in range(len(self.data))
         )
+
+
+def _check_features(file: Path) -> None:
+    """Raise DataError where features.json names classes that are not TFDS's own.
+
+    TFDS imports the module of each, and with it whatever code that holds.
+    """
+    try:
+        level = [formats.parse(formats.read_text(file))]
+    except (OSError, ValueError) as error:
+        raise _damaged(str(file), error) from error
+    while level:
+        one = level.pop()
+        if isinstance(one, dict):
+            name = str(one.get("pythonClassName", _OWN))
+            if not name.startswith(_OWN):
+                raise DataError(f"{file}: {name!r:.80} is no feature of TFDS's own")
+        if isinstance(one, dict | list):
+            level += one.values() if isinstance(one, dict) else one
+
+
+def _damaged(what: str, error: Exception) -> DataError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DataError(
+        f"{what}: damaged, or not prepared by TFDS: {reason}; prepare anew"
+    )
 
 
 def _prepare_camvid(

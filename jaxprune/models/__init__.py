@@ -70,7 +70,7 @@ def build(name: str, args: Mapping[str, Any]) -> nn.Module:
     Raises:
       ConfigError: no such network or field, or a field's value is out of range.
     """
-    if name not in _KINDS:
+    if not isinstance(name, str) or name not in _KINDS:
         raise base.ConfigError(
             f"no network {name!r}; choose one of {', '.join(_KINDS)}"
         )
@@ -111,10 +111,23 @@ def _construct(kind: Any, name: str, args: Mapping[str, Any]) -> nn.Module:
     values = dict(args)
     for field in ("widths", "depths"):
         if field in values:
-            values[field] = tuple(values[field])
+            values[field] = _numbers(name, field, values[field])
     if isinstance(values.get("dtype"), str):
         try:
             values["dtype"] = jnp.dtype(values["dtype"])
         except TypeError as error:
             raise base.ConfigError(f"{name}: dtype={values['dtype']!r}") from error
-    return kind(**values)
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise base.ConfigError(f"{name} with {_short(args)}: {error}") from error
+
+
+def _numbers(name: str, field: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    raise base.ConfigError(f"{name}: {field}={_short(value)}; must be a list")
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.80}"

@@ -6,7 +6,6 @@ it is run. Kernels [out, in, kh, kw] become [kh, kw, in, out].
 """
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import base
+from jaxprune import base, formats
 from jaxprune.models.deeplab import DeepLabV3Plus
 from jaxprune.models.fcn import FCN
 from jaxprune.models.refinenet import RefineNet
@@ -86,18 +85,17 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         )
     try:
         if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
+            return formats.read_npz(file)
         import safetensors
         import safetensors.numpy
 
         try:
             return safetensors.numpy.load_file(file)
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, KeyError, TypeError) as error:
             raise base.CheckpointError(f"{file} is damaged: {error}") from error
     except OSError as error:
         raise base.CheckpointError(f"{file}: {error.strerror or error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except ValueError as error:
         raise base.CheckpointError(f"{file} is damaged: {error}") from error
 
 

@@ -2,18 +2,14 @@
 """The files of a work folder, read and checked; no accelerator, no JAX."""
 
 import dataclasses
-import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxprune import base
+from jaxprune import base, formats
 
-_ZIP = (zipfile.BadZipFile, zlib.error)
 NUMBER = (int, float)
 # What the report relies on: a dict lists the fields that must be there ('*' = each
 # entry), a list its items, a type or tuple of types a value; None is always accepted.
@@ -97,8 +93,8 @@ def _damaged(file: Path, why: object) -> base.DataError:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return formats.read_text(file)
+    except (OSError, ValueError) as error:
         raise _damaged(file, error) from error
 
 
@@ -106,8 +102,8 @@ def _json(file: Path, form: Any) -> Any:
     if not file.exists():
         return None
     try:
-        document = json.loads(_text(file))
-    except json.JSONDecodeError as error:
+        document = formats.parse(_text(file))
+    except ValueError as error:
         raise _damaged(file, f"not JSON: {error}") from error
     _check(document, form, file, "")
     return document
@@ -162,8 +158,8 @@ def _rows(file: Path) -> tuple[Mapping[str, Any], ...] | None:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = formats.parse(line)
+        except ValueError as error:
             raise _damaged(file, f"line {number} is not JSON: {error}") from error
         _check(row, ROW, file, f"line {number}")
         at = ("stage", "network", "split", "step")
@@ -176,10 +172,8 @@ def _samples(file: Path) -> Mapping[str, np.ndarray] | None:
     if not file.exists():
         return None
     try:
-        # Opened here: where NumPy opens a damaged archive itself, it stays open.
-        with file.open("rb") as stream, np.load(stream) as archive:
-            samples = {name: archive[name] for name in archive.files}
-    except (OSError, TypeError, ValueError, EOFError, *_ZIP) as error:
+        samples = formats.read_npz(file)
+    except (OSError, ValueError) as error:
         raise _damaged(file, error) from error
     for name in ("images", "truth", "dense", "pruned"):
         if name not in samples:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import disk
-from jaxprune.base import Apply, Cost, PyTree
+from jaxprune import disk, formats
+from jaxprune.base import Apply, CheckpointError, Cost, PyTree
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config
 from jaxprune.train.folder import write_json
@@ -46,7 +45,12 @@ def evaluate_stage(
     file = job.workdir / _FILE
     if file.exists():
         progress.note("evaluate: done already")
-        evaluation = json.loads(file.read_text("utf-8"))
+        try:
+            evaluation = formats.parse(formats.read_text(file))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{file} is damaged ({error}); delete it to evaluate again"
+            ) from error
     else:
         classes = job.splits.train.classes
         progress.rewind("evaluate", -1)

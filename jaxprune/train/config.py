@@ -8,11 +8,13 @@ import dataclasses
 import json
 import re
 import runpy
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jaxprune.base import ConfigError, DataError
+from jaxprune import formats
+from jaxprune.base import ConfigError
 from jaxprune.data import Augment
 from jaxprune.lowrank import Method as LowRank
 from jaxprune.train import settings
@@ -87,6 +89,9 @@ class Fit:
     on_nan: Literal["stop", "skip"] = "stop"
     rollbacks: int = 3
 
+
+# Beyond these a number is a slip of the finger.
+_MOST_PIXELS, _MOST_CHANNELS, _MOST_IMAGES = 1 << 15, 1 << 20, 1 << 20
 
 Method = Literal[
     "criterion", "path", "lasso", "gates", "random_masks", "particles", "weights"
@@ -255,19 +260,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if callable(get_config) else get_config
-    except (
-        SyntaxError,
-        TypeError,
-        AttributeError,
-        NameError,
-        ImportError,
-        DataError,
-    ) as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise ConfigError(f"{path}{_line(path, error)}: {_explain(error)}") from error
     if not isinstance(config, Config):
         raise ConfigError(
             f"{path}: it must define get_config() that returns a jaxprune.train.Config"
         )
+    try:
+        settings.check_types(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     for override in overrides:
         config = settings.override(config, override)
     return check(config)
@@ -294,9 +296,11 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The config that `to_json` wrote; fields that it lacks have their defaults."""
     try:
-        return settings.from_dict(Config, json.loads(text))
-    except ValueError as error:
+        config = settings.from_dict(Config, formats.parse(text))
+        settings.check_types(config)
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"this is no config of a run: {error}") from error
+    return config
 
 
 def differences(config: Config, default: Config | None = None) -> dict[str, Any]:
@@ -311,20 +315,29 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
     data, evaluate, distill = config.data, config.evaluate, config.distill
     prune = config.prune
     stored = data.stored or data.size
-    sizes = all(n > 0 for n in (*data.size, *stored, *(data.counts or ())))
-    widths = all(n > 0 for n in config.network.widths)
+    sizes = all(0 < n <= _MOST_PIXELS for n in (*data.size, *stored))
+    sizes = sizes and all(n > 0 for n in data.counts or ())
+    widths = all(0 < n <= _MOST_CHANNELS for n in config.network.widths)
     same = config.train.optimizer == config.retrain.optimizer
     return [
         ("name", re.fullmatch(r"[\w.-]+", config.name) is not None, "a file's name"),
         ("seed", 0 <= config.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
-        ("network.widths", widths, "positive numbers"),
+        ("network.widths", widths, f"from 1 to {_MOST_CHANNELS} each"),
         ("network.dropout", 0 <= config.network.dropout < 1, "in [0, 1)"),
-        ("data.size", sizes, "positive, as must be data.stored and data.counts"),
+        (
+            "data.size",
+            sizes,
+            f"from 1 to {_MOST_PIXELS}, as must be data.stored; data.counts: positive",
+        ),
         ("data.augment.crop", data.augment.crop is None, "none: data.size decides"),
         ("distill.weight", 0 <= distill.weight <= 1, "in [0, 1]"),
         ("distill.temperature", distill.temperature > 0, "positive"),
         ("evaluate.every", evaluate.every > 0, "positive"),
-        ("evaluate.batch", evaluate.batch > 0, "positive"),
+        (
+            "evaluate.batch",
+            0 < evaluate.batch <= _MOST_IMAGES,
+            f"from 1 to {_MOST_IMAGES}",
+        ),
         ("evaluate.repeats", evaluate.repeats >= 0, "0 or more"),
         ("evaluate.samples", evaluate.samples > 0, "positive"),
         ("save_every", config.save_every > 0, "positive"),
@@ -358,7 +371,7 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
 def _check_fit(where: str, fit: Fit) -> None:
     rules = [
         ("epochs", fit.epochs >= 0, "0 or more"),
-        ("batch", fit.batch > 0, "positive"),
+        ("batch", 0 < fit.batch <= _MOST_IMAGES, f"from 1 to {_MOST_IMAGES}"),
         ("lr", fit.lr > 0, "positive"),
         ("warmup", 0 <= fit.warmup <= fit.epochs, "from 0 to epochs"),
         ("weight_decay", fit.weight_decay >= 0, "0 or more"),
@@ -445,7 +458,14 @@ def _apply(where: str, of: Any, rules: Sequence[tuple[str, bool, str]]) -> None:
             raise ConfigError(f"{where}.{name} = {value!r}: must be {need}")
 
 
-def _explain(error: Exception) -> str:
+def _line(path: Path, error: BaseException) -> str:
+    """`:12`, the line of the config that an error came out of, or nothing."""
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in trace if frame.filename == str(path)]
+    return f":{lines[-1]}" if lines else ""
+
+
+def _explain(error: BaseException) -> str:
     """The error's text; for a misspelt keyword, the nearest right one."""
     match = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(error))
     kinds: dict[str, Callable[..., Any]] = {

@@ -107,9 +107,17 @@ def describe(workdir: str | Path, number: int | None = None) -> str:
     config = folder.read_config(workdir)
     number, walked = points.load(workdir, number)
     chosen = _chosen(workdir, number)
+    if chosen is not None and chosen >= len(walked.steps):
+        raise CheckpointError(
+            f"{workdir / 'prune.json'}: chosen is step {chosen} of round {number}, "
+            f"whose path has {len(walked.steps)}; one of the files is of another run"
+        )
     step = None if chosen is None else walked.steps[chosen]
     table = points.rows(walked, step, _kind(config))
-    graph = graph_from_json((workdir / "graph.json").read_text("utf-8"))
+    try:
+        graph = graph_from_json((workdir / "graph.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{workdir / 'graph.json'}: {error}") from error
     rounds = f", round {number} of {config.prune.rounds}"
     state = "" if chosen is not None else "; the prune stage has not ended"
     return (
@@ -123,9 +131,9 @@ def _chosen(workdir: Path, number: int) -> int | None:
     """The number of the step that the run chose, as prune.json has it."""
     try:
         rows = json.loads((workdir / "prune.json").read_text("utf-8"))["path"] or []
-    except (OSError, ValueError, KeyError):
+        mine = [row for row in rows if row.get("round", 1) == number]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    mine = [row for row in rows if row.get("round", 1) == number]
     return next((i for i, row in enumerate(mine) if row.get("chosen")), None)
 
 

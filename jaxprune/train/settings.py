@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -141,7 +142,7 @@ def _parse_any(text: str, hints: list[Any]) -> Any:
 
 def _parse_tuple(text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     bare = text.strip("()[] ")
-    parts = [p for p in bare.replace("x", ",").split(",") if p.strip()]
+    parts = [p for p in bare.split("," if "," in bare else "x") if p.strip()]
     kinds = args[:1] * len(parts) if args[-1] is Ellipsis else args
     if len(kinds) != len(parts):
         raise ValueError
@@ -160,7 +161,8 @@ def _fits(value: Any, hint: Any) -> bool:
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         return len(kinds) == len(value) and all(map(_fits, value, kinds))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return value is None if hint is type(None) else isinstance(value, hint)
@@ -177,6 +179,6 @@ def _words(hint: Any) -> str:
         if args[-1] is Ellipsis:
             return "numbers, as 16,32"
         return f"{len(args)} numbers, as {'x'.join('120' for _ in args)}"
-    known = {int: "a whole number", float: "a number", bool: "true or false"}
+    known = {int: "a whole number", float: "a finite number", bool: "true or false"}
     known |= {str: "a text", type(None): "none"}
     return known.get(hint, getattr(hint, "__name__", str(hint)))

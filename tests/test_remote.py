@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved folders behind URLs: by fsspec's file system in memory, and by file://."""
+
+import sys
+
+import numpy as np
+import pytest
+import toygraphs
+from saved import assert_identical, small_network
+
+import jaxprune as jp
+from jaxprune import checkpoint, integrity, remote
+from jaxprune.base import CheckpointError
+
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture(params=["memory", "file"])
+def url(request, tmp_path):
+    """Where nothing is yet."""
+    if request.param == "file":
+        yield f"file://{tmp_path}/bucket/net"
+        return
+    yield "memory://bucket/net"
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
+
+
+def files(url):
+    system, root = fsspec.core.url_to_fs(url)
+    return system, {name.removeprefix(root)[1:]: name for name in system.find(root)}
+
+
+def test_a_network_goes_and_comes_back(url):
+    jp.save(url, small_network(note=1), note=2)
+    loaded = jp.load(f"{url}/", toygraphs.apply)
+    assert_identical(loaded.variables, small_network().variables)
+    assert loaded.info == {"note": 2} and checkpoint.read_card(url).info == loaded.info
+    with pytest.raises(CheckpointError, match=f"{url} exists; pass overwrite=True"):
+        jp.save(url, small_network())
+    jp.save(url, small_network(note=3), overwrite=True)
+    assert checkpoint.read_card(url).info == {"note": 3}
+    system, there = files(url)
+    system.pipe(f"{there[integrity.MANIFEST]}.txt", b"mine")
+    system.rm(there[integrity.MANIFEST])
+    with pytest.raises(CheckpointError, match=f"{url} exists; pass another, as it is"):
+        jp.save(url, small_network(), overwrite=True)
+
+
+def test_damage_is_named_by_its_url(url):
+    jp.save(url, small_network())
+    system, there = files(url)
+    assert len(there) > 5
+    for name, file in there.items():
+        whole = system.cat(file)
+        flipped = bytes([whole[0] ^ 1]) + whole[1:] if whole else b"x"
+        for harm in (flipped, whole[1:] + b"xy", None):
+            system.rm(file) if harm is None else system.pipe(file, harm)
+            with pytest.raises(CheckpointError, match=f"{url}/{name}: (dam|mis)") as e:
+                jp.load(url, toygraphs.apply)
+            assert "/tmp" not in str(e.value).replace(url, "")
+        system.pipe(file, whole)
+    jp.load(url, toygraphs.apply)
+    system.pipe(f"{there['graph.json']}.bak", b"x")
+    with pytest.raises(CheckpointError, match="graph.json.bak: not in the manifest"):
+        jp.load(url, toygraphs.apply)
+
+
+def test_a_save_that_stops_leaves_no_network(url, monkeypatch):
+    jp.save(url, small_network(note=1))
+    upload = remote._upload
+
+    def stop(folder, system, root):
+        (folder / integrity.MANIFEST).unlink()
+        upload(folder, system, root)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(remote, "_upload", stop)
+    with pytest.raises(KeyboardInterrupt):
+        jp.save(url, small_network(note=2), overwrite=True)
+    with pytest.raises(CheckpointError, match="missing; it is damaged, still being wr"):
+        jp.load(url, toygraphs.apply)
+
+
+def test_an_export_is_read_from_a_url(url, tmp_path):
+    pytest.importorskip("flatbuffers")
+    x = np.ones((1, 3), np.float32)
+    folder = jp.export(small_network(), tmp_path / "served", x)
+    system, root = fsspec.core.url_to_fs(url)
+    system.put(str(folder), root, recursive=True)
+    np.testing.assert_array_equal(jp.load_export(url)(x), jp.load_export(folder)(x))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("memory://nowhere", "manifest.sha256.json: missing"),
+        ("nope://bucket/net", "Protocol not known: nope"),
+        ("s3://bucket/net", "s3://bucket/net: "),
+    ],
+)
+def test_urls_that_lead_nowhere(url, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(CheckpointError, match=said):
+        jp.load(url, toygraphs.apply)
+
+
+def test_without_fsspec_the_way_out_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(CheckpointError, match=r'pip install "jaxprune\[remote\]"'):
+        jp.load("s3://bucket/net", toygraphs.apply)
+
+
+def test_what_is_a_url_and_what_a_folder(tmp_path):
+    for url in ("s3://a", "gs://a/b", "zip://x::file:///a.zip", "hf+v1://a"):
+        assert remote.is_url(url)
+    for folder in ("runs/final", "/a", "C:/a", "C:\\a", "a:b", tmp_path, "://a"):
+        assert not remote.is_url(folder)
+
+
+def test_a_folder_that_the_disk_has_no_room_for(url, monkeypatch):
+    jp.save(url, small_network())
+    monkeypatch.setattr(
+        remote.shutil, "disk_usage", lambda _: type("", (), {"free": 9})
+    )
+    with pytest.raises(CheckpointError, match="has room for 9; set TMPDIR"):
+        jp.load(url, toygraphs.apply)
