@@ -14,12 +14,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from jaxprune import integrity
-from jaxprune.base import CheckpointError, GraphError
+from jaxprune.base import CheckpointError, ConfigError, GraphError
+from jaxprune.folding import fold_batch_norm
+from jaxprune.int8 import quantize_weights
 from jaxprune.pruned import Pruned
 from jaxprune.trace import struct
 
@@ -32,6 +34,8 @@ def export(
     *inputs: Any,
     shapes: Sequence[str | None] = (),
     platforms: Sequence[str] | None = None,
+    fold: bool = False,
+    weights: Literal["float", "int8"] = "float",
     overwrite: bool = False,
     **kwargs: Any,
 ) -> Path:
@@ -40,10 +44,12 @@ def export(
     inputs: arrays or jax.ShapeDtypeStruct, whose shapes the program takes. shapes: for
     each input in turn, None or a shape with symbols, 'b, 360, 480, 3' for any batch,
     'b, 32*h, 32*w, 3' for any size in multiples of 32. platforms: 'cpu', 'cuda',
-    'tpu' ..., of which one program may serve several; the present one by default.
-    Returns the folder's path.
+    'tpu' ..., of which one program may serve several; the present one by default. fold:
+    batch norms inside the kernels before them (`fold_batch_norm`). weights: 'int8', a
+    quarter of the bytes, a scale for each channel (`quantize_weights`). Returns the folder's path.
 
     Raises CheckpointError for a path that is taken, or without the package flatbuffers;
+    ConfigError for other weights;
     GraphError for shapes that do not fit the inputs, or that the network cannot take.
     """
     folder = Path(os.path.abspath(path))
@@ -56,7 +62,15 @@ def export(
         raise CheckpointError(
             "jax.export needs the package flatbuffers: pip install 'jaxprune[export]'"
         )
+    if weights not in ("float", "int8"):
+        raise ConfigError(f"export(weights={weights!r}): 'float' or 'int8'")
     structs = [struct(x) for x in inputs]
+    if fold:
+        thin = fold_batch_norm(pruned.apply, pruned.variables, *structs, **kwargs)
+        pruned = pruned._replace(apply=thin.apply, variables=thin.variables)
+    if weights == "int8":
+        small = quantize_weights(pruned.apply, pruned.variables, *structs, **kwargs)
+        pruned = pruned._replace(apply=small.apply, variables=small.variables)
     try:
         specs = _symbolic(structs, shapes)
         run = jax.jit(lambda *images: pruned.apply(pruned.variables, *images, **kwargs))
@@ -72,6 +86,8 @@ def export(
         "inputs": [f"{s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs],
         "outputs": [str(a) for a in program.out_avals],
         "platforms": list(program.platforms),
+        "weights": weights,
+        "weight_bytes": sum(x.nbytes for x in jax.tree.leaves(pruned.variables)),
         "jax": jax.__version__,
         "info": dict(pruned.info),
     }

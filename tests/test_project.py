@@ -31,14 +31,14 @@ TEXTS = sorted(
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
     "base jaxpr factors",
-    "labels walk plan rules splits groups trace taps behind chains",
+    "labels walk plan rules splits groups trace taps behind chains affine folding",
     "keeps matching placement",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
     "pricing steering sparsity gates metric",
     "steps path path_io risks weakest search weights pruned prune "
-    "reconstruct responses ranks lowrank",
-    "integrity leaves storage store checkpoint export bench",
+    "reconstruct responses ranks lowrank int8",
+    "integrity leaves storage store checkpoint export onnx_export bench",
     "data models",
     "train",
     "report inspection predict",
