@@ -33,6 +33,7 @@ def export(
     path: str | os.PathLike,
     *inputs: Any,
     shapes: Sequence[str | None] = (),
+    constraints: Sequence[str] = (),
     platforms: Sequence[str] | None = None,
     fold: bool = False,
     weights: Literal["float", "int8"] = "float",
@@ -46,7 +47,8 @@ def export(
     'b, 32*h, 32*w, 3' for any size in multiples of 32. platforms: 'cpu', 'cuda',
     'tpu' ..., of which one program may serve several; the present one by default. fold:
     batch norms inside the kernels before them (`fold_batch_norm`). weights: 'int8', a
-    quarter of the bytes, a scale for each channel (`quantize_weights`). Returns the folder's path.
+    quarter of the bytes, a scale for each channel (`quantize_weights`). constraints: of
+    the symbols, 'h >= 2'. Returns the folder's path.
 
     Raises CheckpointError for a path that is taken, or without the package flatbuffers;
     ConfigError for other weights;
@@ -72,7 +74,7 @@ def export(
         small = quantize_weights(pruned.apply, pruned.variables, *structs, **kwargs)
         pruned = pruned._replace(apply=small.apply, variables=small.variables)
     try:
-        specs = _symbolic(structs, shapes)
+        specs = _symbolic(structs, shapes, constraints)
         run = jax.jit(lambda *images: pruned.apply(pruned.variables, *images, **kwargs))
         program = jax.export.export(run, platforms=platforms)(*specs)
         content = program.serialize()
@@ -101,21 +103,34 @@ def export(
 def load_export(path: str | os.PathLike) -> Callable[..., Any]:
     """The program that `export` wrote, as a function of the inputs, jitted by JAX.
 
-    Raises CheckpointError that names the missing or damaged file.
+    Raises CheckpointError that names the missing or damaged file; the function raises
+    GraphError for inputs of other shapes or dtypes than the program takes.
     """
     folder = integrity.resolve(Path(os.path.abspath(path)))
     integrity.verify(folder)
     file = folder / _PROGRAM
     try:
-        return jax.export.deserialize(bytearray(file.read_bytes())).call
+        program = jax.export.deserialize(bytearray(file.read_bytes()))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+    takes = ", ".join(str(aval) for aval in program.in_avals)
+
+    def run(*inputs: Any) -> Any:
+        try:
+            return program.call(*inputs)
+        except (ValueError, TypeError) as error:
+            seen = ", ".join(str(jax.typeof(jax.numpy.asarray(x))) for x in inputs)
+            raise GraphError(f"{file} takes {takes}, and was given {seen}") from error
+
+    return run
 
 
-def _symbolic(structs: Sequence[Any], shapes: Sequence[str | None]) -> list[Any]:
+def _symbolic(
+    structs: Sequence[Any], shapes: Sequence[str | None], constraints: Sequence[str]
+) -> list[Any]:
     if len(shapes) > len(structs):
         raise ValueError(f"{len(shapes)} shapes for {len(structs)} inputs")
-    scope = jax.export.SymbolicScope()
+    scope = jax.export.SymbolicScope(constraints)
     given = [*shapes, *(None for _ in structs)]
     return [
         jax.ShapeDtypeStruct(

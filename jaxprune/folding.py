@@ -3,7 +3,7 @@
 
 A product's answer times and plus what does not depend on the input, channel by channel,
 is the product with a scaled kernel and one bias. Which multiplications and additions
-those are is read off the function's own program (`affine.py` walks it).
+those are is read off the function's own program (`absorb.py` walks it).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune import affine
+from jaxprune import absorb
 from jaxprune import jaxpr as jx
 from jaxprune.base import Apply, Graph, GraphError, Path, PyTree, key_path, path_str
 from jaxprune.trace import abstract_inputs, is_arraylike, struct
@@ -62,10 +62,10 @@ def fold_batch_norm(
     paths = [key_path(keys) for keys, _ in flat]
     template = jax.tree.unflatten(treedef, [struct(x) for _, x in flat])
     program, _, given = _opened(apply, template, inputs, kwargs)
-    found = affine.look(program, [struct(x) for _, x in flat], given)
+    found = absorb.look(program, [struct(x) for _, x in flat], given)
 
     def parts(arrays: list[Any]) -> dict[int, tuple[Any, Any]]:
-        return affine.fold(program, arrays, given, found)
+        return absorb.fold(program, arrays, given, found)
 
     made = jax.jit(parts)([jnp.asarray(x) for _, x in flat]) if found.merged else {}
     gone = {n for numbers in found.merged.values() for n in numbers} - found.read
@@ -112,7 +112,7 @@ def folded(apply: Apply, template: PyTree) -> Apply:
             for path, like in zip(paths, structs, strict=True)
         ]
         program, out, given = _opened(apply, template, inputs, kwargs)
-        values, used = affine.run(program, leaves, structs, given, biases)
+        values, used = absorb.run(program, leaves, structs, given, biases)
         missing = [path_str(paths[n]) for n in biases if n not in used]
         if missing:
             raise GraphError(
