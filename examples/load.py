@@ -33,7 +33,7 @@ def picture(size: str, seed: int) -> bytes:
 
 
 def resident(pid: int | None) -> float:
-    """MB of memory that a process holds, or nan."""
+    """MiB of memory that a process holds, or nan."""
     if pid is None:
         return float("nan")
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -83,10 +83,12 @@ def main() -> int:
         )
         for i in range(args.clients)
     ]
+    before = resident(args.pid)
     for thread in threads:
         thread.start()
-    print("| s | requests | requests/s | p50, ms | p90 | p99 | failed | server, MB |")
+    print("| s | requests | requests/s | p50, ms | p90 | p99 | failed | server, MiB |")
     print("| ---: |" + " ---: |" * 7, flush=True)
+    print(f"| 0 | 0 | | | | | 0 | {before:.1f} |", flush=True)
     seen, last = 0, start
     while last < until:
         time.sleep(max(0.0, min(args.every, until - time.monotonic())))

@@ -72,10 +72,12 @@ Value = Free | Affine | Plain
 
 
 def constant(x: Any) -> Free:
+    """A literal or a constant of the program, free of the input."""
     return Free(jnp.shape(x), jnp.shape(x), functools.partial(itself, x))
 
 
 def itself(x: Any) -> Any:
+    """What makes an array that is there already."""
     return x
 
 
