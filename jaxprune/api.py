@@ -20,6 +20,7 @@ from jaxprune.criteria import (
 )
 from jaxprune.export import export, load_export
 from jaxprune.features import activation, reconstruction, reconstruction_error
+from jaxprune.folding import Folded, fold_batch_norm
 from jaxprune.gates import (
     accelerated_gates,
     gate,
@@ -27,6 +28,7 @@ from jaxprune.gates import (
     init_gates,
     proximal_gates,
 )
+from jaxprune.int8 import Quantized, quantize_weights
 from jaxprune.keeps import compose
 from jaxprune.latency import Timings, latency, timings
 from jaxprune.lowrank import Factorized, factorize, factorized
@@ -42,6 +44,7 @@ from jaxprune.measures import (
 )
 from jaxprune.metric import adam_steps, preconditioned
 from jaxprune.modules import to_nnx
+from jaxprune.onnx_export import export_onnx
 from jaxprune.path import prune_path
 from jaxprune.pricing import flops_weights, repriced
 from jaxprune.prune import prune
@@ -66,12 +69,14 @@ __all__ = [
     "Criterion",
     "Evidence",
     "Factorized",
+    "Folded",
     "Frozen",
     "Graph",
     "Group",
     "Leaf",
     "Path",
     "Pruned",
+    "Quantized",
     "Slot",
     "Speed",
     "Step",
@@ -93,11 +98,13 @@ __all__ = [
     "ema",
     "expand",
     "export",
+    "export_onnx",
     "factorize",
     "factorized",
     "fisher",
     "flops",
     "flops_weights",
+    "fold_batch_norm",
     "gate",
     "gates_to_keep",
     "geometric_median",
@@ -123,6 +130,7 @@ __all__ = [
     "prune",
     "prune_path",
     "prune_weights",
+    "quantize_weights",
     "random",
     "reconstruct",
     "reconstruction",

@@ -28,11 +28,15 @@ class Speed(NamedTuple):
 
     compile_s: seconds to trace and compile. memory_bytes: what the compiled program
     holds at most beside its arguments, as XLA plans it; None where it does not tell.
+    peak_bytes: with its arguments, at the moment when that is most. variables_bytes: of
+    the network's own arrays.
     """
 
     ms: np.ndarray
     compile_s: float
     memory_bytes: int | None
+    peak_bytes: int | None = None
+    variables_bytes: int = 0
 
     def percentile(self, q: float) -> float:
         """Milliseconds within which q percent of the calls ended."""
@@ -67,8 +71,8 @@ def bench(
             jax.block_until_ready(run(variables, inputs))
             ms[name].append(1e3 * (time.perf_counter() - start))
     return {
-        name: Speed(np.array(ms[name]), seconds, _memory(run))
-        for name, (run, _, seconds) in ready.items()
+        name: Speed(np.array(ms[name]), seconds, *_memory(run), _size(variables))
+        for name, (run, variables, seconds) in ready.items()
     }
 
 
@@ -105,10 +109,12 @@ def bench_saved(
         rows += [_row(name, batch, speed) for name, speed in found.items()]
     device = jax.devices()[0]
     return {
+        "schema": 1,
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "jax": jax.__version__,
         "size": list(at),
         "repeats": repeats,
+        "device_peak_bytes": _device_peak(),
         "rows": rows,
     }
 
@@ -117,7 +123,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     """What `bench_saved` returns as a table."""
     heights = "x".join(map(str, result["size"]))
     head = ["network", "batch", *(f"p{q}, ms" for q in _PERCENTILES)]
-    head += ["images/s", "compile, s", "memory, MB"]
+    head += ["images/s", "compile, s", "memory, MB", "weights, MB"]
     lines = [
         f"{heights} on {result['device']}, jax {result['jax']}, "
         f"{result['repeats']} calls each",
@@ -131,6 +137,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         cells += [f"{row[f'p{q}_ms']:.1f}" for q in _PERCENTILES]
         cells += [f"{row['images_per_s']:.1f}", f"{row['compile_s']:.1f}"]
         cells.append("-" if memory is None else f"{memory / 1e6:.1f}")
+        cells.append(f"{row['variables_bytes'] / 1e6:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -151,12 +158,25 @@ def _row(name: str, batch: int, speed: Speed) -> dict[str, Any]:
         "images_per_s": round(1e3 * batch / float(speed.ms.mean()), 3),
         "compile_s": round(speed.compile_s, 3),
         "memory_bytes": speed.memory_bytes,
+        "peak_bytes": speed.peak_bytes,
+        "variables_bytes": speed.variables_bytes,
     }
 
 
-def _memory(run: Any) -> int | None:
-    """Bytes of temporaries and outputs that a compiled program plans for."""
+def _memory(run: Any) -> tuple[int | None, int | None]:
+    """Bytes that a compiled program plans: temporaries and outputs; all at its peak."""
     plan = run.memory_analysis()
     if plan is None:
-        return None
-    return int(plan.temp_size_in_bytes + plan.output_size_in_bytes)
+        return None, None
+    peak = getattr(plan, "peak_memory_in_bytes", None)
+    return int(plan.temp_size_in_bytes + plan.output_size_in_bytes), peak
+
+
+def _size(variables: PyTree) -> int:
+    return sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(variables))
+
+
+def _device_peak() -> int | None:
+    """The most bytes that this process has held on the device; None where unknown."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
-from jaxprune import formats, keeps, leaves, remote, storage, trees
-from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree
+from jaxprune import folding, formats, keeps, leaves, matching, remote, storage, trees
+from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree, key_path
 from jaxprune.chains import factorized, is_factorized
 from jaxprune.graph_io import (
     graph_from_json,
@@ -95,7 +95,8 @@ def load(
     path: a folder, or a URL that fsspec knows (the extra `remote`), of which a copy is
     made, verified and deleted.
     apply: the dense function that was pruned, for a network that is not shipped; of a
-    factorised one, the function that `factorize` was given.
+    factorised one, the function that `factorize` was given; of one with folded batch
+    norms, the function from before.
     sharding: a Sharding of the arrays, or a Mesh over which they are replicated; the
     default device if None. Variables come back as nested dicts (an nnx state in the
     form of `nnx.to_pure_dict`), or in the containers of `like`, whose shapes do not
@@ -122,6 +123,8 @@ def _load(folder: Path, apply: Apply | None, sharding: Any, like: PyTree) -> Pru
         if is_factorized(card.graph):
             dense = factorized(dense)
         small = slim(dense, card.graph, card.keep)
+        if _is_folded(variables):
+            small = folding.folded(small, _whole(card.graph, card.keep))
     except GraphError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return card._replace(apply=small, variables=variables)
@@ -205,8 +208,22 @@ def _dense(folder: Path, info: Mapping[str, Any]) -> Apply:
     return apply
 
 
+def _is_folded(variables: PyTree) -> bool:
+    flat = jax.tree_util.tree_flatten_with_path(variables)[0]
+    return folding.is_folded([key_path(keys) for keys, _ in flat])
+
+
+def _whole(graph: Graph, keep: Any, variables: PyTree = None) -> PyTree:
+    """What folded variables were like while they held their batch norms."""
+    cuts = zip(graph.leaves, matching.kept_indices(graph, keep), strict=True)
+    shapes = [matching.cut_shape(leaf, kept) for leaf, kept in cuts]
+    return folding.unfolded(graph, shapes, variables)
+
+
 def _check_variables(graph: Graph, keep: Any, variables: PyTree) -> None:
     # Growing them back is what fails, by the leaf's name, where they do not fit.
+    if _is_folded(variables):
+        variables = _whole(graph, keep, variables)
     jax.eval_shape(lambda tree: trees.expand(graph, keep, tree), variables)
 
 

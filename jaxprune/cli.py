@@ -49,8 +49,10 @@ EVAL = (
 PREDICT = (
     "write overlays of images with the classes the network sees",
     (
-        "INPUT is an image, a folder of images, or a quoted pattern such as "
-        "'day1/*.png'. For a network of your own, in Python: jaxprune.predict.write("
+        "INPUT is an image, a folder of images, a quoted pattern such as "
+        "'day1/*.png', a video, or -: standard input, PNG, JPEG and PPM images one "
+        "after another. With --out -, PNGs go to standard output as they are made. "
+        "For a network of your own, in Python: jaxprune.predict.write("
         "jaxprune.load(DIR, apply=model.apply), files, out)."
     ),
 )
@@ -222,9 +224,20 @@ def _add_eval(verb: argparse.ArgumentParser) -> None:
 def _add_predict(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("folder", metavar="DIR", help="a work folder or a saved network")
     verb.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="an image, a folder or a 'glob*'"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="an image, folder, 'glob*', video or -",
     )
-    verb.add_argument("--out", required=True, metavar="DIR", help="for the overlays")
+    verb.add_argument(
+        "--out", required=True, metavar="DIR", help="for the overlays, or - for stdout"
+    )
+    verb.add_argument(
+        "--raw",
+        type=_size,
+        metavar="HxW",
+        help="standard input holds bare RGB frames of this size",
+    )
     verb.add_argument(
         "--size",
         type=_size_or_native,
@@ -376,8 +389,10 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from jaxprune import checkpoint, inspection, predict
+    from jaxprune import checkpoint, inspection, predict, streams
 
+    if args.out == streams.STDIN or any(map(streams.is_stream, args.inputs)):
+        return _predict_stream(args)
     files = predict.find(args.inputs)
     pruned = checkpoint.load(inspection.saved(args.folder))
     for path in predict.write(
@@ -391,6 +406,27 @@ def _predict(args: argparse.Namespace) -> int:
         samples=args.samples,
     ):
         print(path, flush=True)
+    return 0
+
+
+def _predict_stream(args: argparse.Namespace) -> int:
+    from jaxprune import checkpoint, inspection, streams
+
+    if args.samples:
+        raise base.ConfigError("--samples goes with image files and an --out folder")
+    pruned = checkpoint.load(inspection.saved(args.folder))
+    to_stdout = args.out == streams.STDIN
+    for name in streams.write(
+        pruned,
+        streams.frames(args.inputs, args.raw),
+        sys.stdout.buffer if to_stdout else Path(args.out),
+        size=args.size,
+        batch=args.batch,
+        opacity=args.opacity,
+        labels=args.labels,
+    ):
+        if not to_stdout:
+            print(name, flush=True)
     return 0
 
 

@@ -18,12 +18,14 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from jaxprune import formats, integrity, remote
-from jaxprune.base import CheckpointError, GraphError
+from jaxprune.base import CheckpointError, ConfigError, GraphError
+from jaxprune.folding import fold_batch_norm
+from jaxprune.int8 import quantize_weights
 from jaxprune.pruned import Pruned
 from jaxprune.trace import struct
 
@@ -38,7 +40,10 @@ def export(
     path: str | os.PathLike,
     *inputs: Any,
     shapes: Sequence[str | None] = (),
+    constraints: Sequence[str] = (),
     platforms: Sequence[str] | None = None,
+    fold: bool = False,
+    weights: Literal["float", "int8"] = "float",
     overwrite: bool = False,
     **kwargs: Any,
 ) -> Path:
@@ -47,10 +52,13 @@ def export(
     inputs: arrays or jax.ShapeDtypeStruct, whose shapes the program takes. shapes: for
     each input in turn, None or a shape with symbols, 'b, 360, 480, 3' for any batch,
     'b, 32*h, 32*w, 3' for any size in multiples of 32. platforms: 'cpu', 'cuda',
-    'tpu' ..., of which one program may serve several; the present one by default.
-    Returns the folder's path.
+    'tpu' ..., of which one program may serve several; the present one by default. fold:
+    batch norms inside the kernels before them (`fold_batch_norm`). weights: 'int8', a
+    quarter of the bytes, a scale for each channel (`quantize_weights`). constraints: of
+    the symbols, 'h >= 2'. Returns the folder's path.
 
     Raises CheckpointError for a path that is taken, or without the package flatbuffers;
+    ConfigError for other weights;
     GraphError for shapes that do not fit the inputs, or that the network cannot take.
     """
     folder = Path(os.path.abspath(path))
@@ -63,9 +71,17 @@ def export(
         raise CheckpointError(
             "jax.export needs the package flatbuffers: pip install 'jaxprune[export]'"
         )
+    if weights not in ("float", "int8"):
+        raise ConfigError(f"export(weights={weights!r}): 'float' or 'int8'")
     structs = [struct(x) for x in inputs]
+    if fold:
+        thin = fold_batch_norm(pruned.apply, pruned.variables, *structs, **kwargs)
+        pruned = pruned._replace(apply=thin.apply, variables=thin.variables)
+    if weights == "int8":
+        small = quantize_weights(pruned.apply, pruned.variables, *structs, **kwargs)
+        pruned = pruned._replace(apply=small.apply, variables=small.variables)
     try:
-        specs = _symbolic(structs, shapes)
+        specs = _symbolic(structs, shapes, constraints)
         run = jax.jit(lambda *images: pruned.apply(pruned.variables, *images, **kwargs))
         program = jax.export.export(run, platforms=platforms)(*specs)
         content = program.serialize()
@@ -81,6 +97,8 @@ def export(
         "inputs": _described(specs),
         "outputs": [str(a) for a in program.out_avals],
         "platforms": list(program.platforms),
+        "weights": weights,
+        "weight_bytes": sum(x.nbytes for x in jax.tree.leaves(pruned.variables)),
         "jax": jax.__version__,
         "info": dict(pruned.info),
     }
@@ -96,7 +114,8 @@ def load_export(path: str | os.PathLike) -> Callable[..., Any]:
 
     path: a folder, or a URL that fsspec knows (the extra `remote`). The
     program may compute, and nothing else. Raises CheckpointError that names the missing
-    or damaged file, or a program that calls back into Python.
+    or damaged file, or a program that calls back into Python; the function raises
+    GraphError for inputs of other shapes or dtypes than the program takes.
     """
     with remote.local(path) as folder:
         return _load(folder)
@@ -121,7 +140,16 @@ def _load(folder: Path) -> Callable[..., Any]:
         raise CheckpointError(f"{file}: no program: {error!r:.200}") from error
     if found != inputs:
         raise CheckpointError(f"{file} takes {found}, {_CARD} says {inputs}")
-    return program.call
+    takes = ", ".join(found)
+
+    def run(*inputs: Any) -> Any:
+        try:
+            return program.call(*inputs)
+        except (ValueError, TypeError) as error:
+            seen = ", ".join(_described([struct(x) for x in inputs]))
+            raise GraphError(f"{file} takes {takes}, and was given {seen}") from error
+
+    return run
 
 
 def _read_card(file: Path) -> list[str]:
@@ -148,10 +176,12 @@ def _described(structs: Sequence[Any]) -> list[str]:
     return [f"{s.dtype}[{', '.join(map(str, s.shape))}]" for s in structs]
 
 
-def _symbolic(structs: Sequence[Any], shapes: Sequence[str | None]) -> list[Any]:
+def _symbolic(
+    structs: Sequence[Any], shapes: Sequence[str | None], constraints: Sequence[str]
+) -> list[Any]:
     if len(shapes) > len(structs):
         raise ValueError(f"{len(shapes)} shapes for {len(structs)} inputs")
-    scope = jax.export.SymbolicScope()
+    scope = jax.export.SymbolicScope(constraints)
     given = [*shapes, *(None for _ in structs)]
     return [
         jax.ShapeDtypeStruct(

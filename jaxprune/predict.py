@@ -80,15 +80,17 @@ def find(inputs: Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-def read_image(file: Path) -> np.ndarray:
+def read_image(file: Path, data: bytes | None = None) -> np.ndarray:
     """An image file as uint8[H, W, 3], upright; transparency is shown on white.
+
+    data: what it holds, where `file` is only its name.
 
     Grey, palette, 16-bit and CMYK files become RGB. Raises DataError, naming the file,
     where it is damaged or no image.
     """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image_files.decode(file))
+    image = ImageOps.exif_transpose(image_files.decode(file, data))
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -139,7 +141,8 @@ def write(
         target = out / f"{stem}_overlay.png"
         report.save_png(target, report.with_legend(picture, names, colors))
         if labels:
-            _save_labels(out / f"{stem}_labels.png", answer, colors)
+            made = label_picture(answer, colors)
+            made.save(out / f"{stem}_labels.png", format="PNG")
         if variance is not None:
             _save_variance(out / f"{stem}_uncertainty.png", variance, len(names))
         yield target
@@ -174,6 +177,17 @@ def _are_classes(names: list[Any], colors: list[Any]) -> bool:
         and all(isinstance(c, int) and 0 <= c <= 255 for c in color)
         for name, color in zip(names, colors)
     )
+
+
+def label_picture(labels: np.ndarray, colors: Sequence[Sequence[int]]) -> Any:
+    """uint8[H, W] as a palette picture of PIL, whose values are the class numbers."""
+    from PIL import Image
+
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(colors)] = colors
+    picture = Image.fromarray(labels)
+    picture.putpalette(palette.ravel().tolist())
+    return picture
 
 
 def _expand(entry: str | Path) -> list[Path]:
@@ -358,15 +372,3 @@ def _save_variance(file: Path, variance: np.ndarray, classes: int) -> None:
     most = (1 - 1 / classes) / classes or 1.0
     grey = np.round(255 * np.sqrt(np.clip(variance / most, 0, 1)))
     Image.fromarray(grey.astype(np.uint8)).save(file, format="PNG")
-
-
-def _save_labels(
-    file: Path, labels: np.ndarray, colors: Sequence[Sequence[int]]
-) -> None:
-    from PIL import Image
-
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(colors)] = colors
-    picture = Image.fromarray(labels)
-    picture.putpalette(palette.ravel().tolist())
-    picture.save(file, format="PNG")

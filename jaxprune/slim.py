@@ -141,8 +141,14 @@ def _cut_state(graph: Graph, keep: Keep, out: PyTree) -> PyTree:
 
 
 def _key(arguments: Any, arrays: Sequence[Any], treedef: Any) -> Any:
-    """What a plan depends on; None where an argument cannot be hashed."""
+    """What a plan depends on; None where an argument cannot be hashed.
+
+    None for symbolic shapes, too: symbols of two scopes look alike, and do not mix.
+    """
     flat, tree = jax.tree.flatten(arguments)
+    shapes = [x.shape for x in flat if is_arraylike(x)]
+    if not all(isinstance(n, int) for shape in shapes for n in shape):
+        return None
     static = tuple(str(struct(x)) if is_arraylike(x) else (type(x), x) for x in flat)
     key = (treedef, tree, static, tuple(map(_kind, arrays)), jx.context())
     try:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,8 @@ def test_every_network_is_called_as_often_and_compiled_once():
         assert speed.ms.shape == (7,)
         assert (speed.ms > 0).all() and speed.compile_s > 0
         assert speed.memory_bytes is None or speed.memory_bytes >= 4 * 5 * 4
+        assert speed.peak_bytes is None or speed.peak_bytes >= 4 * 5 * 4
+        assert speed.variables_bytes == 3 * 5 * 4
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,9 @@ def test_the_command_writes_table_and_json(folder, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == as_markdown(result)
     rows = [(row["batch"], row["network"]) for row in result["rows"]]
     assert rows == [(1, "dense"), (1, "pruned"), (2, "dense"), (2, "pruned")]
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    for field in {*result, *result["rows"][0]}:  # the page says what each one is
+        assert f"`{field}`" in page
     assert all(
         row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"] for row in result["rows"]
     )

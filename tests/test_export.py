@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.base import CheckpointError, GraphError
+from jaxprune.base import CheckpointError, ConfigError, GraphError
 from jaxprune.models.segnet import SegNet
 
 pytest.importorskip("flatbuffers")
 
 ALONE = """
 import pathlib, sys
+sys.modules.update(dict.fromkeys(["jaxprune", "flax", "optax", "orbax"]))  # blocked
 import jax, numpy as np
 program = pathlib.Path(sys.argv[1], "model.stablehlo").read_bytes()
 found = jax.export.deserialize(bytearray(program)).call(np.load(sys.argv[2]))
 np.save(sys.argv[3], found)
-assert not {"jaxprune", "flax", "orbax"} & set(sys.modules)
 """
 
 
@@ -61,6 +61,118 @@ def test_any_batch_and_size_and_with_jax_alone(pruned: Any, tmp_path: Any) -> No
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), want, atol=1e-6)
     card = json.loads((folder / "export.json").read_text())
     assert card["inputs"] == ["float32[b, 32*h, 32*w, 3]"]
+    for wrong in (images(1, 40, 32, 3), images(1, 32, 32, 4), images(32, 32, 3)):
+        with pytest.raises(GraphError, match=r"takes .*\[b, 32\*h, 32\*w, 3\].* given"):
+            run(wrong)
+
+
+def test_folded_and_in_int8(pruned: Any, tmp_path: Any) -> None:
+    x = images(2, 32, 32, 3)
+    folded = jp.fold_batch_norm(pruned.apply, pruned.variables, x)
+    small = jp.quantize_weights(folded.apply, folded.variables, x)
+    coarse = jax.tree.map(
+        lambda a: (
+            np.asarray(a["int8"]) * np.asarray(a["scale"]) if isinstance(a, dict) else a
+        ),
+        small.variables,
+        is_leaf=lambda a: isinstance(a, dict) and "int8" in a,
+    )
+    run = jax.jit(folded.apply)
+    paths = {}
+    for weights, want in (
+        ("float", jax.jit(pruned.apply)(pruned.variables, x)),
+        ("int8", run(coarse, x)),
+    ):
+        paths[weights] = jp.export(
+            *(pruned, tmp_path / weights, x),
+            fold=True,
+            weights=weights,  # type: ignore[arg-type]
+            shapes=["b, 32*h, 32*w, 3"],
+            constraints=["b <= 4"],
+        )
+        got = np.asarray(jp.load_export(paths[weights])(x))
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    cards = {n: json.loads((p / "export.json").read_text()) for n, p in paths.items()}
+    few = cards["int8"]["weight_bytes"]
+    assert cards["int8"]["weights"] == "int8"
+    assert few < 0.6 * cards["float"]["weight_bytes"]  # tiny: scales and biases count
+    with pytest.raises(GraphError, match="takes"):
+        jp.load_export(paths["int8"])(images(5, 32, 32, 3))
+    with pytest.raises(ConfigError, match="'float' or 'int8'"):
+        jp.export(pruned, tmp_path / "x", x, weights="int4")  # type: ignore[arg-type]
+
+
+def test_int8_is_the_nearest_by_channel() -> None:
+    rng = np.random.default_rng(0)
+    v = {"w": rng.normal(size=(5, 7)) * np.logspace(-3, 3, 7), "b": rng.normal(size=7)}
+    v["w"][:, 3] = 0
+    v["conv"] = rng.normal(size=(3, 3, 7, 4))
+    v = {name: a.astype(np.float32) for name, a in v.items()}
+
+    def apply(v: Any, x: Any) -> Any:
+        y = jnp.tanh(x @ v["w"] + v["b"])
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            y, v["conv"], (1, 1), "SAME", dimension_numbers=dims
+        )
+
+    x = rng.normal(size=(2, 6, 6, 5)).astype(np.float32)
+    small = jp.quantize_weights(apply, v, x)
+    assert small.before == 4 * (35 + 7 + 252)
+    assert small.bytes == 35 + 252 + 4 * (7 + 7 + 4)
+    for name, rest in (("w", 0), ("conv", (0, 1, 2))):
+        q, scale = small.variables[name]["int8"], small.variables[name]["scale"]
+        assert q.dtype == jnp.int8 and int(jnp.abs(q).max()) == 127
+        off = np.abs(np.asarray(q, np.float64) * np.asarray(scale) - v[name])
+        bound = np.abs(v[name]).max(axis=rest, keepdims=True) / 254
+        assert (off <= bound * (1 + 1e-6)).all()
+        assert small.error[name] == pytest.approx(off.max())
+    whole = {
+        n: a["int8"] * a["scale"] if n != "b" else a for n, a in small.variables.items()
+    }
+    np.testing.assert_allclose(
+        small.apply(small.variables, x), apply(whole, x), rtol=1e-6
+    )
+    with pytest.raises(GraphError, match="reads a variable"):
+        jp.quantize_weights(lambda v, x: x * v["b"], {"b": v["b"]}, x[..., :1])
+
+
+def test_onnx_says_what_it_needs(pruned: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'jaxprune\[onnx\]'"):
+        jp.export_onnx(pruned, tmp_path / "net.onnx", images(1, 32, 32, 3))
+    (tmp_path / "net.onnx").touch()
+    with pytest.raises(CheckpointError, match="net.onnx exists"):
+        jp.export_onnx(pruned, tmp_path / "net.onnx", images(1, 32, 32, 3))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+def test_onnx_answers_as_jax_does(pruned: Any, tmp_path: Any) -> None:
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    folded = jp.fold_batch_norm(pruned.apply, pruned.variables, images(1, 32, 32, 3))
+    thin = pruned._replace(apply=folded.apply, variables=folded.variables)
+    file = jp.export_onnx(thin, tmp_path / "net.onnx", images(2, 32, 32, 3))
+    session = runtime.InferenceSession(file)
+    x = images(2, 32, 32, 3)
+    (got,) = session.run(None, {session.get_inputs()[0].name: x})
+    want = np.asarray(jax.jit(pruned.apply)(pruned.variables, x))
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+    def calls_back(v: Any, x: Any) -> Any:
+        return jax.pure_callback(np.sqrt, x, x)
+
+    def undefined(v: Any, x: Any) -> Any:
+        return jnp.linalg.cholesky(x)  # of a matrix that has none
+
+    for strange, said in (
+        (calls_back, "does not go through jax2onnx"),
+        (undefined, "answers otherwise than in JAX"),
+    ):
+        with pytest.raises(GraphError, match=said):
+            square = jax.ShapeDtypeStruct((2, 2), np.float32)
+            jp.export_onnx(thin._replace(apply=strange), tmp_path / "no.onnx", square)
+    assert not (tmp_path / "no.onnx").exists()
 
 
 def test_every_damage_is_found(pruned: Any, tmp_path: Any) -> None:

@@ -20,7 +20,16 @@ import jaxprune
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxprune"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-FOLDERS = ("jaxprune", "configs", "benchmarks", "launch", "tests", ".github", ".ci")
+FOLDERS = (
+    "jaxprune",
+    "configs",
+    "benchmarks",
+    "launch",
+    "tests",
+    "examples",
+    ".github",
+    ".ci",
+)
 TEXTS = sorted(
     path
     for folder in FOLDERS
@@ -31,17 +40,18 @@ TEXTS = sorted(
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
     "base jaxpr factors formats disk exits peers",
-    "labels walk plan rules splits groups trace taps behind chains",
+    "labels walk plan rules splits groups trace taps behind chains "
+    "affine absorb folding",
     "keeps matching placement",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
     "pricing steering sparsity gates metric",
     "steps path path_io risks weakest search weights pruned prune "
-    "reconstruct responses ranks lowrank",
-    "integrity remote leaves storage store checkpoint export bench",
+    "reconstruct responses ranks lowrank int8",
+    "integrity remote leaves storage store checkpoint export onnx_export bench",
     "data models",
     "train",
-    "report inspection predict",
+    "report inspection predict streams",
     "cli __main__ __init__ api",
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames one after another: of videos, of standard input, of folders; and out again.
+
+Nothing here holds more than a batch of frames, however long the stream.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import tee
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+
+from jaxprune import predict, report
+from jaxprune.base import DataError
+
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+STDIN = "-"
+_PNG, _JPEG = b"\x89P", b"\xff\xd8"
+# A frame larger than this is no frame, but a damaged header.
+_MOST = 1 << 28
+
+
+class Frame(NamedTuple):
+    """A name for what is written of it, and the image, uint8[H, W, 3]."""
+
+    name: str
+    image: np.ndarray
+
+
+def is_stream(entry: str | Path) -> bool:
+    """Whether an input is a video or standard input, rather than image files."""
+    return str(entry) == STDIN or Path(entry).suffix.lower() in VIDEOS
+
+
+def frames(
+    inputs: Sequence[str | Path],
+    raw: predict.Size | None = None,
+    stdin: BinaryIO | None = None,
+) -> Iterator[Frame]:
+    """The frames of `inputs` in order: videos, '-', and whatever `predict.find` finds.
+
+    '-' is standard input (or `stdin`): PNG, JPEG and PPM images one after another, or,
+    with raw=(H, W), bare RGB frames of 3 H W bytes. Raises DataError that names the
+    input, or the number of the frame, for what is missing, damaged or cut off.
+    """
+    for entry in inputs:
+        if str(entry) == STDIN:
+            stream = stdin if stdin is not None else sys.stdin.buffer
+            images = _raw(stream, raw) if raw else _images(stream)
+            yield from _named("stdin", images)
+        elif is_stream(entry):
+            yield from _named(Path(entry).stem, _video(Path(entry)))
+        else:
+            for file in predict.find([entry]):
+                yield Frame(file.stem, predict.read_image(file))
+
+
+def write(
+    pruned: Any,
+    source: Iterable[Frame],
+    out: Path | BinaryIO,
+    *,
+    size: predict.Size | Literal["native"] | None = None,
+    batch: int = 4,
+    opacity: float = 0.5,
+    labels: bool = False,
+) -> Iterator[str]:
+    """Overlays of frames as they come, into a folder, or one by one into a stream.
+
+    Into a folder as `predict.write` does; into a stream PNGs, of the labels with
+    `labels`, else of the overlays. Yields each file's path, or the frame's name. Raises
+    DataError for two frames of one name in a folder, ConfigError and CheckpointError as
+    `predict.write`.
+    """
+    names, colors = predict.classes(pruned)
+    first, second = tee(source)
+    found = predict.predict(pruned, (f.image for f in first), size=size, batch=batch)
+    seen: set[str] = set()
+    if isinstance(out, Path):
+        out.mkdir(parents=True, exist_ok=True)
+    for frame, answer in zip(second, found, strict=True):
+        picture = report.overlay(frame.image, answer, colors, opacity=opacity)
+        if not isinstance(out, Path):
+            made = predict.label_picture(answer, colors) if labels else picture
+            out.write(_as_png(made))
+            out.flush()
+            yield frame.name
+            continue
+        if frame.name in seen:
+            raise DataError(
+                f"two frames are named {frame.name}, and would overwrite each other; "
+                "predict them in two calls with different --out folders"
+            )
+        seen.add(frame.name)
+        target = out / f"{frame.name}_overlay.png"
+        report.save_png(target, report.with_legend(picture, names, colors))
+        if labels:
+            made = predict.label_picture(answer, colors)
+            made.save(out / f"{frame.name}_labels.png", format="PNG")
+        yield str(target)
+
+
+def _named(stem: str, images: Iterable[np.ndarray]) -> Iterator[Frame]:
+    for i, image in enumerate(images):
+        yield Frame(f"{stem}_{i:06d}", image)
+
+
+def _video(file: Path) -> Iterator[np.ndarray]:
+    try:
+        import imageio_ffmpeg
+    except ImportError as error:
+        raise DataError(
+            f"{file} is a video, which needs the package imageio-ffmpeg: pip install "
+            "'jaxprune[video]'; or give a folder of its frames"
+        ) from error
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; name a video, a folder or '-'")
+    reader = imageio_ffmpeg.read_frames(str(file), pix_fmt="rgb24")
+    try:
+        width, height = next(reader)["size"]
+        for content in reader:
+            yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
+    except (OSError, RuntimeError, StopIteration, ValueError, KeyError) as error:
+        lines = str(error).strip().splitlines() or ["no frames"]
+        raise DataError(f"{file}: damaged, or no video: {lines[-1]}") from error
+    finally:
+        reader.close()
+
+
+def _raw(stream: BinaryIO, size: predict.Size) -> Iterator[np.ndarray]:
+    number, (height, width) = 0, size
+    while content := _some(stream, 3 * height * width):
+        if len(content) < 3 * height * width:
+            raise DataError(
+                f"frame {number} of standard input ends after {len(content)} of "
+                f"{3 * height * width} bytes; is --raw {height}x{width} its size?"
+            )
+        yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
+        number += 1
+
+
+def _images(stream: BinaryIO) -> Iterator[np.ndarray]:
+    number = 0
+    while start := _some(stream, 2):
+        where = f"frame {number} of standard input"
+        if start == _PNG:
+            kind, content = ".png", _png(stream, where)
+        elif start == _JPEG:
+            kind, content = ".jpg", _jpeg(stream, where)
+        elif start in (b"P5", b"P6"):
+            kind, content = ".ppm", _ppm(stream, 3 if start == b"P6" else 1, where)
+        else:
+            raise DataError(
+                f"{where} is no PNG, JPEG or PPM: it begins with {start!r}; bare RGB "
+                "frames need --raw HxW"
+            )
+        yield predict.read_image(Path(f"{where}{kind}"), start + content)
+        number += 1
+
+
+def _png(stream: BinaryIO, where: str) -> bytes:
+    """The rest of a PNG: chunks of a length, a name, that many bytes and a checksum."""
+    parts, name = [_exactly(stream, 6, where)], b""
+    while name != b"IEND":
+        head = _exactly(stream, 8, where)
+        length, name = int.from_bytes(head[:4], "big"), head[4:]
+        parts += [head, _exactly(stream, length + 4, where)]
+    return b"".join(parts)
+
+
+def _jpeg(stream: BinaryIO, where: str) -> bytes:
+    """The rest of a JPEG: segments, and scans up to the next marker."""
+    parts = [_exactly(stream, 2, where)]
+    while True:
+        marker = parts[-1][-2:]
+        if marker == b"\xff\xd9":
+            return b"".join(parts)
+        if marker[0] != 0xFF:
+            raise DataError(f"{where}: damaged JPEG, no marker but {marker!r}")
+        length = _exactly(stream, 2, where)
+        body = _exactly(stream, max(int.from_bytes(length, "big") - 2, 0), where)
+        parts += [length, body]
+        parts.append(
+            _scan(stream, where)
+            if marker == b"\xff\xda"
+            else _exactly(stream, 2, where)
+        )
+
+
+def _scan(stream: BinaryIO, where: str) -> bytes:
+    """Compressed bytes up to and with a marker that is neither stuffing nor restart."""
+    found = bytearray()
+    while len(found) < _MOST:
+        found += _exactly(stream, 1, where)
+        if len(found) > 1 and found[-2] == 0xFF:
+            last = found[-1]
+            if last not in (0x00, 0xFF) and not 0xD0 <= last <= 0xD7:
+                return bytes(found)
+    raise DataError(f"{where}: damaged JPEG, it has no end")
+
+
+def _ppm(stream: BinaryIO, channels: int, where: str) -> bytes:
+    """The rest of a PPM or PGM: width, height and peak in text, then the pixels."""
+    head, word, numbers = bytearray(), b"", list[int]()
+    while len(numbers) < 3:
+        byte = _exactly(stream, 1, where)
+        head += byte
+        if byte == b"#":  # a comment, to the end of the line
+            while byte != b"\n" and len(head) < 1000:
+                byte = _exactly(stream, 1, where)
+                head += byte
+        if byte.isspace():
+            numbers += [int(word)] if word else []
+            word = b""
+        else:
+            word += byte
+            if not word.isdigit() or len(head) > 1000:
+                raise DataError(f"{where}: damaged PPM header {bytes(head)!r}")
+    width, height, peak = numbers
+    size = width * height * channels * (1 if peak < 256 else 2)
+    return bytes(head) + _exactly(stream, size, where)
+
+
+def _exactly(stream: BinaryIO, size: int, where: str) -> bytes:
+    if size > _MOST:
+        raise DataError(f"{where}: damaged, {size} bytes in one piece")
+    content = _some(stream, size)
+    if len(content) < size:
+        raise DataError(f"{where}: it ends too early")
+    return content
+
+
+def _some(stream: BinaryIO, size: int) -> bytes:
+    """So many bytes, in the parts that a pipe gives; fewer only at the end."""
+    parts, left = [], size
+    while left and (part := stream.read(left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _as_png(picture: Any) -> bytes:
+    from PIL import Image
+
+    content = io.BytesIO()
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    picture.save(content, format="PNG")
+    return content.getvalue()
