@@ -66,6 +66,7 @@ def rows(folder: Path, *leave_out: str) -> list[dict]:
 # Kills.
 
 
+@pytest.mark.slow
 def test_killed_runs_end_in_the_same_network():
     """A few of docs/faults.md's, by the command: its kills at the least."""
     command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "4"]
