@@ -45,9 +45,9 @@ def test_any_batch_and_size_and_with_jax_alone(pruned: Any, tmp_path: Any) -> No
     folder = jp.export(
         pruned, tmp_path / "out", images(1, 32, 32, 3), shapes=["b, 32*h, 32*w, 3"]
     )
-    run = jp.load_export(folder)
+    run, apply = jp.load_export(folder), jax.jit(pruned.apply)
     for shape in ((1, 32, 32, 3), (3, 64, 32, 3)):
-        want = pruned.apply(pruned.variables, images(*shape))
+        want = apply(pruned.variables, images(*shape))
         np.testing.assert_allclose(run(images(*shape)), want, atol=1e-6)
     np.save(tmp_path / "x.npy", images(2, 32, 96, 3))
     arguments = [folder, tmp_path / "x.npy", tmp_path / "y.npy"]
@@ -57,7 +57,7 @@ def test_any_batch_and_size_and_with_jax_alone(pruned: Any, tmp_path: Any) -> No
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    want = pruned.apply(pruned.variables, images(2, 32, 96, 3))
+    want = apply(pruned.variables, images(2, 32, 96, 3))
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), want, atol=1e-6)
     card = json.loads((folder / "export.json").read_text())
     assert card["inputs"] == ["float32[b, 32*h, 32*w, 3]"]
