@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.base import DataError, Graph, PyTree
+from jaxprune.sharded import fetched
 from jaxprune.steps import Step, from_plain, to_plain
 from jaxprune.trees import expand, shrink
 
@@ -178,7 +179,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _plain(x: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
+    return fetched(jax.random.key_data(x) if _is_key(x) else x)
 
 
 def _revived(raw: bytes, like: Any, dense: Any) -> Any:

@@ -32,7 +32,7 @@ TEXTS = sorted(
 LAYERS = (
     "base jaxpr factors",
     "labels walk plan rules splits groups trace taps behind chains",
-    "keeps matching placement",
+    "keeps matching placement sharded",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
     "pricing steering sparsity gates metric",
