@@ -75,9 +75,14 @@ def whole(layout: Layout | None, tree: PyTree) -> PyTree:
 
 
 def split(layout: Layout | None, tree: PyTree) -> PyTree:
-    """The tree in shares, such as gradients for an optimiser's."""
+    """The tree in shares, such as gradients for an optimiser's.
+
+    What it is computed from stays as it lies: shares that reached back to it would cost
+    an all-gather for each activation that is computed from it, too.
+    """
     if layout is None or layout.shard == "none":
         return tree
+    tree = whole(layout, tree)
     return jax.lax.with_sharding_constraint(tree, shardings(layout, tree))
 
 

@@ -243,7 +243,7 @@ def make_step(
             parts = layouts.parts(layout, batch, accumulate)
             (loss, updated), grads = accumulated(of, rest, parts)
         params = state.variables["params"]
-        grads = layouts.split(layout, grads)
+        grads, updated = layouts.split(layout, (grads, updated))
         updates, opt_state = tx.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         variables = {"params": params, **own, **updated}
