@@ -5,8 +5,8 @@
 
 Devices are simulated on the host's processor; several processes find each other by
 `jax.distributed` on loopback. Each run trains a small network for 6 steps of one global
-batch, scores and cuts it, and retrains what is left for 3, in float64: what then differs is no rounding.
-Prints markdown.
+batch, scores and cuts it, and retrains what is left for 3, with weights in float64 (the
+pixels' own weights are float32). Prints markdown, a row a run.
 
     python benchmarks/scale.py --worker '{"folder": ..., "shard": "fsdp", ...}'
 
