@@ -23,6 +23,7 @@ from jaxprune.base import (
     PyTree,
     Scores,
 )
+from jaxprune.sharded import fetched
 
 Loss = Callable[[PyTree, Any], jax.Array]
 
@@ -127,7 +128,7 @@ def check_scores(graph: Graph, scores: Scores) -> dict[str, np.ndarray]:
     for name, group in graph.groups.items():
         if name not in scores:
             raise GraphError(f"scores lack group {name!r} (float[{group.size}])")
-        value = np.asarray(scores[name])
+        value = fetched(scores[name])
         if value.shape != (group.size,):
             raise GraphError(
                 f"group {name!r} has {group.size} channels, its scores have shape "

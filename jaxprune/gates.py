@@ -15,6 +15,7 @@ import optax
 from jaxprune import sparsity, steering, trees
 from jaxprune.base import ConfigError, Graph, Group, PyTree
 from jaxprune.pricing import Weights, fitting
+from jaxprune.sharded import fetched
 from jaxprune.steering import Strength
 
 
@@ -163,9 +164,8 @@ def gates_to_keep(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     `shrink(graph, gates_to_keep(gates), gate(graph, gates, variables))` is the network.
     """
-    return {
-        n: sparsity.never_empty(np.asarray(g) != 0, np.abs(g)) for n, g in gates.items()
-    }
+    found = {n: fetched(g) for n, g in gates.items()}
+    return {n: sparsity.never_empty(g != 0, np.abs(g)) for n, g in found.items()}
 
 
 def _thresholded(

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxprune import disk, formats
 from jaxprune.base import DataError, Graph, PyTree
+from jaxprune.sharded import fetched
 from jaxprune.steps import Step, from_plain, to_plain
 from jaxprune.trees import expand, shrink
 
@@ -195,7 +196,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _plain(x: Any) -> np.ndarray:
-    return np.asarray(jax.random.key_data(x) if _is_key(x) else x)
+    return fetched(jax.random.key_data(x) if _is_key(x) else x)
 
 
 def _revived(raw: bytes, like: Any, dense: Any) -> Any:

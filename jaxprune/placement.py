@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxprune import jaxpr as jx
+from jaxprune.sharded import refit
 
 # Bytes that are cut at a time.
 _BLOCK = 2**21
@@ -110,18 +111,10 @@ def from_cpu(x: jax.Array, y: np.ndarray) -> jax.Array:
 
 
 def placed_like(x: Any, y: Any) -> Any:
-    """y on x's mesh, as x was; axes that no longer divide evenly are replicated."""
+    """y on x's mesh, as x was, or as `sharded.refit` says."""
     if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
         return y
     sharding = x.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
-        spec = list(sharding.spec) + [None] * (y.ndim - len(sharding.spec))
-        for axis, names in enumerate(spec):
-            names = (names,) if isinstance(names, str) else names or ()
-            parts = int(np.prod([sharding.mesh.shape[n] for n in names]))
-            if y.shape[axis] % parts:
-                spec[axis] = None
-        sharding = jax.sharding.NamedSharding(
-            sharding.mesh, jax.sharding.PartitionSpec(*spec)
-        )
+        sharding = refit(sharding, y.shape)
     return jax.device_put(y, sharding) if y.sharding != sharding else y

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.base import DataError, Graph, Keep, PyTree
+from jaxprune.sharded import fetched
 from jaxprune.trees import mask
 
 Risk = Callable[[PyTree, Any], Any]
@@ -40,7 +41,7 @@ def evaluator(graph: Graph, risk: Risk) -> Callable[..., Found]:
         return values, counts, sums
 
     def evaluate(keep: Keep, variables: PyTree, batches: Any) -> Found:
-        parts = [jax.device_get(seen(keep, variables, b)) for b in batches]
+        parts = [jax.tree.map(fetched, seen(keep, variables, b)) for b in batches]
         values = np.concatenate([v[c.astype(bool)] for v, c, _ in parts])
         values = values.astype(np.float64)
         if not len(values):

@@ -21,6 +21,7 @@ from jaxprune import steering, trees
 from jaxprune.base import ConfigError, Graph, GraphError, PyTree, Role
 from jaxprune.measures import floats
 from jaxprune.pricing import BOTH, Counts, Weights, resolved
+from jaxprune.sharded import fetched
 from jaxprune.steering import Strength
 
 Blocks = Mapping[str, Sequence[str]]
@@ -162,10 +163,8 @@ def dead(
         graph, jax.tree.map(jnp.abs, floats(variables)), roles=roles
     )
     counts = trees.channel_count(graph, roles=roles)
-    return {
-        n: never_empty((np.asarray(s) != 0) | (counts[n] == 0), np.asarray(s))
-        for n, s in sums.items()
-    }
+    found = {n: fetched(s) for n, s in sums.items()}
+    return {n: never_empty((s != 0) | (counts[n] == 0), s) for n, s in found.items()}
 
 
 # What the steps of `metric` and `gates` share with those above.

@@ -39,6 +39,7 @@ from jaxprune.matching import (
     map_leaves,
 )
 from jaxprune.placement import from_cpu, gathered, is_numpy, on_cpu, placed_like
+from jaxprune.sharded import grown, lies_apart, taken
 
 BOTH_ROLES = ("out", "in")
 
@@ -71,9 +72,13 @@ def zeroed(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
 def shrink(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
     """The tree with the removed channels cut out: smaller, dense arrays.
 
-    `keep` must be concrete (shapes depend on it); the tree may be traced. Dtypes and
-    named shardings stay. Raises GraphError for a keep or a tree that does not fit, and
-    for a state of Adafactor that the smaller network cannot go on with.
+    `keep` must be concrete (shapes depend on it); the tree may be traced. Dtypes stay,
+    and so do named shardings where the new widths allow: devices that no longer divide
+    an axis split the largest other one that they divide, or else hold the leaf whole.
+    Arrays in parts over a mesh are cut there, and never put together.
+
+    Raises GraphError for a keep or a tree that does not fit, and for a state of
+    Adafactor that the smaller network cannot go on with.
     """
     keep = check_keep(graph, keep, concrete=True)
     check_factored(graph, keep, tree)
@@ -87,6 +92,8 @@ def shrink(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
             return gathered(x, kept)
         if on_cpu(x):
             return from_cpu(x, gathered(np.asarray(x), kept))
+        if lies_apart(x):
+            return taken(x, kept)
         small = x
         for axis, indices in enumerate(kept):
             if indices is not None:
@@ -109,6 +116,8 @@ def expand(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
         kept = kept_of(leaf, cuts, keep)
         if all(k is None for k in kept):
             return x
+        if lies_apart(x):
+            return taken(x, grown(kept, leaf.shape))
         where = np.ix_(
             *(np.arange(n) if k is None else k for n, k in zip(leaf.shape, kept))
         )

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import json
 import re
+from collections import Counter
 
 import jax
 import numpy as np
@@ -84,7 +85,7 @@ for name, apply, tx in (
     assert np.isfinite(loss), name
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found[name] = [
-        len(re.findall(rf"= .*({kinds})(-start)?\\\\(", text)),
+        Counter(re.findall(rf"= .*?({kinds})(?:-start)?\\\\(", text)),
         len(re.findall(r"(infeed|outfeed|send|recv|host-compute)\\\\(", text)),
         jitted._cache_size(),
     ]
@@ -110,10 +111,12 @@ def run(devices: int) -> dict:
 def test_pruning_adds_no_collective_and_the_keep_is_the_same() -> None:
     eight, one = run(8), run(1)
     assert (eight["devices"], one["devices"]) == (8, 1)
-    collectives, _, _ = eight["found"]["plain"]
-    assert collectives > 0
+    plain, _, _ = eight["found"]["plain"]
+    assert set(plain) == {"all-reduce"}  # of gradients, batch statistics, the loss
     for name in ("plain", "lasso", "proximal", "mask", "gates"):
-        assert eight["found"][name][0] <= collectives
-        assert eight["found"][name][1:] == [0, 1]  # no host transfer, one trace
-    assert one["found"]["plain"][0] == 0
+        kinds, *rest = eight["found"][name]
+        # Masked channels may have reductions that XLA finds to be of zeros.
+        assert set(kinds) == set(plain) and kinds["all-reduce"] <= plain["all-reduce"]
+        assert rest == [0, 1]  # no host transfer, one trace
+    assert one["found"]["plain"][0] == {}
     assert eight["keep"] == one["keep"]

@@ -42,7 +42,7 @@ LAYERS = (
     "base jaxpr factors formats disk exits peers",
     "labels walk plan rules splits groups trace taps behind chains "
     "affine absorb folding",
-    "keeps matching placement",
+    "keeps matching placement sharded",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
     "pricing steering sparsity gates metric",

@@ -10,6 +10,7 @@ from jaxprune.train.config import (
     Fit,
     Network,
     Prune,
+    Scale,
     load_config,
 )
 from jaxprune.train.stages import evaluate, run
@@ -23,6 +24,7 @@ __all__ = [
     "Fit",
     "Network",
     "Prune",
+    "Scale",
     "evaluate",
     "load_config",
     "run",

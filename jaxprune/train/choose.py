@@ -29,6 +29,7 @@ from jaxprune.cost import cost
 from jaxprune.criteria import Criterion, score
 from jaxprune.latency import timings
 from jaxprune.select import allowed_counts, select
+from jaxprune.train import layout as layouts
 from jaxprune.train import metrics, points
 from jaxprune.train import step as steps
 from jaxprune.train.config import Prune
@@ -189,6 +190,7 @@ def _magnitude(prune: Prune) -> Any:
 
 def _logits(job: Job, variables: PyTree, batch: Any) -> Any:
     """Logits under each batch's own statistics: masked channels spoil running ones."""
+    variables = layouts.whole(steps.layout_of(job.config.scale), variables)
     images = steps.scaled(batch["image"])
     # A generator for dropout, where there is any; what it draws hardly matters here.
     rngs = {"dropout": jax.random.key(job.config.seed)}

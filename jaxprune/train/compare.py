@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxprune import disk, formats
 from jaxprune.base import Apply, CheckpointError, Cost, PyTree
+from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config
 from jaxprune.train.folder import write_json
@@ -91,9 +92,9 @@ def as_text(result: Mapping[str, Any], names: Sequence[str]) -> str:
 def _judged(job: Job, contender: Contender, name: str, progress: Progress) -> dict:
     """Measures and confusion matrices of one network, by split."""
     ignore = job.splits.train.classes.ignore
-    evaluate = jax.jit(steps.make_evaluate(contender.apply, ignore))
-    mesh, batch = steps.make_mesh(), job.config.evaluate.batch
-    variables = jax.device_put(contender.variables, steps.replicated(mesh))
+    layout, batch = steps.layout_of(job.config.scale), job.config.evaluate.batch
+    evaluate = jax.jit(steps.make_evaluate(contender.apply, ignore, layout))
+    variables = layouts.put(layout, contender.variables)
     splits = {}
     for split in ("val", "test"):
         found = getattr(job.splits, split)
@@ -115,7 +116,7 @@ def _nonzero(contender: Contender) -> dict[str, Any]:
 
 def _forward(contender: Contender) -> Callable[[Any], Any]:
     """float images [B, H, W, 3] -> logits, compiled for one device."""
-    variables = jax.device_put(contender.variables, jax.local_devices()[0])
+    variables = layouts.on_one_device(contender.variables)
     run = jax.jit(lambda v, x: contender.apply(v, x, train=False))
     return lambda images: run(variables, images)
 

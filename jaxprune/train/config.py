@@ -18,6 +18,7 @@ from jaxprune.base import ConfigError
 from jaxprune.data import Augment
 from jaxprune.lowrank import Method as LowRank
 from jaxprune.train import settings
+from jaxprune.train.layout import Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +215,22 @@ class Distill:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scale:
+    """How a training lies over the devices; batches are split over them in any case.
+
+    shard: 'fsdp' splits parameters, their average and the optimiser's state as well,
+    each leaf along its largest axis that the number of devices divides. accumulate: a
+    step's batch in so many parts, one after the other, for the memory of one of them;
+    losses and gradients are those of the whole batch, but that batch statistics are of
+    each part, and updated by one after the other, and so is the Jaccard loss of each,
+    whose mean counts.
+    """
+
+    shard: Shard = "none"
+    accumulate: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """every: epochs between two looks at the validation split.
 
@@ -243,6 +260,7 @@ class Config:
     prune: Prune = Prune()
     retrain: Fit = Fit()
     distill: Distill = Distill()
+    scale: Scale = Scale()
     scratch: bool = False
     evaluate: Evaluate = Evaluate()
     save_every: float = 2.0
@@ -354,6 +372,7 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
             )
             for where in ("train", "retrain")
         ),
+        *_scale_rules(config),
         # Another optimiser has no use for the moments of the one before.
         (
             "prune.carry_optimizer",
@@ -364,6 +383,22 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
             "prune.metric",
             prune.metric == "plain" or config.train.optimizer == "adam",
             "'plain' where train.optimizer is not 'adam'",
+        ),
+    ]
+
+
+def _scale_rules(config: Config) -> list[tuple[str, bool, str]]:
+    scale, prune = config.scale, config.prune
+    on_host = prune.low_rank or prune.irregular or prune.reconstruct > 0
+    batches = [getattr(config, where).batch for where in ("train", "retrain")]
+    even = scale.accumulate > 0 and all(b % scale.accumulate == 0 for b in batches)
+    return [
+        ("scale.accumulate", even, "positive, and divide train.batch, retrain.batch"),
+        (
+            "scale.shard",
+            scale.shard == "none" or not on_host,
+            f"'none' where the method is {prune.method!r} or prune.reconstruct is not "
+            "0: those work on whole kernels",
         ),
     ]
 
@@ -470,7 +505,17 @@ def _explain(error: BaseException) -> str:
     match = re.search(r"(\w+)\.__init__\(\) got an unexpected .* '(\w+)'", str(error))
     kinds: dict[str, Callable[..., Any]] = {
         kind.__name__: kind
-        for kind in (Config, Network, Data, Augment, Fit, Prune, Distill, Evaluate)
+        for kind in (
+            Config,
+            Network,
+            Data,
+            Augment,
+            Fit,
+            Prune,
+            Distill,
+            Scale,
+            Evaluate,
+        )
     }
     if match and match[1] in kinds:
         return settings.unknown(match[2], kinds[match[1]], match[1])

@@ -30,6 +30,7 @@ from jaxprune.reconstruct import reconstruct
 from jaxprune.select import check_budget
 from jaxprune.slim import slim
 from jaxprune.train import choose
+from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config, Prune
 from jaxprune.train.folder import write_json
@@ -176,7 +177,8 @@ def _thinned(
 
 def judge(job: Job, variables: PyTree, number: int, progress: Progress) -> None:
     """A row of how the cut network `job.apply` does on the validation split."""
-    evaluate = jax.jit(steps.make_evaluate(job.apply, job.splits.val.classes.ignore))
+    layout, ignore = steps.layout_of(job.config.scale), job.splits.val.classes.ignore
+    evaluate = jax.jit(steps.make_evaluate(job.apply, ignore, layout))
     found = measures(
         confusion_of(evaluate, variables, job.splits.val, job.config.evaluate.batch)
     )
@@ -226,18 +228,21 @@ def _refitted(job: Job, graph: Graph, keep: Keep, variables: PyTree) -> PyTree:
 def restated(job: Job, variables: PyTree) -> PyTree:
     """The variables with batch statistics of the network as it is now."""
 
+    layout = steps.layout_of(job.config.scale)
+
     @jax.jit
     def see(variables: PyTree, batch: Any) -> PyTree:
         images = steps.scaled(batch["image"])
         rngs = {"dropout": jax.random.key(job.config.seed)}
+        whole = layouts.whole(layout, variables)
         _, updated = job.apply(
-            variables, images, train=True, mutable=["batch_stats"], rngs=rngs
+            whole, images, train=True, mutable=["batch_stats"], rngs=rngs
         )
         return {**variables, **updated}
 
     for batch in choose.estimates(job, job.config.prune.statistics):
         variables = see(variables, batch)
-    return jax.tree.map(np.asarray, variables)
+    return layouts.settled(variables)
 
 
 def recovery(job: Job, number: int) -> Job:
@@ -264,7 +269,7 @@ def _restore(store: checkpoint.Store, number: int, graph: Graph, before: Cut) ->
     more = {n: keep[n][before.keep[n]] for n in keep}
     small = shrink(smaller, more, (before.variables, before.carried))
     tree, _ = store.restore(number, {"variables": small[0]})
-    return Cut(keep, jax.tree.map(np.asarray, tree["variables"]), small[1])
+    return Cut(keep, layouts.settled(tree["variables"]), small[1])
 
 
 def _write(job: Job, graph: Graph, keep: Keep, rows: list[dict[str, Any]]) -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxprune import checkpoint, data, integrity
 from jaxprune.base import Apply, CheckpointError, NonFinite, PyTree, path_str
 from jaxprune.graph_io import graph_from_json
+from jaxprune.sharded import fetched
+from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config, Fit
+from jaxprune.train.layout import Layout
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
 from jaxprune.train.stopping import Stop, stoppable
@@ -89,10 +91,11 @@ class SoFar(NamedTuple):
 
 
 def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
-    """Train from `variables`, or on from the newest checkpoint; the state, in NumPy.
+    """Train from `variables`, or on from the newest checkpoint; the state.
 
-    Saves every `save_every` epochs, at the end, and on SIGTERM or Ctrl-C (then exits);
-    where there are several processes, on a SIGTERM to any of them.
+    In NumPy, but for what lies in shares over the devices, which stays there. Saves
+    every `save_every` epochs, at the end, and on SIGTERM or Ctrl-C (then exits); where
+    there are several processes, on a SIGTERM to any of them.
     Raises NonFinite that names the step and the last good checkpoint, where the fit
     does not say to skip what led there.
     """
@@ -101,13 +104,13 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     folder = job.workdir / "checkpoints" / job.stage
     store = checkpoint.open_store(folder, keep_last=keep)
     tx, rate = steps.optimizer(job.fit, job.total, job.around)
-    mesh = steps.make_mesh()
-    whole = steps.replicated(mesh)
-    first = job.begun or steps.init_state(variables, tx, job.carried)
+    layout = steps.layout_of(job.config.scale)
 
     def fresh() -> steps.State:
+        if job.begun is None:
+            return steps.begin(layout, variables, tx, job.carried)
         # A copy: the step takes over the memory of what it is given.
-        return jax.device_put(jax.tree.map(jnp.array, first), whole)
+        return layouts.owned(layout, job.begun)
 
     state, so_far = fresh(), SoFar([], [])
     if store.latest() is not None:
@@ -118,7 +121,7 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     start = int(state.step)
     progress.rewind(job.stage, start)
     if start < job.end:
-        with stoppable() as stop, jax.set_mesh(mesh):
+        with stoppable() as stop, jax.set_mesh(layout.mesh):
             while int(state.step) < job.end:
                 try:
                     state = _run(job, tx, rate, store, state, so_far, progress, stop)
@@ -126,7 +129,7 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
                     state, so_far = _back(job, store, fresh, so_far, error, progress)
                 finally:
                     progress.finish()
-    return jax.tree.map(np.asarray, state)
+    return layouts.settled(state)
 
 
 def _back(
@@ -158,7 +161,7 @@ def _back(
 
 
 def finished(job: Job, variables: PyTree) -> steps.State:
-    """The state that `train(job, variables, ...)` ended with, in NumPy.
+    """The state that `train(job, variables, ...)` ended with, as it returns it.
 
     Of `variables` the shapes count. Raises CheckpointError where it has not ended.
     """
@@ -170,11 +173,9 @@ def finished(job: Job, variables: PyTree) -> steps.State:
             f"of {job.total}); repeat 'jaxprune run' with this --workdir"
         )
     tx, _ = steps.optimizer(job.fit, job.total, job.around)
-    start = steps.init_state(variables, tx, job.carried)
-    state, _ = _restore(
-        store, jax.device_put(start, steps.replicated(steps.make_mesh()))
-    )
-    return jax.tree.map(np.asarray, state)
+    layout = steps.layout_of(job.config.scale)
+    state, _ = _restore(store, steps.begin(layout, variables, tx, job.carried))
+    return layouts.settled(state)
 
 
 def _restore(
@@ -218,12 +219,12 @@ def _run(
     stop: Stop,
 ) -> steps.State:
     """The loop."""
-    mesh = steps.make_mesh()
-    step, evaluate = _functions(job, tx)
+    layout = steps.layout_of(job.config.scale)
+    step, evaluate = _functions(job, tx, layout, state)
     losses = so_far.losses
     teacher = None
     if job.teacher is not None and job.config.distill.weight:
-        teacher = jax.device_put(job.teacher[1], steps.replicated(mesh))
+        teacher = layouts.put(layout, job.teacher[1])
     start = int(state.step)
     batches = _batches(job, start + so_far.passed_over)
     key = jax.random.key(job.config.seed)
@@ -250,7 +251,7 @@ def _run(
             losses.clear()
 
     for done in range(start + 1, job.end + 1):
-        batch = steps.put_batch(mesh, next(batches))
+        batch = steps.put_batch(layout.mesh, next(batches))
         state, loss = step(state, batch, teacher, key)
         if done == start + 1:
             jax.block_until_ready(loss)
@@ -283,7 +284,9 @@ def every(job: Job, epochs: float) -> int:
     return max(1, round(epochs * job.per_epoch))
 
 
-def _functions(job: Job, tx: optax.GradientTransformation) -> tuple[Any, Any]:
+def _functions(
+    job: Job, tx: optax.GradientTransformation, layout: Layout, state: steps.State
+) -> tuple[Any, Any]:
     """The jitted training step and evaluation."""
     ignore = job.splits.train.classes.ignore
     power = job.fit.class_weights
@@ -297,9 +300,12 @@ def _functions(job: Job, tx: optax.GradientTransformation) -> tuple[Any, Any]:
         jaccard=job.fit.jaccard,
         distill=job.config.distill,
         teacher=job.teacher[0] if job.teacher else None,
+        accumulate=job.config.scale.accumulate,
+        layout=layout,
     )
-    evaluate = steps.make_evaluate(job.apply, ignore)
-    return jax.jit(step, donate_argnums=0), jax.jit(evaluate)
+    evaluate = steps.make_evaluate(job.apply, ignore, layout)
+    places = layouts.shardings(layout, state), steps.replicated(layout.mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=places), jax.jit(evaluate)
 
 
 def _batches(job: Job, start: int) -> Iterator[Any]:
@@ -342,7 +348,7 @@ def _own_rows(batch: Any) -> Any:
 def _non_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> NonFinite:
     norms = {
         "/".join(str(getattr(k, "key", k)) for k in path): float(
-            np.linalg.norm(np.asarray(x, np.float64))
+            np.linalg.norm(fetched(x).astype(np.float64))
         )
         for path, x in jax.tree_util.tree_leaves_with_path(state.variables["params"])
     }

@@ -201,9 +201,12 @@ def _check_choice(config: Config, val: data.Split) -> None:
 def _check_devices(config: Config) -> None:
     for name in ("train", "retrain"):
         batch, devices = getattr(config, name).batch, jax.device_count()
-        if batch % devices:
+        parts = config.scale.accumulate
+        if batch % (devices * parts):
+            times = f", times the {parts} parts of scale.accumulate" * (parts > 1)
             raise ConfigError(
                 f"{name}.batch = {batch}: must be a multiple of the {devices} devices"
+                + times
             )
 
 
@@ -275,7 +278,9 @@ def _opening_card(
             (
                 "devices",
                 f"{jax.device_count()} {jax.devices()[0].platform} in a mesh of one "
-                f"axis, {jax.process_count()} process(es)",
+                f"axis, {jax.process_count()} process(es)"
+                + ", each with its share of the state"
+                * (config.scale.shard == "fsdp"),
             ),
             ("work folder", str(workdir)),
             (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step, one function of (state, batch), data-parallel over a mesh."""
+"""The training step, one function of (state, batch), over a mesh of devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import numpy as np
 import optax
 
 from jaxprune.base import Apply, PyTree
-from jaxprune.train.config import Distill, Fit
+from jaxprune.train import layout as layouts
+from jaxprune.train.config import Distill, Fit, Scale
+from jaxprune.train.layout import Layout
 from jaxprune.train.metrics import confusion
 
 
@@ -123,21 +125,30 @@ def scaled(images: Any) -> Any:
     return images.astype(jnp.float32) / 255
 
 
+def pixel_weights(labels: Any, target: Target) -> Any:
+    """What each pixel counts: its class's weight, 0 where it has no label."""
+    counted = labels != target.ignore
+    safe = jnp.where(counted, labels, 0)
+    return jnp.where(counted, jnp.asarray(target.weights)[safe], 0.0)
+
+
 def cross_entropy(
-    logits: Any, labels: Any, target: Target, smoothing: float = 0
+    logits: Any, labels: Any, target: Target, smoothing: float = 0, total: Any = None
 ) -> Any:
     """Class-weighted cross entropy, the weighted mean over the labelled pixels.
 
     smoothing: the share of the target spread over all classes (Szegedy et al., 2016).
+    total: the sum of the weights of the batch that these pixels are a part of, so that
+    the parts' losses add up to the batch's; by default their own.
     """
-    counted = labels != target.ignore
-    safe = jnp.where(counted, labels, 0)
-    weight = jnp.where(counted, jnp.asarray(target.weights)[safe], 0.0)
+    safe = jnp.where(labels != target.ignore, labels, 0)
+    weight = pixel_weights(labels, target)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, safe)
     if smoothing:
         flat = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
         losses = (1 - smoothing) * losses + smoothing * flat
-    return jnp.sum(weight * losses) / jnp.maximum(jnp.sum(weight), 1e-6)
+    total = jnp.sum(weight) if total is None else total
+    return jnp.sum(weight * losses) / jnp.maximum(total, 1e-6)
 
 
 def soft_jaccard(logits: Any, labels: Any, target: Target) -> Any:
@@ -175,43 +186,67 @@ def make_step(
     jaccard: float = 0.0,
     distill: Distill | None = None,
     teacher: Apply | None = None,
+    accumulate: int = 1,
+    layout: Layout | None = None,
 ) -> Callable[[State, Any, PyTree, Any], tuple[State, Any]]:
     """step(state, batch, teacher_variables, key) -> (state, loss), to be jitted.
 
     batch: image uint8[B, H, W, 3] and label int[B, H, W]. teacher_variables: of the
     dense network, or None. The key serves dropout, and is folded with the step. Where
     the loss or its gradient is not finite, the state stays as it is, the loss is NaN.
+    accumulate: parts of a batch, one after the other, see `config.Scale`. layout: how
+    the state lies over a mesh, if it does.
     """
     distill = distill or Distill()
 
     def step(
         state: State, batch: Any, teacher_variables: PyTree, key: Any
     ) -> tuple[State, Any]:
-        images = scaled(batch["image"])
-        rest = {k: v for k, v in state.variables.items() if k != "params"}
+        own = {k: v for k, v in state.variables.items() if k != "params"}
+        used = layouts.whole(layout, state.variables)
+        rest = {k: v for k, v in used.items() if k != "params"}
+        taught = layouts.whole(layout, teacher_variables)
+        key = jax.random.fold_in(key, state.step)
 
-        def loss_of(params: PyTree) -> Any:
+        def loss_of(params: PyTree, rest: PyTree, part: Any, key: Any, total: Any):
+            images = scaled(part["image"])
             logits, updated = apply(
                 {"params": params, **rest},
                 images,
                 train=True,
                 mutable=["batch_stats"],
-                rngs={"dropout": jax.random.fold_in(key, state.step)},
+                rngs={"dropout": key},
             )
-            loss = cross_entropy(logits, batch["label"], target, smoothing)
+            labels = part["label"]
+            loss = cross_entropy(logits, labels, target, smoothing, total)
             if jaccard:
-                loss = loss + jaccard * soft_jaccard(logits, batch["label"], target)
+                overlap = soft_jaccard(logits, labels, target)
+                loss = loss + jaccard * overlap / accumulate
             if teacher is not None and distill.weight:
-                wanted = teacher(teacher_variables, images, train=False)
-                kl = distillation(logits, wanted, distill.temperature)
+                wanted = teacher(taught, images, train=False)
+                kl = distillation(logits, wanted, distill.temperature) / accumulate
                 loss = (1 - distill.weight) * loss + distill.weight * kl
             return loss, updated
 
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulate == 1:
+            found, grads = gradient(used["params"], rest, batch, key, None)
+            loss, updated = found
+        else:
+            total = jnp.sum(pixel_weights(batch["label"], target))
+
+            def of(rest: PyTree, part: Any, number: Any) -> tuple[Any, PyTree]:
+                own = jax.random.fold_in(key, number)
+                found, grads = gradient(used["params"], rest, part, own, total)
+                return found, layouts.split(layout, grads)
+
+            parts = layouts.parts(layout, batch, accumulate)
+            (loss, updated), grads = accumulated(of, rest, parts)
         params = state.variables["params"]
-        (loss, updated), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        grads, updated = layouts.split(layout, (grads, updated))
         updates, opt_state = tx.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
-        variables = {"params": params, **rest, **updated}
+        variables = {"params": params, **own, **updated}
         # The average trusts early weights less: its decay rises with the steps.
         decay = jnp.minimum(average, (1.0 + state.step) / (10.0 + state.step))
         averaged = jax.tree.map(
@@ -226,18 +261,73 @@ def make_step(
     return step
 
 
-def make_evaluate(apply: Apply, ignore: int) -> Callable[[PyTree, Any], Any]:
+def accumulated(
+    gradient: Callable[[PyTree, Any, Any], tuple[Any, PyTree]],
+    rest: PyTree,
+    parts: PyTree,
+) -> tuple[Any, PyTree]:
+    """((sum of losses, rest), sum of gradients) over the first axis of `parts`.
+
+    gradient(rest, part, number) -> ((loss, what it updates of rest), gradients): each
+    part sees what the ones before it have updated, the batch statistics.
+    """
+    first = jax.tree.map(lambda x: x[0], parts)
+    (loss, _), grads = jax.eval_shape(gradient, rest, first, 0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, grads))
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+        (loss, grads), rest = carry
+        (more, updated), gained = gradient(rest, *part)
+        sums = loss + more, jax.tree.map(jnp.add, grads, gained)
+        return (sums, {**rest, **updated}), None
+
+    count = jax.tree.leaves(parts)[0].shape[0]
+    ((loss, grads), rest), _ = jax.lax.scan(
+        add, (zeros, rest), (parts, jnp.arange(count))
+    )
+    return (loss, rest), grads
+
+
+def make_evaluate(
+    apply: Apply, ignore: int, layout: Layout | None = None
+) -> Callable[[PyTree, Any], Any]:
     """evaluate(variables, batch) -> confusion matrix [K, K], to be jitted."""
 
     def evaluate(variables: PyTree, batch: Any) -> Any:
+        variables = layouts.whole(layout, variables)
         logits = apply(variables, scaled(batch["image"]), train=False)
         return confusion(logits, batch["label"], ignore)
 
     return evaluate
 
 
-# Devices. Batches are sharded over the mesh, everything else is replicated; XLA adds
-# the one reduction of gradients (and of batch statistics) by itself.
+# Devices. Batches are sharded over the mesh, the state as `layout` says; XLA adds the
+# one reduction of gradients (and of batch statistics) by itself.
+
+
+def layout_of(scale: Scale) -> Layout:
+    """The layout of a run over all devices."""
+    return Layout(make_mesh(), scale.shard)
+
+
+def begin(
+    layout: Layout,
+    variables: PyTree,
+    tx: optax.GradientTransformation,
+    carried: PyTree = None,
+) -> State:
+    """`init_state` in the layout; with 'fsdp' made in shares from the start."""
+    if layout.shard == "none":
+        first = init_state(variables, tx, carried)
+        # A copy: the step takes over the memory of what it is given.
+        return layouts.put(layout, jax.tree.map(jnp.array, first))
+
+    def made(variables: PyTree, carried: PyTree) -> State:
+        return jax.tree.map(jnp.copy, init_state(variables, tx, carried))
+
+    given = variables, carried
+    places = layouts.shardings(layout, jax.eval_shape(made, *given))
+    return jax.jit(made, out_shardings=places)(*layouts.put(layout, given))
 
 
 def make_mesh() -> jax.sharding.Mesh:
