@@ -52,7 +52,7 @@ LAYERS = (
     "data models",
     "train",
     "report inspection predict streams",
-    "cli __main__ __init__ api",
+    "arguments cli __main__ __init__ api",
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 
