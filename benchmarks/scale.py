@@ -274,7 +274,7 @@ def table(devices: list[int], processes: list[int]) -> None:
                     ", ".join(f"{n} {k}" for k, n in kinds.items()) or "none"
                     for kinds in found["collectives"]
                 ]
-                cells += counted or ["as above"] * 2
+                cells += counted or ["-"] * 2
                 print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
