@@ -31,7 +31,8 @@ TEXTS = sorted(
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
     "base jaxpr factors",
-    "labels walk plan rules splits groups trace taps behind chains",
+    "balance labels shuffles walk plan rules splits singles groups trace "
+    "taps behind chains",
     "keeps matching placement",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",
