@@ -89,17 +89,24 @@ def _sets(counts: np.ndarray, loose: np.ndarray) -> np.ndarray | None:
 
 
 def _pattern(rows: np.ndarray, left: np.ndarray, t: int) -> np.ndarray | None:
-    """How many of each kind, of kind t one or more, have as many of every group."""
-    for level in range(rows[t].max(), rows[t].max() + rows.max() + 2):
+    """How many of each kind, of kind t one or more, have as many of every group.
+
+    Each step takes the kind that leaves the groups most alike, below a level that is
+    raised where that leads nowhere.
+    """
+    groups, highest = rows.shape[1], rows[t].max() + rows.max() + 1
+    for level in range(rows[t].max(), highest + 1):
         pattern, total = np.zeros(len(rows), int), rows[t].copy()
         pattern[t] = 1
         while (total < level).any():
-            fits = (left > pattern) & (total + rows <= level).all(1)
+            after = total + rows
+            fits = (left > pattern) & (after <= level).all(1)
             if not fits.any():
                 break
-            s = int(np.argmax(fits))
+            unlike = groups * (after**2).sum(1) - after.sum(1) ** 2
+            s = int(np.argmin(np.where(fits, unlike, np.iinfo(int).max)))
             pattern[s] += 1
-            total = total + rows[s]
+            total = after[s]
         else:
             return pattern
     return None
