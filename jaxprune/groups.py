@@ -29,6 +29,7 @@ from jaxprune.base import (
     path_str,
 )
 from jaxprune.labels import Labels, Solved, Value
+from jaxprune.singles import in_pairs
 
 # From components to groups. A position is one index of one axis of one leaf; a channel
 # is a component's positions; channels that lie in the same axes, of leaves and of the
@@ -70,11 +71,16 @@ def graph_of(
         frozen += _frozen(leaves[i], axis, line[solved.frozen[line]], solved)
 
     channels = _channels(lines, solved)
+    uses = _uses(labels, solved)
+    if (merged := in_pairs(*_alone(channels, uses, solved))) is not None:
+        solved = solved._replace(component=merged[solved.component])
+        lines = [merged[line] for line in lines]
+        channels, uses = _channels(lines, solved), _uses(labels, solved)
     consumed = _consumed(labels)
     groups: dict[str, Group] = {}
     collections, times = _collections(leaves), Counter[str]()
     owner = np.full(len(solved.frozen), -1)
-    for members in _families(channels, _uses(labels, solved)):
+    for members in _families(channels, uses):
         slots = _slots(members, channels, axes, leaves, ins, consumed)
         if len(members) == 1:
             frozen += [Frozen(s.path, s.axis, s.indices.size, SINGLE) for s in slots]
@@ -127,6 +133,29 @@ def _families(
         return channels.places[starts[first] : starts[first + 1]].tolist(), first
 
     return sorted(found.values(), key=place)
+
+
+def _alone(
+    channels: _Channels, uses: tuple[np.ndarray, np.ndarray], solved: Solved
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The components that are groups of one, a sum of marks of where each lies, and
+    how many components there are.
+    """
+    alone = [m for m, *more in _families(channels, uses) if not more]
+    alone = sorted(m for m in alone if not solved.inexact[channels.ids[m]])
+    pairs, ends = uses
+    most = max(channels.places.max(initial=0), pairs[:, 0].max(initial=0))
+    of_places, of_uses = np.random.default_rng(1).integers(
+        2**63, size=(2, most + 1), dtype=np.uint64
+    )
+    sums = np.zeros(len(alone), np.uint64)
+    for i, m in enumerate(alone):
+        c = channels.ids[m]
+        places = channels.places[channels.starts[m] : channels.starts[m + 1]]
+        number, times = pairs[ends[c] : ends[c + 1]].T
+        marks = of_places[places], of_uses[number] * times.astype(np.uint64)
+        sums[i] = np.concatenate(marks).sum()
+    return channels.ids[alone], sums, len(solved.frozen)
 
 
 def _uses(labels: Labels, solved: Solved) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxprune.balance import Balance, balanced
+
 Axis = np.ndarray | None
 FROM_INPUT = -1
 
@@ -119,10 +121,14 @@ class Labels:
     in one array, the first one's labels standing for all.
     repeats, constants: the first labels of axes along which an array was only repeated,
     and of those of arrays that no variable is part of. split: (site, sizes, grid of
-    labels) -> along which part of a split axis its channels can be cut.
+    labels) -> along which part of a split axis its channels can be cut. shuffled:
+    whether an axis was. balances: what convolutions in groups make; `later`, whether
+    that is tied when all else is, not the same channel of every group at once.
     """
 
     exact: bool = True
+    later: bool = False
+    shuffled: bool = False
     split: Callable[[int, Sequence[int], np.ndarray], int] = lambda _, n, __: longest(n)
     count: int = 1
     unions: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(
@@ -135,6 +141,7 @@ class Labels:
     first_use: dict[int, int] = dataclasses.field(default_factory=dict)
     terms: list[RawTerm] = dataclasses.field(default_factory=list)
     splits: list[Split] = dataclasses.field(default_factory=list)
+    balances: list[Balance] = dataclasses.field(default_factory=list)
     repeats: set[int] = dataclasses.field(default_factory=set)
     constants: set[int] = dataclasses.field(default_factory=set)
 
@@ -202,12 +209,18 @@ class Labels:
             else:
                 setattr(self, name, held)
 
-    def solve(self) -> Solved:
-        """Merge what was unified."""
+    def solve(self, balance: bool = True) -> Solved:
+        """Merge what was unified; balance: and, if later, what balances ask for."""
         pairs = self.unions or [(np.zeros(0, int), np.zeros(0, int))]
         a, b = (np.concatenate(side) for side in zip(*pairs))
         component = components(self.count, a, b)
         number = int(component.max()) + 1
+        if self.later and balance:
+            held = np.zeros(number, bool)
+            held[
+                component[np.concatenate([[0], *(axis for axis, _ in self.freezes)])]
+            ] = 1
+            component = balanced(component, held, self.balances)
         frozen, inexact = np.zeros(number, bool), np.zeros(number, bool)
         frozen[component[0]] = True
         causes: dict[int, str] = {}

@@ -41,6 +41,29 @@ def plan(
     GraphError where the program ties a removed index to one that stays.
     """
     labels = Labels(exact=exact)
+    given = program, kept_in, kept_out, fills, rules, name
+    try:
+        return _planned(labels, *given, inexact_in, inputs)
+    except GraphError as error:
+        if not labels.balances:
+            raise
+        try:
+            return _planned(Labels(exact=exact, later=True), *given, inexact_in, inputs)
+        except GraphError:
+            raise error from None
+
+
+def _planned(
+    labels: Labels,
+    program: jx.Program,
+    kept_in: Sequence[Kept],
+    kept_out: Sequence[Kept | None],
+    fills: Sequence[tuple[float | None, ...]],
+    rules: Mapping[str, Rule],
+    name: str,
+    inexact_in: Mapping[tuple[int, int], np.ndarray] | None,
+    inputs: Sequence[str],
+) -> tuple[Tape, Callable[[Value], Kept]]:
     ins: list[Value] = []
     ends: list[_End] = []
     for i, (var, kept, fill) in enumerate(zip(program.invars, kept_in, fills)):
@@ -125,7 +148,7 @@ def _seed(
 
 
 def _resolver(labels: Labels, ends: Sequence[_End], name: str) -> Resolver:
-    solved = labels.solve()
+    solved = labels.solve(balance=False)
     number = len(solved.frozen)
     stays, goes = solved.frozen.copy(), np.zeros(number, bool)
     for end in ends:
@@ -149,6 +172,13 @@ def _resolver(labels: Labels, ends: Sequence[_End], name: str) -> Resolver:
             f"in {name}, removed channels are tied to {cause}: {gone} is removed; keep "
             "it, or trace the function in this mode"
         )
+    for line, groups in labels.balances:
+        gone = goes[solved.component[line]].reshape(groups, -1).sum(1)
+        if (gone != gone[0]).any():
+            raise GraphError(
+                f"in {name}, some of a convolution's {groups} groups lose more "
+                "channels than others; trace the function in this mode"
+            )
     return Resolver(solved.component, goes)
 
 

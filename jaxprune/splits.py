@@ -39,6 +39,9 @@ def settle(analysis: Analysis, exact: bool) -> tuple[Labels, Solved, Sequence[Va
     best = tries[0]
     if len(tries) > 1:
         best = max(tries, key=lambda known: tuple(known.scores.sum(0)))
+    if best.labels.shuffled and best.labels.balances:
+        later = _attempt(analysis, exact, best.chosen, longest, later=True)
+        best = max(best, later, key=lambda known: tuple(known.scores.sum(0)))
     return best.labels, best.solved, best.ins
 
 
@@ -81,13 +84,17 @@ def _holds(chosen: Mapping[int, int], known: _Try) -> bool:
 
 
 def _attempt(
-    analysis: Analysis, exact: bool, chosen: Mapping[int, int], strategy: Strategy
+    analysis: Analysis,
+    exact: bool,
+    chosen: Mapping[int, int],
+    strategy: Strategy,
+    later: bool = False,
 ) -> _Try:
     def split(site: int, sizes: Sequence[int], grid: np.ndarray) -> int:
         del grid
         return chosen.get(site, strategy(sizes))
 
-    labels = Labels(exact=exact, split=split)
+    labels = Labels(exact=exact, split=split, later=later)
     ins = analysis(labels)
     solved = labels.solve()
     sizes = {s.site: s.sizes for s in labels.splits}

@@ -19,6 +19,7 @@ import numpy as np
 from jaxprune import jaxpr as jx
 from jaxprune.base import GraphError
 from jaxprune.labels import Labels, Value, fixed
+from jaxprune.shuffles import NAME, with_shuffles
 
 Kept = tuple[np.ndarray | None, ...]
 Axes = tuple[int, ...]
@@ -198,7 +199,8 @@ class Frame:
         untouched = all(
             k is None for value in (*node.ins, *node.outs) for k in self.kept(value)
         )
-        if untouched and not _cut_inside(node, self.kept):
+        plain = node.eqn.primitive.name != NAME
+        if plain and untouched and not _cut_inside(node, self.kept):
             return jx.bind(node.eqn, *cut.args)
         return self.rules[node.eqn.primitive.name].rewrite(cut)
 
@@ -257,7 +259,7 @@ def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape
         return const_value(labels, atom.val) if jx.is_literal(atom) else env[atom]
 
     nodes = []
-    for eqn in program.eqns:
+    for eqn in with_shuffles(program):
         values = tuple(read(atom) for atom in eqn.invars)
         rule = context.rules.get(eqn.primitive.name)
         if rule is None:

@@ -26,6 +26,16 @@ class Weight(nn.Module):
         return self.param("weight", init, (y.shape[-1], self.width))
 
 
+def shuffled(y: Any, groups: int, first: bool = False) -> Any:
+    """Channels of `groups` runs dealt in turn; first: in NCHW."""
+    n, h, w, c = y.shape
+    if not first:
+        y = y.reshape(n, h, w, groups, c // groups)
+        return jnp.swapaxes(y, -1, -2).reshape(n, h, w, c)
+    y = jnp.moveaxis(y, -1, 1).reshape(n, groups, c // groups, h, w)
+    return jnp.moveaxis(y.transpose(0, 2, 1, 3, 4).reshape(n, c, h, w), 1, -1)
+
+
 class Mixed(networks.Drawn):
     """As `Drawn`, with grouped convolutions, attention, shuffles, loops ..."""
 
@@ -86,9 +96,37 @@ class Mixed(networks.Drawn):
         return value * nn.sigmoid(gate)
 
     def do_channel_shuffle(self, y: Any, z: Any, b: int) -> Any:
+        y = nn.Conv((8, 12, 12)[b % 3], (1, 1))(y)
+        return nn.relu(shuffled(y, (2, 3, 4)[b % 3], b > 2))
+
+    def do_shuffle_unit(self, y: Any, z: Any, b: int) -> Any:
+        """ShuffleNet's: grouped, shuffled, depthwise, grouped; of 2 to 4 groups."""
+        groups, width = ((2, 8), (3, 6), (4, 8))[b % 3]
+        y = nn.Conv(width, (1, 1))(y)
+        x = nn.relu(nn.Conv(width, (1, 1), feature_group_count=groups)(y))
+        x = shuffled(x, groups, b > 2)
+        x = nn.Conv(width, (3, 3), feature_group_count=width)(x)
+        x = nn.Conv(width, (1, 1), feature_group_count=groups)(x)
+        return nn.relu(x + y) if b > 2 else jnp.concatenate([x, y], axis=-1)
+
+    def do_shuffle_halves(self, y: Any, z: Any, b: int) -> Any:
+        """ShuffleNet v2's: one half passes, the two are shuffled; several times."""
         y = nn.Conv(8, (1, 1))(y)
-        split = y.reshape(*y.shape[:-1], 2, 4)
-        return jnp.swapaxes(split, -1, -2).reshape(y.shape)
+        for _ in range(1 + b % 3):
+            left, right = jnp.split(y, 2, axis=-1)
+            right = nn.relu(nn.Conv(4, (1, 1))(right))
+            right = nn.Conv(4, (3, 3), feature_group_count=4)(right)
+            y = shuffled(jnp.concatenate([left, right], axis=-1), 2, b > 2)
+        return y
+
+    def do_shuffle_residual(self, y: Any, z: Any, b: int) -> Any:
+        """LEDNet's: two layers end to end, added, shuffled; several times."""
+        y = nn.Conv(8, (1, 1))(y)
+        for _ in range(1 + b % 3):
+            halves = [nn.Conv(4, (1, 1))(y), nn.Conv(4, (3, 3))(y)]
+            y = nn.relu(y + jnp.concatenate(halves, axis=-1))
+            y = shuffled(y, 2 + 2 * (b % 2), b > 2)
+        return y
 
     def do_pixel_shuffle(self, y: Any, z: Any, b: int) -> Any:
         y = nn.Conv(8, (3, 3))(y[:, ::2, ::2])

@@ -40,8 +40,8 @@ TEXTS = sorted(
 # From the bottom up; a file may import those of its own line and of the lines before.
 LAYERS = (
     "base jaxpr factors formats disk exits peers",
-    "labels walk plan rules splits groups trace taps behind chains "
-    "affine absorb folding",
+    "balance labels shuffles walk plan rules splits singles groups trace "
+    "taps behind chains affine absorb folding",
     "keeps matching placement sharded",
     "trees slim graph_io modules",
     "cost budget latency criteria measures features select",

@@ -58,8 +58,7 @@ the network was made for (SegNet 360x480, U-Net 512x512, VAE 256x256, the others
 where that took more than 5 s. The result, in float64, and what is *left* of the
 parameters are of 64x64. Listing its groups is part of TP's graph: its pruner is built
 without. A kirigami *group* is an axis that it may cut: those that only go together are
-counted apart. jaxprune takes 8 channels of ShuffleNet's shuffles of three groups as
-one network-wide group: the same place in every group of each grouped convolution goes.
+counted apart.
 """
 
 TINY = """

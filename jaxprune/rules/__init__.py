@@ -15,6 +15,7 @@ from jaxprune.rules import (
     mapped,
     reduce,
     shape,
+    shuffle,
 )
 from jaxprune.walk import Context, Cut, Rule, freeze_all
 
@@ -32,6 +33,7 @@ __all__ = [
 RULES: dict[str, Rule] = {
     **elementwise.RULES,
     **shape.RULES,
+    **shuffle.RULES,
     **indexing.RULES,
     **linear.RULES,
     **reduce.RULES,

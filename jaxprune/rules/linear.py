@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune import jaxpr as jx
+from jaxprune.balance import Balance
 from jaxprune.base import INPUT, WINDOW
 from jaxprune.labels import FROM_INPUT, Axis, Labels, RawTerm, Value, unknown
 from jaxprune.rules.elementwise import zero_product
@@ -162,16 +163,23 @@ def _grouped(
 
     Either whole groups, read and made, or the same channels of every group, read and
     made each by themselves: whichever leaves more to choose from. Depthwise, where a
-    group reads one channel, whole groups. Returns what is cut of one group's read
-    channels, the labels of all that are made, and whether whole groups go.
+    group reads one channel, whole groups. `Labels.later`, for shuffles: never whole
+    groups but there, and any made channels that are as many of every group. Returns
+    what is cut of one group's read channels, the labels of all that are made, and
+    whether whole groups go.
     """
     if read is not None and made is not None:
         each = [len(axis) // groups for axis in (read, made)]
-        if each[0] == 1 or groups >= sum(n for n in each if n > 1):
+        many = not labels.later and groups >= sum(n for n in each if n > 1)
+        if each[0] == 1 or many:
             ins, outs = read.reshape(groups, -1), made.reshape(groups, -1)
             for column in (*ins.T[1:], *outs.T):
                 labels.unify(ins[:, 0], column, cause)
             return None, np.repeat(outs[:, 0], outs.shape[1]), True
+    if made is not None and len(made) > groups:
+        labels.balances.append(Balance(made, groups))
+        if labels.later:
+            return _of_each_group(labels, read, groups, cause), made, False
     # Tiled, so that a reshape that takes the groups apart sees what they share.
     line, every = (_of_each_group(labels, a, groups, cause) for a in (read, made))
     return line, None if every is None else np.tile(every, groups), False

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from jaxprune.labels import (
     joined,
     unknown,
 )
+from jaxprune.shuffles import blocks
 from jaxprune.walk import Axes, Context, Cut, Rule, rebind, take
 
 
@@ -263,10 +263,10 @@ def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
     labels: list[Axis] = [None] * len(new)
     fill: list[float | None] = [None] * len(new)
     even = [False] * len(new)
-    for olds, news in _blocks(old, new):
+    for olds, news in blocks(old, new):
         loose = {i: a for i, a in enumerate(olds) if value.labels[a] is not None}
         if loose:
-            lines = {i: value.labels[a] for i, a in loose.items()}
+            lines = {i: np.asarray(value.labels[a]) for i, a in loose.items()}
             sizes = [old[a] for a in olds], [new[a] for a in news]
             read, made, line = _reshape_block(context.labels, eqn, lines, *sizes)
             labels[news[made]], fill[news[made]] = line, value.fill[olds[read]]
@@ -279,27 +279,6 @@ def _reshape(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> list[Value]
 def _number(eqn: jx.Eqn, value: Value) -> float | None:
     """The number that a whole array is; an empty one is any."""
     return 0.0 if 0 in eqn.invars[0].aval.shape else value.const
-
-
-def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list, list]]:
-    """Pairs of runs of axes, longer than 1, with the same product."""
-    olds = [a for a, n in enumerate(old) if n != 1]
-    news = [a for a, n in enumerate(new) if n != 1]
-    blocks, i, j = [], 0, 0
-    while i < len(olds) and j < len(news):
-        left, right = [olds[i]], [news[j]]
-        i, j = i + 1, j + 1
-        while (a := math.prod(old[k] for k in left)) != (
-            b := math.prod(new[k] for k in right)
-        ):
-            if a < b:
-                left.append(olds[i])
-                i += 1
-            else:
-                right.append(news[j])
-                j += 1
-        blocks.append((left, right))
-    return blocks
 
 
 def _reshape_block(
@@ -352,9 +331,9 @@ def _rewrite_reshape(cut: Cut) -> list[Any]:
 def _reshape_at_removed(cut: Cut, axes: Axes) -> Any:
     """Of an axis that is split, all parts hold the one number."""
     dense = (v.aval.shape for v in (cut.eqn.invars[0], cut.eqn.outvars[0]))
-    blocks = [b for b in _blocks(*dense) if set(b[1]) & set(axes)]
-    parts = {a for _, news in blocks for a in news}
-    x = cut.at_removed(0, tuple(olds[0] for olds, _ in blocks))
+    found = [b for b in blocks(*dense) if set(b[1]) & set(axes)]
+    parts = {a for _, news in found for a in news}
+    x = cut.at_removed(0, tuple(olds[0] for olds, _ in found))
     shape = cut.shape_out()
     x = jnp.reshape(x, [1 if a in parts else n for a, n in enumerate(shape)])
     return jnp.broadcast_to(x, shape)
