@@ -123,7 +123,7 @@ def _load(folder: Path, apply: Apply | None, sharding: Any, like: PyTree) -> Pru
         if is_factorized(card.graph):
             dense = factorized(dense)
         small = slim(dense, card.graph, card.keep)
-        if _is_folded(variables):
+        if _is_folded(card.graph, variables):
             small = folding.folded(small, _whole(card.graph, card.keep))
     except GraphError as error:
         raise CheckpointError(f"{folder}: {error}") from error
@@ -208,9 +208,9 @@ def _dense(folder: Path, info: Mapping[str, Any]) -> Apply:
     return apply
 
 
-def _is_folded(variables: PyTree) -> bool:
+def _is_folded(graph: Graph, variables: PyTree) -> bool:
     flat = jax.tree_util.tree_flatten_with_path(variables)[0]
-    return folding.is_folded([key_path(keys) for keys, _ in flat])
+    return folding.is_folded(graph, [key_path(keys) for keys, _ in flat])
 
 
 def _whole(graph: Graph, keep: Any, variables: PyTree = None) -> PyTree:
@@ -222,7 +222,7 @@ def _whole(graph: Graph, keep: Any, variables: PyTree = None) -> PyTree:
 
 def _check_variables(graph: Graph, keep: Any, variables: PyTree) -> None:
     # Growing them back is what fails, by the leaf's name, where they do not fit.
-    if _is_folded(variables):
+    if _is_folded(graph, variables):
         variables = _whole(graph, keep, variables)
     jax.eval_shape(lambda tree: trees.expand(graph, keep, tree), variables)
 

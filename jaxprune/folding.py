@@ -125,9 +125,13 @@ def folded(apply: Apply, template: PyTree) -> Apply:
     return run
 
 
-def is_folded(paths: Sequence[Path]) -> bool:
-    """Whether leaves of these key paths are of a tree that `fold_batch_norm` made."""
-    return any(path and path[-1].endswith(SUFFIX) for path in paths)
+def is_folded(graph: Graph, paths: Sequence[Path]) -> bool:
+    """Whether `fold_batch_norm` made a tree of these key paths of the graph's leaves.
+
+    Biases that the graph knows were folded before it was traced, and are like others.
+    """
+    own = {leaf.path for leaf in graph.leaves}
+    return any(path and path[-1].endswith(SUFFIX) for path in paths if path not in own)
 
 
 def unfolded(
@@ -135,10 +139,14 @@ def unfolded(
 ) -> PyTree:
     """Nested dicts of the graph's leaves at these shapes, as they were before.
 
-    Those of `variables`, a folded tree, stand in their places.
+    Those of `variables`, a folded tree, stand in their places; GraphError for a leaf
+    that is neither one of these nor a folded bias.
     """
     held = jax.tree_util.tree_flatten_with_path(variables)[0]
     given = {key_path(keys): x for keys, x in held}
+    own = {leaf.path for leaf in graph.leaves}
+    for path in given.keys() - own - {bias_path(path) for path in own}:
+        raise GraphError(f"variables hold {path_str(path)}, which the graph lacks")
     tree: dict[str, Any] = {}
     for leaf, shape in zip(graph.leaves, shapes, strict=True):
         blank = jax.ShapeDtypeStruct(shape, jnp.dtype(leaf.dtype))
@@ -169,10 +177,12 @@ def _opened(
 
 def _biases(paths: Sequence[Path], held: Mapping[Path, Any]) -> dict[int, Any]:
     known = {bias_path(path): number for number, path in enumerate(paths)}
+    # What the function was given before is its own, such as an earlier fold's biases.
+    own = set(paths)
     for path in held:
-        if path not in paths and path not in known:
+        if path not in own and path not in known:
             raise GraphError(f"variables hold {path_str(path)}, which is not read")
-    return {known[path]: x for path, x in held.items() if path in known}
+    return {known[path]: x for path, x in held.items() if path not in own}
 
 
 def _leaf(held: Mapping[Path, Any], path: Path, like: jax.ShapeDtypeStruct) -> Any:

@@ -259,3 +259,46 @@ def test_another_mode_is_refused() -> None:
         return nnx.merge(definition, state)(x)
 
     assert not jp.fold_batch_norm(train, state, x).merged
+
+
+def scaled_product() -> tuple[Any, Any, Any]:
+    """A product with a scale and a bias behind it, read by another."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": {"kernel": (4, 6), "scale": (6,), "bias": (6,)}}
+    shapes["b"] = {"kernel": (6, 3)}
+    is_shape = lambda s: isinstance(s, tuple)  # noqa: E731
+    variables = jax.tree.map(
+        lambda s: rng.standard_normal(s).astype(np.float32), shapes, is_leaf=is_shape
+    )
+
+    def apply(v: Any, x: Any) -> Any:
+        a = v["a"]
+        return jax.nn.relu(x @ a["kernel"] * a["scale"] + a["bias"]) @ v["b"]["kernel"]
+
+    return apply, variables, rng.standard_normal((5, 4)).astype(np.float32)
+
+
+def test_what_was_folded_first_is_cut_saved_loaded_and_folded_again(
+    tmp_path: Any,
+) -> None:
+    """The biases are then the function's own, not what another fold has left."""
+    apply, variables, x = scaled_product()
+    folded = jp.fold_batch_norm(apply, variables, x)
+    assert folded.merged
+    pruned = jp.prune(folded.apply, folded.variables, x, budget=jp.flops(0.5))
+    again = jp.fold_batch_norm(pruned.apply, pruned.variables, x)
+    assert not again.merged and error(pruned.apply, pruned.variables, again, x) < 1e-6
+    jp.save(tmp_path / "net", pruned)
+    loaded = jp.load(tmp_path / "net", folded.apply)
+    want = pruned.apply(pruned.variables, x)
+    np.testing.assert_array_equal(loaded.apply(loaded.variables, x), want)
+
+
+def test_a_folded_tree_with_leaves_of_other_names_is_not_saved(tmp_path: Any) -> None:
+    """As kernels in int8 are: `load` could not call it."""
+    apply, variables, x = scaled_product()
+    pruned = jp.prune(apply, variables, x, budget=jp.flops(0.5))
+    thin = jp.fold_batch_norm(pruned.apply, pruned.variables, x)
+    small = jp.quantize_weights(thin.apply, thin.variables, x)
+    with pytest.raises(GraphError, match="kernel/(int8|scale), which the graph lacks"):
+        jp.save(tmp_path / "net", pruned._replace(variables=small.variables))
