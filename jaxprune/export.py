@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxprune import formats, integrity, remote
+from jaxprune import disk, formats, integrity, remote
 from jaxprune.base import CheckpointError, ConfigError, GraphError
 from jaxprune.folding import fold_batch_norm
 from jaxprune.int8 import quantize_weights
@@ -46,21 +46,37 @@ def export(
     weights: Literal["float", "int8"] = "float",
     overwrite: bool = False,
     **kwargs: Any,
-) -> Path:
+) -> Path | str:
     """Write `pruned.apply(pruned.variables, *inputs, **kwargs)` as a program.
 
+    path: a folder, or a URL, as of `save`.
     inputs: arrays or jax.ShapeDtypeStruct, whose shapes the program takes. shapes: for
     each input in turn, None or a shape with symbols, 'b, 360, 480, 3' for any batch,
     'b, 32*h, 32*w, 3' for any size in multiples of 32. platforms: 'cpu', 'cuda',
     'tpu' ..., of which one program may serve several; the present one by default. fold:
     batch norms inside the kernels before them (`fold_batch_norm`). weights: 'int8', a
     quarter of the bytes, a scale for each channel (`quantize_weights`). constraints: of
-    the symbols, 'h >= 2'. Returns the folder's path.
+    the symbols, 'h >= 2'. Returns the folder's path, or the URL.
 
     Raises CheckpointError for a path that is taken, or without the package flatbuffers;
     ConfigError for other weights;
-    GraphError for shapes that do not fit the inputs, or that the network cannot take.
+    GraphError for shapes that do not fit the inputs, or that the network cannot take;
+    DiskError where the disk is full or read-only.
     """
+    if remote.is_url(path):
+        with remote.written(path, overwrite=overwrite) as place:
+            export(
+                pruned,
+                place,
+                *inputs,
+                shapes=shapes,
+                constraints=constraints,
+                platforms=platforms,
+                fold=fold,
+                weights=weights,
+                **kwargs,
+            )
+        return str(path)
     folder = Path(os.path.abspath(path))
     if folder.exists() and not (overwrite and (folder / _PROGRAM).is_file()):
         hint = (
@@ -102,10 +118,11 @@ def export(
         "jax": jax.__version__,
         "info": dict(pruned.info),
     }
-    partial = integrity.begin(folder)
-    (partial / _PROGRAM).write_bytes(content)
-    (partial / _CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
-    integrity.commit(partial, folder)
+    with disk.writing(folder):
+        partial = integrity.begin(folder)
+        (partial / _PROGRAM).write_bytes(content)
+        (partial / _CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+        integrity.commit(partial, folder)
     return folder
 
 

@@ -22,6 +22,7 @@ from jaxprune import exits
 from jaxprune.base import ConfigError, PeerError
 
 WAIT = 600.0  # seconds
+_MOST = 1e6  # clocks and JAX take no more
 AUTO = "auto"
 _FORM = "write HOST:PORT,PROCESSES,INDEX such as node0:1234,4,0, or 'auto'"
 _wait: contextvars.ContextVar[float] = contextvars.ContextVar("wait", default=WAIT)
@@ -30,8 +31,10 @@ _wait: contextvars.ContextVar[float] = contextvars.ContextVar("wait", default=WA
 @contextlib.contextmanager
 def patience(seconds: float) -> Iterator[None]:
     """How long others are waited for meanwhile; ConfigError unless positive."""
-    if not seconds > 0:
-        raise ConfigError(f"--wait {seconds:g}: must be a positive number of seconds")
+    if not 0 < seconds <= _MOST:
+        raise ConfigError(
+            f"--wait {seconds:g}: must be a positive number of seconds, up to {_MOST:g}"
+        )
     token = _wait.set(seconds)
     try:
         yield

@@ -327,8 +327,9 @@ def test_what_jax_says_of_a_lost_process_is_named(monkeypatch):
 
 def test_waits_are_positive():
     assert cli.main(["run", "none.py", "--wait", "-1"]) == 2
-    with pytest.raises(ConfigError, match="--wait 0"), peers.patience(0):
-        pass
+    for bad in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=f"--wait {bad:g}"), peers.patience(bad):
+            pass
     with peers.patience(3):
         assert peers.limit() == 3
     assert peers.limit() == peers.WAIT == 600

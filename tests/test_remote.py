@@ -83,12 +83,15 @@ def test_a_save_that_stops_leaves_no_network(url, monkeypatch):
         jp.load(url, toygraphs.apply)
 
 
-def test_an_export_is_read_from_a_url(url, tmp_path):
+def test_an_export_is_written_to_a_url_and_read_from_it(url, tmp_path, monkeypatch):
     pytest.importorskip("flatbuffers")
+    monkeypatch.chdir(tmp_path)
     x = np.ones((1, 3), np.float32)
     folder = jp.export(small_network(), tmp_path / "served", x)
-    system, root = fsspec.core.url_to_fs(url)
-    system.put(str(folder), root, recursive=True)
+    assert jp.export(small_network(), url, x) == url
+    with pytest.raises(CheckpointError, match="exists; pass overwrite=True"):
+        jp.export(small_network(), url, x)
+    assert {path.name for path in tmp_path.iterdir()} <= {"served", "bucket"}
     np.testing.assert_array_equal(jp.load_export(url)(x), jp.load_export(folder)(x))
 
 

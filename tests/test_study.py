@@ -4,13 +4,15 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tinyrun
 
-from jaxprune import cli, train
+from jaxprune import cli, peers, train
 from jaxprune.base import ConfigError
 from jaxprune.train import study
+from jaxprune.train.config import Config
 
 FIT = train.Fit(epochs=1, batch=8, ema=0.5)
 CONFIG = train.Config(
@@ -167,3 +169,19 @@ def test_bad_requests_are_named(tmp_path, capsys):
         assert match in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert dataclasses.asdict(CONFIG)["scratch"]
+
+
+def test_of_several_processes_one_takes_a_dense_network_over(tmp_path, monkeypatch):
+    """The others wait for it: two that copy into one folder would trip each other."""
+    first, folder = tmp_path / "first", tmp_path / "second"
+    (first / "checkpoints" / "train" / "3").mkdir(parents=True)
+    (first / "metrics.jsonl").write_text('{"stage": "train"}\n{"stage": "retrain"}\n')
+    waits = []
+    monkeypatch.setattr(peers, "barrier", waits.append)
+    for index in (1, 0, 0):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        study._take_over(first, folder, Config())
+        assert folder.exists() == (index == 0)
+    assert waits == [f"jaxprune began {folder}"] * 3
+    assert (folder / "checkpoints" / "train" / "3").is_dir()
+    assert (folder / "metrics.jsonl").read_text() == '{"stage": "train"}\n'

@@ -18,6 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import jax
+
+from jaxprune import disk, peers
 from jaxprune.base import ConfigError
 from jaxprune.lowrank import Method as LowRank
 from jaxprune.train import stages
@@ -155,10 +158,19 @@ def _without_others(prune: Prune) -> Prune:
 
 
 def _take_over(first: Path, folder: Path, plan: Config) -> None:
-    """Begin a run with the dense network that another one trained."""
+    """Begin a run with the dense network that another one trained.
+
+    The first process copies it, the others wait.
+    """
     trained = folder / "checkpoints" / "train"
-    if trained.exists():
-        return
+    if jax.process_index() == 0 and not trained.exists():
+        with disk.writing(folder):
+            _copy(first, folder, plan)
+    peers.barrier(f"jaxprune began {folder}")
+
+
+def _copy(first: Path, folder: Path, plan: Config) -> None:
+    """The other run's checkpoints and rows of its dense network; the plan's config."""
     partial = folder / "checkpoints" / ".train.taken"
     shutil.rmtree(partial, ignore_errors=True)
     if not (folder / CONFIG).exists():
@@ -169,7 +181,7 @@ def _take_over(first: Path, folder: Path, plan: Config) -> None:
     mine = [row for row in rows if json.loads(row).get("stage") == "train"]
     write_text(folder / "metrics.jsonl", "".join(f"{row}\n" for row in mine))
     shutil.copytree(first / "checkpoints" / "train", partial)
-    partial.rename(trained)
+    partial.rename(folder / "checkpoints" / "train")
 
 
 def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
