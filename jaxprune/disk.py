@@ -29,6 +29,21 @@ def writing(path: Path) -> Iterator[None]:
         raise refused(path, error.errno) from error
 
 
+def write(file: Path, content: bytes, *, sync: bool = True) -> None:
+    """Write a file whole or not at all; on the disk when it returns, with `sync`.
+
+    A kill meanwhile leaves the file that was there. Raises DiskError as `writing`.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    with writing(file):
+        with open(partial, "wb") as stream:
+            stream.write(content)
+            if sync:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(partial, file)
+
+
 def refused(path: Path, number: int | None) -> DiskError:
     """The error for a file that cannot be written, by the system's errno."""
     if number in _FULL:

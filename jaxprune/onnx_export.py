@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxprune import disk, remote
 from jaxprune import jaxpr as jx
 from jaxprune.base import CheckpointError, GraphError
 from jaxprune.pruned import Pruned
@@ -36,10 +37,12 @@ def export_onnx(
     It is run once in onnxruntime on random numbers, and is written only if every output
     is JAX's within `tolerance` of its largest number. Returns the path.
 
-    Raises CheckpointError for a path that is taken, and without the packages, telling
-    how to install them; GraphError for a program that jax2onnx cannot convert, and for
-    answers that differ.
+    Raises CheckpointError for a path that is taken or a URL, and without the packages,
+    telling how to install them; GraphError for a program that jax2onnx cannot convert,
+    and for answers that differ; DiskError where the disk is full or read-only.
     """
+    if remote.is_url(path):
+        raise CheckpointError(f"{path}: write the file here, and copy it there")
     file = Path(os.path.abspath(path))
     if file.exists() and not overwrite:
         raise CheckpointError(f"{file} exists; name another or pass overwrite=True")
@@ -74,10 +77,9 @@ def export_onnx(
             f"in onnxruntime the network answers otherwise than in JAX: {worst:.2g} of "
             f"the largest number, where {tolerance:.2g} is allowed; no file is written"
         )
-    partial = file.with_name(f".{file.name}.partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(model)
-    partial.replace(file)
+    with disk.writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    disk.write(file, model)
     return file
 
 

@@ -49,7 +49,7 @@ def write(
         head = {"path": VERSION, "jaxprune": formats.writer_here()}
         head |= {"walk": None if walk is None else dict(walk)}
         text = _line(head) + "".join(_line(to_plain(step)) for step in steps)
-        _replace(file, text.encode())
+        disk.write(file, text.encode())
 
 
 def append(file: File, step: Step) -> None:
@@ -141,7 +141,7 @@ def save_variables(
     }
     archive = io.BytesIO()
     np.savez(archive, allow_pickle=False, **arrays)  # type: ignore[arg-type]
-    _replace(_beside(file, number), archive.getvalue())
+    disk.write(_beside(file, number), archive.getvalue())
 
 
 def load_variables(
@@ -228,13 +228,3 @@ def _parsed(file: Path, number: int, line: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{file}: line {number} is no JSON object")
     return record
-
-
-def _replace(file: Path, content: bytes) -> None:
-    partial = file.with_name(file.name + ".partial")
-    with disk.writing(file):
-        with open(partial, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)

@@ -207,6 +207,17 @@ def test_a_full_disk_is_named_wherever_it_is_met(tmp_path):
         path_io.append(tmp_path / "path.jsonl", step)
 
 
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+def test_a_file_that_is_refused_stays_what_it_was(tmp_path):
+    file = tmp_path / "config.json"
+    disk.write(file, b"before")
+    (tmp_path / "config.json.partial").symlink_to(FULL)
+    for sync in (True, False):
+        with pytest.raises(DiskError, match="config.json: cannot be written"):
+            disk.write(file, b"after", sync=sync)
+        assert file.read_bytes() == b"before"
+
+
 def test_a_row_that_was_cut_short_does_not_spoil_the_next(tmp_path):
     progress = Progress(tmp_path)
     for step in (3, 6):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a work folder to its report: what is there is shown, what is not is named."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +36,7 @@ def write(workdir: str | Path) -> Path:
     with disk.writing(out):
         out.mkdir(exist_ok=True)
         page = html.page(title, sections(record, out))
-        # The page appears whole or not at all, also where a kill comes between.
-        part = out / "index.html.part"
-        part.write_text(page, encoding="utf-8")
-        os.replace(part, out / "index.html")
+    disk.write(out / "index.html", page.encode())
     return out / "index.html"
 
 

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import os
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -154,15 +153,9 @@ def _samples(job: Job, forwards: Mapping[str, Callable[[Any], Any]]) -> None:
             logits = forward(steps.scaled(jnp.asarray(images)))
             seen.append(np.asarray(jnp.argmax(logits, -1), np.uint8))
         arrays[name] = np.concatenate(seen)[:count]
-    _write_npz(job.workdir / "samples.npz", arrays)
-
-
-def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    partial = path.with_name("samples.partial.npz")
-    named: dict[str, Any] = dict(arrays)
-    with disk.writing(path):
-        np.savez_compressed(partial, **named)
-        os.replace(partial, path)
+    archive = io.BytesIO()
+    np.savez_compressed(archive, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    disk.write(job.workdir / "samples.npz", archive.getvalue())
 
 
 def _closing_card(evaluation: Mapping[str, Any], progress: Progress) -> None:

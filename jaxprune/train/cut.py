@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxprune import checkpoint, graph_io, steering
+from jaxprune import checkpoint, formats, graph_io, steering
 from jaxprune.base import (
     EDGES,
     CheckpointError,
@@ -207,7 +206,7 @@ def _decided(job: Job, before: Keep) -> dict[str, np.ndarray] | None:
     if not file.exists():
         return None
     try:
-        text = json.loads(file.read_text("utf-8"))["keep"]
+        text = formats.parse(formats.read_text(file))["keep"]
         keep = graph_io.keep_from_text(text)
         return {n: keep[n][before[n]] for n in before}
     except (ValueError, KeyError, TypeError, IndexError, GraphError) as error:

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxprune import checkpoint, models
+from jaxprune import checkpoint, formats, models
 from jaxprune.base import CheckpointError, ConfigError, Graph
 from jaxprune.budget import Budget, Kind
 from jaxprune.cost import cost
@@ -115,7 +114,7 @@ def describe(workdir: str | Path, number: int | None = None) -> str:
     step = None if chosen is None else walked.steps[chosen]
     table = points.rows(walked, step, _kind(config))
     try:
-        graph = graph_from_json((workdir / "graph.json").read_text("utf-8"))
+        graph = graph_from_json(formats.read_text(workdir / "graph.json"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{workdir / 'graph.json'}: {error}") from error
     rounds = f", round {number} of {config.prune.rounds}"
@@ -129,8 +128,9 @@ def describe(workdir: str | Path, number: int | None = None) -> str:
 
 def _chosen(workdir: Path, number: int) -> int | None:
     """The number of the step that the run chose, as prune.json has it."""
+    file = workdir / "prune.json"
     try:
-        rows = json.loads((workdir / "prune.json").read_text("utf-8"))["path"] or []
+        rows = formats.parse(formats.read_text(file))["path"] or []
         mine = [row for row in rows if row.get("round", 1) == number]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

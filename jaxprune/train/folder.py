@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune import checkpoint, disk, peers
+from jaxprune import checkpoint, disk, formats, peers
 from jaxprune.base import ConfigError
 from jaxprune.data import Split
 from jaxprune.train import config as configs
@@ -106,7 +105,7 @@ def check_data(splits: Sequence[Split], workdir: Path) -> None:
         write_json(path, here)
         return
     try:
-        there = dict(json.loads(path.read_text("utf-8")))
+        there = dict(formats.parse(formats.read_text(path)))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); delete it") from error
     for name, contents in here.items():
@@ -148,10 +147,7 @@ def read_config(workdir: Path) -> Config:
 def write_text(path: Path, text: str) -> None:
     """Write a file all at once, from the first process."""
     if jax.process_index() == 0:
-        partial = path.with_name(path.name + ".partial")
-        with disk.writing(path):
-            partial.write_text(text, "utf-8")
-            os.replace(partial, path)
+        disk.write(path, text.encode())
 
 
 def write_json(path: Path, document: Any) -> None:

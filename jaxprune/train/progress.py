@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,10 +164,7 @@ class Progress:
                 continue
             if row.get("stage") != stage or row.get("step", 0) <= step:
                 rows.append(line + "\n")
-        partial = self.rows.with_suffix(".partial")
-        with disk.writing(self.rows):
-            partial.write_text("".join(rows), "utf-8")
-            os.replace(partial, self.rows)
+        disk.write(self.rows, "".join(rows).encode())
 
     def _rate(self) -> float:
         """Steps a second since the first one, which was compiled."""

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 
 import jaxprune
-from jaxprune import checkpoint, data, models, peers
-from jaxprune.base import CheckpointError, ConfigError, Graph, GraphError, PyTree
+from jaxprune import checkpoint, data, formats, models, peers
+from jaxprune.base import CheckpointError, ConfigError, Graph, PyTree
 from jaxprune.cost import cost
 from jaxprune.graph_io import graph_from_json, graph_to_json
 from jaxprune.pruned import Pruned
@@ -215,8 +215,8 @@ def read_graph(net: Any, config: Config, workdir: Path) -> Graph:
     path = workdir / "graph.json"
     if path.exists():
         try:
-            return graph_from_json(path.read_text("utf-8"))
-        except (OSError, GraphError) as error:
+            return graph_from_json(formats.read_text(path))
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({error}); delete it, and it is traced again"
             ) from error

@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from jaxprune.base import ConfigError
+from jaxprune import disk
+from jaxprune.base import ConfigError, DiskError
 
 _BEAT = 5.0  # seconds between two heartbeats of one stage
 
@@ -51,10 +52,8 @@ class Heartbeat:
             "stage": stage,
             "step": step,
         }
-        partial = self.file.with_name(f"{self.file.name}.partial")
-        with contextlib.suppress(OSError):
-            partial.write_text(json.dumps(sign) + "\n", "utf-8")
-            os.replace(partial, self.file)
+        with contextlib.suppress(DiskError):
+            disk.write(self.file, f"{json.dumps(sign)}\n".encode(), sync=False)
 
 
 def memory() -> dict[str, int | None]:
