@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import checkpoint
+from jaxprune import checkpoint, formats
 from jaxprune.base import Apply, ConfigError, PyTree
 
 _PERCENTILES = (50, 90, 99)
@@ -109,7 +109,8 @@ def bench_saved(
         rows += [_row(name, batch, speed) for name, speed in found.items()]
     device = jax.devices()[0]
     return {
-        "schema": 1,
+        "version": 1,
+        "jaxprune": formats.writer_here(),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "jax": jax.__version__,
         "size": list(at),

@@ -22,7 +22,7 @@ from jaxprune import exits
 from jaxprune.base import ConfigError, PeerError
 
 WAIT = 600.0  # seconds
-_MOST = 1e6  # clocks and JAX take no more
+MOST = 1e6  # clocks and JAX take no more
 AUTO = "auto"
 _FORM = "write HOST:PORT,PROCESSES,INDEX such as node0:1234,4,0, or 'auto'"
 _wait: contextvars.ContextVar[float] = contextvars.ContextVar("wait", default=WAIT)
@@ -31,9 +31,9 @@ _wait: contextvars.ContextVar[float] = contextvars.ContextVar("wait", default=WA
 @contextlib.contextmanager
 def patience(seconds: float) -> Iterator[None]:
     """How long others are waited for meanwhile; ConfigError unless positive."""
-    if not 0 < seconds <= _MOST:
+    if not 0 < seconds <= MOST:
         raise ConfigError(
-            f"--wait {seconds:g}: must be a positive number of seconds, up to {_MOST:g}"
+            f"--wait {seconds:g}: must be a positive number of seconds, up to {MOST:g}"
         )
     token = _wait.set(seconds)
     try:

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental import multihost_utils
 from test_run import CONFIG, prepared
 
+from jaxprune import peers
 from jaxprune.base import BudgetError
 from jaxprune.train import choose, cut, loop, run, stages, study
 from jaxprune.train import step as steps
@@ -54,8 +55,12 @@ def test_all_processes_cut_by_the_milliseconds_of_the_first(tmp_path, monkeypatc
             patch.setattr(jax, "process_count", lambda: count)
             found.append(choose.kind_of(job, graph, dense.average, "latency"))
 
-    # The second waits until the first has measured.
-    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda _: here(0, 1))
+    # The second waits until the first has measured, however long that takes.
+    def first(name: str) -> None:
+        assert peers.limit() > 1e5
+        here(0, 1)
+
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", first)
     here(1, 2)
     first, second = ([p.ms for p in f.products] for f in found)
     chex.assert_trees_all_equal(second, first)

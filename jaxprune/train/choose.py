@@ -89,7 +89,9 @@ def kind_of(job: Job, graph: Graph, variables: PyTree, name: str) -> budgets.Kin
     # One measures, the others read: clocks differ, and all must cut alike.
     if jax.process_count() > 1 and jax.process_index() == 0:
         found()
-    peers.barrier("jaxprune timings")
+    # As long as that takes, and it starts anew if it is cut off.
+    with peers.patience(peers.MOST):
+        peers.barrier("jaxprune timings")
     return found()
 
 
