@@ -4,8 +4,9 @@
     python examples/load.py http://127.0.0.1:8000/labels --pid PID --seconds 600
 
 Starts `--clients` connections that ask again as soon as they are answered, and prints a
-row of a table each `--every` seconds. Ends with 1 if any request failed. The memory is
-the resident set of the process `--pid`, of Linux.
+row of a table each `--every` seconds. Ends with 1 if any request failed. The server may
+take `--wait` seconds to compile before it listens. The memory is the resident set of
+the process `--pid`, of Linux.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import http.client
 import io
+import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -40,6 +43,20 @@ def resident(pid: int | None) -> float:
         if line.startswith("VmRSS"):
             return int(line.split()[1]) / 1024
     return float("nan")
+
+
+def listens(url: str, seconds: float) -> bool:
+    """Whether the server takes connections, after so many seconds at most."""
+    at = urllib.parse.urlsplit(url)
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((at.hostname or "", at.port or 80), 1).close()
+            return True
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
 
 
 def client(
@@ -72,7 +89,11 @@ def main() -> int:
     top.add_argument("--every", type=float, default=60)
     top.add_argument("--clients", type=int, default=4)
     top.add_argument("--size", default="120x160", help="of the images sent, HxW")
+    top.add_argument("--wait", type=float, default=60, help="for the server to listen")
     args = top.parse_args()
+    if not listens(args.url, args.wait):
+        print(f"error: nothing listens at {args.url}", file=sys.stderr)
+        return 1
     ms: list[float] = []
     bad: list[str] = []
     start = time.monotonic()

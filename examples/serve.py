@@ -151,7 +151,12 @@ def main() -> None:
     top.add_argument("--port", type=int, default=8000, help="0: any that is free")
     args = top.parse_args()
     height, width = map(int, args.size.split("x"))
-    Handler.batcher = Batcher(load(args.export), (height, width), args.batch)
+    try:
+        Handler.batcher = Batcher(load(args.export), (height, width), args.batch)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"error: {args.export} at --size {args.size}: {error}"
+        ) from error
     server = ThreadingHTTPServer((args.host, args.port), Handler)
     print(f"http://{args.host}:{server.server_port}/labels", flush=True)
     stop = threading.Thread(target=server.shutdown)

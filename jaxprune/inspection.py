@@ -3,6 +3,7 @@
 
 import ast
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -162,6 +163,12 @@ def _user_function(target: str) -> Subject:
     found = getattr(_module(module_name, target), name, None)
     if not callable(found):
         raise base.ConfigError(f"{target}: {module_name} has no function {name!r}")
+    try:
+        inspect.signature(found).bind()
+    except (TypeError, ValueError) as error:
+        raise base.ConfigError(
+            f"{target} is called without arguments, but {error}; {EXAMPLE}"
+        ) from error
     result = found()
     if not isinstance(result, tuple) or len(result) < 2:
         raise base.ConfigError(f"{target} returned {type(result).__name__}; {EXAMPLE}")

@@ -46,15 +46,15 @@ def frames(
 
     '-' is standard input (or `stdin`): PNG, JPEG and PPM images one after another, or,
     with raw=(H, W), bare RGB frames of 3 H W bytes. Raises DataError that names the
-    input, or the number of the frame, for what is missing, damaged or cut off.
+    input, or the number of the frame, for what is missing, empty, damaged or cut off.
     """
     for entry in inputs:
         if str(entry) == STDIN:
             stream = stdin if stdin is not None else sys.stdin.buffer
             images = _raw(stream, raw) if raw else _images(stream)
-            yield from _named("stdin", images)
+            yield from _named("stdin", images, "standard input")
         elif is_stream(entry):
-            yield from _named(Path(entry).stem, _video(Path(entry)))
+            yield from _named(Path(entry).stem, _video(Path(entry)), str(entry))
         else:
             for file in predict.find([entry]):
                 yield Frame(file.stem, predict.read_image(file))
@@ -73,12 +73,14 @@ def write(
     """Overlays of frames as they come, into a folder, or one by one into a stream.
 
     Into a folder as `predict.write` does; into a stream PNGs, of the labels with
-    `labels`, else of the overlays. Yields each file's path, or the frame's name. Raises
-    DataError for two frames of one name in a folder, ConfigError and CheckpointError as
+    `labels`, else of the overlays. Yields each file's path, or the frame's name. A
+    DataError of `source` is raised once the frames before it are out. Raises DataError
+    for two frames of one name in a folder, ConfigError and CheckpointError as
     `predict.write`.
     """
     names, colors = predict.classes(pruned)
-    first, second = tee(source)
+    damage: list[DataError] = []
+    first, second = tee(_until_damaged(source, damage))
     found = predict.predict(pruned, (f.image for f in first), size=size, batch=batch)
     seen: set[str] = set()
     if isinstance(out, Path):
@@ -103,11 +105,24 @@ def write(
             made = predict.label_picture(answer, colors)
             made.save(out / f"{frame.name}_labels.png", format="PNG")
         yield str(target)
+    if damage:
+        raise damage[0]
 
 
-def _named(stem: str, images: Iterable[np.ndarray]) -> Iterator[Frame]:
+def _until_damaged(source: Iterable[Frame], damage: list[DataError]) -> Iterator[Frame]:
+    """The frames before the first error, which is noted: they may fill half a batch."""
+    try:
+        yield from source
+    except DataError as error:
+        damage.append(error)
+
+
+def _named(stem: str, images: Iterable[np.ndarray], what: str) -> Iterator[Frame]:
+    i = -1
     for i, image in enumerate(images):
         yield Frame(f"{stem}_{i:06d}", image)
+    if i < 0:  # such as behind a pipe whose first command failed
+        raise DataError(f"{what} is empty: there is no frame in it")
 
 
 def _video(file: Path) -> Iterator[np.ndarray]:

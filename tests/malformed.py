@@ -161,6 +161,7 @@ FLAGS = [
     (["inspect", "no.module:net"], "no.module"),
     (["inspect", "os:nothing"], "nothing"),
     (["inspect", "os:getcwd"], "os:getcwd"),
+    (["inspect", "os.path:join"], "os.path:join"),
     (["inspect", ":"], ":"),
     (["inspect", "segnet", "--size", "32"], "32"),
     (["inspect", "segnet", "--size", "0x32"], "0x32"),

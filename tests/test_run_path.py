@@ -200,7 +200,7 @@ def test_a_path_that_is_still_walked_is_shown(tmp_path, monkeypatch, capsys):
     write_text(tmp_path / "config.json", to_json(job.config))
     write_text(tmp_path / "graph.json", graph.to_json())
     assert cli.main(["path", str(tmp_path)]) == 2
-    assert "no pruning path, there is none" in capsys.readouterr().err
+    assert "holds no pruning path; runs with prune.method=" in capsys.readouterr().err
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(points, "miou", kill_at(3))
         cut.prune_stage(job, graph, dense, Progress(tmp_path))

@@ -109,5 +109,6 @@ def test_a_short_load(server: Any) -> None:
     before = load.resident(process.pid) if Path("/proc/self/status").exists() else 0
     load.client(url, body, time.monotonic() + 2, ms, bad)
     assert len(ms) > 10 and not bad
+    assert load.listens(url, 0) and not load.listens("http://127.0.0.1:9/labels", 0)
     if before:
         assert load.resident(process.pid) < before + 20  # MB

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxprune import checkpoint, cli, inspection, streams
+from jaxprune import checkpoint, cli, exits, inspection, streams
 from jaxprune.base import DataError
 
 INFO = {
@@ -82,6 +82,23 @@ def test_bare_frames() -> None:
         np.testing.assert_array_equal(frame.image, want)
     with pytest.raises(DataError, match="frame 1 of standard input ends after 288 of"):
         read(b"\0" * (432 + 288), (8, 18))
+
+
+@pytest.mark.parametrize("raw", [None, (8, 12)])
+def test_an_input_without_a_frame_is_refused(raw: Any) -> None:
+    with pytest.raises(DataError, match="standard input is empty"):
+        read(b"", raw)
+
+
+def test_frames_before_a_damaged_one_are_written(tmp_path: Any) -> None:
+    content = b"".join(x.tobytes() for x in images(3)) + b"more"
+    source = streams.frames(["-"], (8, 12), Pipe(content))
+    written = []
+    with pytest.raises(DataError, match="frame 3 of standard input ends after 4 of"):
+        written += streams.write(NET, source, tmp_path, batch=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"stdin_{i:06d}_overlay.png" for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "PPM"])
@@ -160,7 +177,7 @@ def test_the_command_from_standard_input_to_standard_output(monkeypatch: Any) ->
     out.seek(0)
     labels = np.asarray(Image.open(out))
     np.testing.assert_array_equal(labels, image[..., 2] > image[..., 0])
-    assert cli.main([*argv, "--samples", "3"]) == cli.BAD_INPUT
+    assert cli.main([*argv, "--samples", "3"]) == exits.BAD_INPUT
 
 
 def test_a_folder_of_frames_comes_in_order(tmp_path: Any) -> None:

@@ -31,11 +31,13 @@ def load(workdir: Path, number: int | None = None) -> tuple[int, Walked]:
     """
     found = sorted(int(p.stem) for p in (workdir / "path").glob("[0-9]*.jsonl"))
     if not found or (number is not None and number not in found):
-        there = f"there are {', '.join(map(str, found))}" if found else "there is none"
-        wanted = "" if number is None else f" of round {number}"
+        if found:
+            rounds = ", ".join(map(str, found))
+            raise CheckpointError(
+                f"{workdir}: no pruning path of round {number}, there are {rounds}"
+            )
         raise CheckpointError(
-            f"{workdir}: no pruning path{wanted}, {there}; a run with "
-            "prune.method='path' keeps one"
+            f"{workdir} holds no pruning path; runs with prune.method='path' keep one"
         )
     number = found[-1] if number is None else number
     return number, Walked(read(file(workdir, number)).steps)
