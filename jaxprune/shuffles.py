@@ -17,6 +17,7 @@ import numpy as np
 from jaxprune import jaxpr as jx
 
 NAME = "shuffle"
+OF = ("reshape", "transpose")
 
 
 class _Primitive(NamedTuple):
@@ -74,7 +75,7 @@ def with_shuffles(program: jx.Program) -> Sequence[jx.Eqn]:
     makers: dict[Any, jx.Eqn] = {}
     found: dict[int, Shuffle] = {}
     for eqn in program.eqns:
-        if eqn.primitive.name not in ("reshape", "transpose"):
+        if eqn.primitive.name not in OF:
             continue
         makers[eqn.outvars[0]] = eqn
         shuffle = _ending_in(eqn, makers)

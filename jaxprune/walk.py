@@ -259,7 +259,8 @@ def analyse(context: Context, program: jx.Program, ins: Sequence[Value]) -> Tape
         return const_value(labels, atom.val) if jx.is_literal(atom) else env[atom]
 
     nodes = []
-    for eqn in with_shuffles(program):
+    eqns = with_shuffles(program) if NAME in context.rules else program.eqns
+    for eqn in eqns:
         values = tuple(read(atom) for atom in eqn.invars)
         rule = context.rules.get(eqn.primitive.name)
         if rule is None:

@@ -87,3 +87,22 @@ def test_a_rule_is_not_replaced_unasked(table):
         jp.register_rule("tanh", mine)
     assert jp.register_rule(jax.lax.tanh_p, mine, replace=True) is old
     assert table["tanh"] is mine
+
+
+def test_a_reshape_of_ones_own_is_asked_inside_of_shuffles_too(table):
+    def apply(p, x):
+        hidden = (x @ p["one"]).reshape(-1, 2, 4).swapaxes(1, 2).reshape(-1, 8)
+        return hidden @ p["two"]
+
+    p = {"one": jnp.ones((3, 8)), "two": jnp.ones((8, 2))}
+    old, seen = table["reshape"], []
+
+    def asked(context, eqn, ins):
+        seen.append(eqn)
+        return old.analyse(context, eqn, ins)
+
+    jp.trace(apply, p, jnp.ones((5, 3)))
+    assert not seen
+    jp.register_rule("reshape", old._replace(analyse=asked), replace=True)
+    jp.trace(apply, p, jnp.ones((5, 3)))
+    assert len(seen) >= 2

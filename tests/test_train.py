@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -256,6 +257,14 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(whole, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         fit(tmp_path, 2)
     assert str(file) in str(caught.value) and f"delete {newest}" in str(caught.value)
+    older = [p for p in newest.parent.iterdir() if p.name.isdigit() and p != newest]
+    assert older and "go on from the step before" in str(caught.value)
+    for folder in older:
+        shutil.rmtree(folder)
+    with pytest.raises(
+        CheckpointError, match=f"begin this stage anew, delete {newest}"
+    ):
+        fit(tmp_path, 2)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])

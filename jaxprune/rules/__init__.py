@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from jaxprune import shuffles
 from jaxprune.base import GraphError
 from jaxprune.jaxpr import Site
 from jaxprune.labels import Value
@@ -51,6 +52,9 @@ def register_rule(primitive: Any, rule: Rule, *, replace: bool = False) -> Rule 
       rule: `Rule(analyse, rewrite)`, see docs/rules.md for both and an example.
       replace: allow a primitive that has a rule already.
 
+    With a rule of their own for reshape or transpose, channel shuffles are followed
+    step by step, which ties their channels.
+
     Returns the rule that it had, or None. Raises GraphError where it has one and
     `replace` is False.
     """
@@ -59,4 +63,6 @@ def register_rule(primitive: Any, rule: Rule, *, replace: bool = False) -> Rule 
     if old is not None and not replace:
         raise GraphError(f"{name} has a rule already; pass replace=True to replace it")
     RULES[name] = rule
+    if name in shuffles.OF:  # or its rule would not be asked inside of shuffles
+        RULES.pop(shuffles.NAME, None)
     return old

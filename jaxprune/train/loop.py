@@ -189,9 +189,9 @@ def _restore(
         state, meta = store.restore(step, like)
     except CheckpointError as error:
         folder = store.directory / str(store.latest() if step is None else step)
-        raise CheckpointError(
-            f"{error}. To go on from the step before, delete {folder}"
-        ) from error
+        older = [s for s in store.steps() if s < int(folder.name)]
+        out = "go on from the step before" if older else "begin this stage anew"
+        raise CheckpointError(f"{error}. To {out}, delete {folder}") from error
     skipped = [(int(a), int(b)) for a, b in meta.get("skipped", [])]
     return state, SoFar(list(meta.get("losses", [])), skipped)
 
