@@ -54,7 +54,8 @@ def join(where: str = AUTO) -> None:
     else 'HOST:PORT,PROCESSES,INDEX': where process 0 listens, how many there are, and
     which of them this is. Where the others do not come in time, see `patience`, this
     process ends with exit code 1 and a line that says so.
-    Raises ConfigError for another text, and where JAX finds no cluster.
+    Raises ConfigError for another text, where JAX finds no cluster, and where it has
+    touched a device already.
     """
     address, count, index = (None, None, None) if where == AUTO else _parsed(where)
     seconds = limit()
@@ -73,6 +74,9 @@ def join(where: str = AUTO) -> None:
         raise ConfigError(
             f"--distributed {where}: JAX finds no cluster here ({error}); {_FORM}"
         ) from error
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"--distributed {where}: JAX refuses: {reason}") from error
     finally:
         waiting.cancel()
 

@@ -112,9 +112,10 @@ def test_the_commands_run_on_either(root, tmp_path, monkeypatch):
         (folder / "classes.json").write_text(json.dumps(classes))
     seen, stages_of = [], stages._stages
 
-    def spied(config, net, args, splits, workdir):
+    def spied(config, net, args, splits, workdir, progress):
         seen.append(splits)
-        return stages_of(config, net, args, splits, workdir) if len(seen) == 1 else {}
+        given = config, net, args, splits, workdir, progress
+        return stages_of(*given) if len(seen) == 1 else {}
 
     monkeypatch.setattr(stages, "_stages", spied)
     monkeypatch.setattr(report, "write", str)

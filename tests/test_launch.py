@@ -97,12 +97,9 @@ def test_the_readme_names_every_launcher():
         (":1234,4,0", "no port in ':1234'"),
         ("node0:99999,4,0", "no port in 'node0:99999'"),
         ("node0:1234,4,4", "from 0 to 3"),
-        ("auto", "JAX finds no cluster here"),
     ],
 )
-def test_a_place_to_meet_that_is_none_is_named(where, words, monkeypatch):
-    for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "KUBERNETES_SERVICE_HOST"):
-        monkeypatch.delenv(name, raising=False)
+def test_a_place_to_meet_that_is_none_is_named(where, words):
     with pytest.raises(ConfigError, match=words):
         peers.join(where)
 
@@ -114,6 +111,23 @@ def test_a_bad_place_is_bad_input(tmp_path, capsys):
     assert cli.main(["run", str(config), *at]) == 2
     assert "--distributed here" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    "before, words",
+    [
+        ("", "JAX finds no cluster here"),
+        ("import jax; jax.devices()", "JAX refuses: jax.distributed.initialize() must"),
+    ],
+)
+def test_alone_it_asks_jax_where_the_others_are(before, words):
+    env = environment()
+    for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "KUBERNETES_SERVICE_HOST"):
+        env.pop(name, None)
+    program = f"{before}\nfrom jaxprune import peers\npeers.join()"
+    done = command(sys.executable, "-c", program, env=env, timeout=120)
+    assert done.returncode == 1
+    assert f"ConfigError: --distributed auto: {words}" in done.stderr
 
 
 def test_others_that_never_come_are_an_error():
@@ -341,6 +355,7 @@ def test_slurm_requeues_what_was_preempted(slurm, tmp_path):
     assert (work / "checkpoints" / "train").is_dir()
     assert not (work / "final").exists()
     until(lambda: state() == "PENDING", "it is queued")
+    time.sleep(10)  # of two minutes that SLURM leaves to the nodes to forget the job
     command("scontrol", "update", f"JobId={job}", "StartTime=now", env=env)
     until(lambda: (work / "report" / "index.html").is_file(), "it goes on", 600)
     until(lambda: state() in ("", "COMPLETED"), "it ends")
