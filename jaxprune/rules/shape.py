@@ -301,24 +301,21 @@ def _reshape_block(
             labels.freeze(line, jx.Site(eqn))
     place = [-1 if i == read else 1 for i in range(len(old))]
     grid = np.broadcast_to(np.reshape(lines[read], place), old).reshape(new)
-    made = _varying(grid)
-    if made is None:
-        made = labels.split(id(eqn), new, grid)
-        labels.splits.append(Split(id(eqn), lines[read], tuple(new), made))
-    rows = np.moveaxis(grid, made, -1).reshape(-1, new[made])
-    if not (rows == rows[:1]).all():
-        for other in rows[1:]:
-            labels.unify(rows[0], other, jx.Site(eqn))
-    return read, made, rows[0]
+    for made in range(len(new)):
+        line = _first(grid, made)
+        if (grid == np.expand_dims(line, tuple(range(1, len(new) - made)))).all():
+            return read, made, line  # the one axis along which the labels change
+    made = labels.split(id(eqn), new, grid)
+    labels.splits.append(Split(id(eqn), lines[read], tuple(new), made))
+    line, *others = np.moveaxis(grid, made, -1).reshape(-1, new[made])
+    for other in others:
+        labels.unify(line, other, jx.Site(eqn))
+    return read, made, line
 
 
-def _varying(grid: np.ndarray) -> int | None:
-    """The one axis along which a tiled array of labels changes, if there is one."""
-    for axis in range(grid.ndim):
-        lines = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
-        if (lines == lines[:1]).all():
-            return axis
-    return None
+def _first(grid: np.ndarray, axis: int) -> np.ndarray:
+    """The first line along an axis."""
+    return grid[(0,) * axis + (slice(None),) + (0,) * (grid.ndim - axis - 1)]
 
 
 def _rewrite_reshape(cut: Cut) -> list[Any]:
