@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxprune import checkpoint, formats
 from jaxprune.base import Apply, ConfigError, PyTree
+from jaxprune.trees import nbytes
 
 _PERCENTILES = (50, 90, 99)
 
@@ -71,7 +72,7 @@ def bench(
             jax.block_until_ready(run(variables, inputs))
             ms[name].append(1e3 * (time.perf_counter() - start))
     return {
-        name: Speed(np.array(ms[name]), seconds, *_memory(run), _size(variables))
+        name: Speed(np.array(ms[name]), seconds, *_memory(run), nbytes(variables))
         for name, (run, variables, seconds) in ready.items()
     }
 
@@ -171,10 +172,6 @@ def _memory(run: Any) -> tuple[int | None, int | None]:
         return None, None
     peak = getattr(plan, "peak_memory_in_bytes", None)
     return int(plan.temp_size_in_bytes + plan.output_size_in_bytes), peak
-
-
-def _size(variables: PyTree) -> int:
-    return sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(variables))
 
 
 def _device_peak() -> int | None:

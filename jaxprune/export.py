@@ -28,6 +28,7 @@ from jaxprune.folding import fold_batch_norm
 from jaxprune.int8 import quantize_weights
 from jaxprune.pruned import Pruned
 from jaxprune.trace import struct
+from jaxprune.trees import nbytes
 
 VERSION = 1
 _PROGRAM, _CARD = "model.stablehlo", "export.json"
@@ -114,7 +115,7 @@ def export(
         "outputs": [str(a) for a in program.out_avals],
         "platforms": list(program.platforms),
         "weights": weights,
-        "weight_bytes": sum(x.nbytes for x in jax.tree.leaves(pruned.variables)),
+        "weight_bytes": nbytes(pruned.variables),
         "jax": jax.__version__,
         "info": dict(pruned.info),
     }

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxprune.base import Apply, GraphError, PyTree, key_path, path_str
 from jaxprune.taps import readings
+from jaxprune.trees import nbytes
 
 
 class Quantized(NamedTuple):
@@ -74,7 +75,7 @@ def quantize_weights(
         whole = jax.tree.map(_whole, variables, is_leaf=_is_small)
         return apply(whole, *inputs, **kwargs)
 
-    return Quantized(run, tree, error, _size(variables), _size(tree))
+    return Quantized(run, tree, error, nbytes(variables), nbytes(tree))
 
 
 def _is_small(x: Any) -> bool:
@@ -83,7 +84,3 @@ def _is_small(x: Any) -> bool:
 
 def _whole(x: Any) -> Any:
     return x["int8"].astype(x["scale"].dtype) * x["scale"] if _is_small(x) else x
-
-
-def _size(tree: PyTree) -> int:
-    return sum(x.nbytes for x in map(jnp.asarray, jax.tree.leaves(tree)))

@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -162,6 +163,11 @@ def shrink_graph(graph: Graph, keep: Keep) -> Graph:
 
     groups = {name: smaller(group) for name, group in graph.groups.items()}
     return dataclasses.replace(graph, groups=groups, leaves=tuple(leaves))
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all leaves; a Python number counts as the array that JAX makes of it."""
+    return sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(tree))
 
 
 def sum_along(x: Any, axis: int) -> Any:
