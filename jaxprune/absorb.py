@@ -257,6 +257,8 @@ def _product(eqn: jx.Eqn, ins: Sequence[Value], state: _State) -> Affine | Plain
         kernel_axis, axis = left[0], len(shape) - 1 if k else 0
     kernel = ins[k]
     number, axes = kernel.kernel  # type: ignore[union-attr,misc]
+    if axes[kernel_axis] < 0:
+        return None  # channels in another order than the variable has them
     state.starts[number] += 1
     if number in state.shunned:
         cause = state.shunned[number] or f"it follows {jx.Site(eqn)}"

@@ -32,7 +32,7 @@ class Free(NamedTuple):
 
     compact: the shape that `make` gives. leaves: the variables that it is made of;
     root: by way of a square root. kernel: (variable, its axes), where it is one,
-    transposed or cast.
+    transposed, cast, or turned round: ~axis is an axis from its end.
     """
 
     shape: tuple[Any, ...]
@@ -90,7 +90,11 @@ def free_outputs(eqn: jx.Eqn, ins: Sequence[Free]) -> list[Free]:
     kernel = ins[0].kernel if len(ins) == 1 else None
     if name == "transpose" and kernel is not None:
         kernel = kernel[0], tuple(kernel[1][a] for a in eqn.params["permutation"])
-    elif name not in ("convert_element_type", "copy", "rev"):
+    elif name == "rev" and kernel is not None:
+        turned = eqn.params["dimensions"]
+        axes = (~n if a in turned else n for a, n in enumerate(kernel[1]))
+        kernel = kernel[0], tuple(axes)
+    elif name not in ("convert_element_type", "copy"):
         kernel = None
     small = _compact(eqn, ins, shape)
     if small is not None:
@@ -163,6 +167,8 @@ def longer(eqn: jx.Eqn, ins: Sequence[Value], chain: Affine) -> Affine | None:
     other = ins[1 if first else 0]
     if not isinstance(other, Free) or (name == "div" and not first):
         return None
+    if not other.leaves:
+        return None  # a number of the program may be another one at another size
     sizes = other.compact or (1,) * len(shape)
     if not all(_one(n) for a, n in enumerate(sizes) if a != chain.axis):
         return None

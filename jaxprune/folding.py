@@ -50,10 +50,13 @@ def fold_batch_norm(
         (y + b - mean) * (scale / sqrt(var + eps)) + bias
 
     becomes the product with a kernel times the middle factor, and one bias; so does any
-    other chain of multiplications and additions of variables, channel by channel. The
-    result takes other batch and image sizes, and trees that were trained on, saved or
-    loaded. Where the answer, or the kernel, is read elsewhere too, or the factor does
-    not lie along the channels, nothing is changed, and `left` says so.
+    other chain of multiplications and additions of variables, channel by channel.
+    Factors that are numbers of the program alone stay where they are, since they may be
+    others at another size; those made with variables, such as eps above, must not
+    depend on a size or an argument. The result takes other batch and image sizes, and
+    trees that were trained on, saved or loaded. Where the answer, or the kernel, is
+    read elsewhere too, or the factor does not lie along the channels, nothing is
+    changed, and `left` says so.
 
     To save what was folded, keep the graph and the keep of what it was made from:
     `save(path, pruned._replace(apply=folded.apply, variables=folded.variables))`.

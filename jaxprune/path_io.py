@@ -131,14 +131,17 @@ def resume(file: File, walk: Mapping[str, Any]) -> tuple[Step, ...]:
 def save_variables(
     graph: Graph, file: File, number: int, step: Step, variables: PyTree
 ) -> None:
-    """Write the variables of step `number`, shrunk, beside a path's file."""
-    if jax.process_index() != 0:
-        return
+    """Write the variables of step `number`, shrunk, beside a path's file.
+
+    Every process calls it, as each may hold a share of them; the first one writes.
+    """
     leaves = jax.tree.leaves(shrink(graph, step.keep, variables))
     arrays = {
         f"leaf{i}": np.frombuffer(_plain(jnp.asarray(x)).tobytes(), np.uint8)
         for i, x in enumerate(leaves)
     }
+    if jax.process_index() != 0:
+        return
     archive = io.BytesIO()
     np.savez(archive, allow_pickle=False, **arrays)  # type: ignore[arg-type]
     disk.write(_beside(file, number), archive.getvalue())

@@ -107,7 +107,8 @@ def joined() -> bool:
 def watched(what: str = "") -> Iterator[Callable[[str], None]]:
     """A limit on each wait inside; begins anew with every call of what it yields.
 
-    what: is waited for. Where it is "", the limit begins with the first call.
+    what: is waited for. Where it is "", here or in a call, there is no limit until the
+    next call.
     """
     if jax.process_count() == 1:
         yield lambda what: None
@@ -138,33 +139,36 @@ def _lost(why: str) -> str:
     )
 
 
-def barrier(name: str) -> None:
-    """Wait for all processes, where there are several."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        with watched(f"answer at {name!r}"):
-            multihost_utils.sync_global_devices(name)
-
-
-def first_says(value: bool) -> bool:
-    """What the first process has for `value`, in all."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    with watched("word of the first process"):
-        return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """Raises PeerError for what JAX raises inside when another process is gone."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # JAX has either for the same; its own begin with a status.
         reason = str(error).partition("\n")[0]
-        gone = re.search("gloo|unavailable|deadline|connection|closed", reason, re.I)
+        gone = re.match(
+            "[A-Z_]+: .*(?i:gloo|unavailable|deadline|connect|clos)", reason
+        )
         if jax.process_count() == 1 or not gone:
             raise
         raise PeerError(_lost(reason)) from error
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes, where there are several; PeerError where one is gone."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        with told(), watched(f"answer at {name!r}"):
+            multihost_utils.sync_global_devices(name)
+
+
+def first_says(value: bool) -> bool:
+    """What the first process has for `value`, in all; PeerError where one is gone."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    with told(), watched("word of the first process"):
+        return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import jaxpr as jx
+from jaxprune import peers
 
 
 def lies_apart(x: Any) -> bool:
@@ -77,12 +78,16 @@ def grown(kept: Sequence[np.ndarray | None], shape: Sequence[int]) -> list[Any]:
 
 
 def fetched(x: Any) -> np.ndarray:
-    """x in NumPy, also where other processes hold parts of it: all of them call it."""
+    """x in NumPy, also where other processes hold parts of it: all of them call it.
+
+    Raises PeerError where one of them is gone.
+    """
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         if not x.is_fully_replicated:
             from jax.experimental import multihost_utils
 
-            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+            with peers.told(), peers.watched("share of an array"):
+                return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
 
 

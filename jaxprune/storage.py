@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import disk, formats, integrity, leaves, peers
-from jaxprune.base import CheckpointError, PyTree
+from jaxprune.base import CheckpointError, PeerError, PyTree
 
 VERSION = 1  # of jaxprune.json and step.json
 _ARRAYS = "arrays"
@@ -26,7 +26,7 @@ def write(folder: Path, arrays: Mapping[str, Any], texts: Mapping[str, str]) -> 
 
     In a multi-host run every process calls it, on a file system that all of them share.
     Raises DiskError where the disk is full or read-only, CheckpointError where Orbax
-    refuses.
+    refuses, PeerError where another process is gone.
     """
     partial = integrity.sibling(folder, "partial")
     first = jax.process_index() == 0
@@ -39,12 +39,13 @@ def write(folder: Path, arrays: Mapping[str, Any], texts: Mapping[str, str]) -> 
         if arrays:
             from orbax.checkpoint import v1 as ocp
 
-            ocp.save(partial / _ARRAYS, dict(arrays))
+            with peers.told():
+                ocp.save(partial / _ARRAYS, dict(arrays))
         peers.barrier(f"jaxprune wrote {folder}")
         if first:
             integrity.commit(partial, folder)
         peers.barrier(f"jaxprune sealed {folder}")
-    except CheckpointError:
+    except (CheckpointError, PeerError):
         raise
     except Exception as error:
         if (number := disk.errno_of(error)) in disk.REFUSALS:

@@ -160,7 +160,9 @@ class Mixed(networks.Drawn):
 
     def do_cond(self, y: Any, z: Any, b: int) -> Any:
         one, two = Weight(4)(y), Weight(4)(y)
-        return jax.lax.cond(y.mean() > 0, lambda y: y @ one, lambda y: -y @ two, y)
+        # Not by the mean, which of centred features is 0 but for rounding.
+        large = jnp.square(y).mean() > 0.5
+        return jax.lax.cond(large, lambda y: y @ one, lambda y: -y @ two, y)
 
     def do_remat(self, y: Any, z: Any, b: int) -> Any:
         return jax.checkpoint(lambda y, w: nn.relu(y @ w))(y, Weight(4)(y))

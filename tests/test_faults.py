@@ -324,6 +324,67 @@ def test_of_two_processes_both_are_refused_and_none_waits_for_ever(tmp_path):
     assert {s["pid"] for s in signs} == {process.pid for process in pair}
 
 
+LOST = """
+import os, sys
+from pathlib import Path
+import jax
+import numpy as np
+import jaxprune as jp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxprune import exits, path_io, peers, storage
+from jaxprune.steps import Step
+from jaxprune.train.step import make_mesh
+
+work, number = Path(sys.argv[1]), int(sys.argv[3])
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, number)
+
+
+def apply(v, x):
+    return jax.nn.relu(x @ v["a"]) @ v["b"]
+
+
+v = {"a": np.arange(32.0).reshape(4, 8), "b": np.ones((8, 4))}
+graph = jp.trace(apply, v, np.ones((2, 4)))
+keep = {"a": np.arange(8) % 2 == 0}
+shares = jax.device_put(v, NamedSharding(make_mesh(), PartitionSpec("data")))
+step = Step(0.0, keep, jp.cost(graph, keep), 0.0, 0.0)
+path_io.save_variables(graph, work / "path.jsonl", 1, step, shares)
+peers.barrier("written")
+again = path_io.load_variables(graph, work / "path.jsonl", 1, step, v)
+np.testing.assert_array_equal(again["a"], v["a"][:, ::2])
+print("read", flush=True)
+
+if number == 1:  # dies once the arrays are written, and before it says so
+    barrier = peers.barrier
+    peers.barrier = lambda name: os._exit(9) if "wrote" in name else barrier(name)
+try:
+    storage.write(work / "step", {"x": np.ones(4)}, {"step.json": "{}"})
+except BaseException as error:
+    print(type(error).__name__, error, flush=True)
+    exits.at_once(exits.code_of(error))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_in_a_save_is_a_lost_peer_and_no_bad_input(tmp_path):
+    """And what a path keeps of a tree in shares is written by both together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", LOST, str(tmp_path), port]
+    how = {"env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pair = [subprocess.Popen([*command, str(i)], text=True, **how) for i in (0, 1)]
+    try:
+        first, second = (process.communicate(timeout=120)[0] for process in pair)
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [75, 9], first + second
+    assert "read" in first and "read" in second
+    assert "PeerError another process of this run is lost" in first
+    assert not (tmp_path / "step").exists()
+
+
 def test_what_jax_says_of_a_lost_process_is_named(monkeypatch):
     lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce: Connection closed")
     with pytest.raises(jax.errors.JaxRuntimeError), peers.told():

@@ -302,3 +302,34 @@ def test_a_folded_tree_with_leaves_of_other_names_is_not_saved(tmp_path: Any) ->
     small = jp.quantize_weights(thin.apply, thin.variables, x)
     with pytest.raises(GraphError, match="kernel/(int8|scale), which the graph lacks"):
         jp.save(tmp_path / "net", pruned._replace(variables=small.variables))
+
+
+def convolved(turned: tuple[int, ...], number: Any) -> tuple[Any, Any, Any]:
+    """A convolution by a kernel that is turned round, its norm, and a number(x)."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((3, 3, 2, 5)).astype(np.float32)
+    variables = {"w": kernel} | {n: 0.5 + rng.random(5, np.float32) for n in "vs"}
+
+    def apply(v: Any, x: Any, t: float = 1.0) -> Any:
+        y = jax.lax.conv_general_dilated(
+            *(x, jnp.flip(v["w"], turned), (1, 1), "SAME"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y / jnp.sqrt(v["v"] + 1e-3) * v["s"] * number(x, t)
+
+    return apply, variables, rng.standard_normal((2, 8, 8, 2)).astype(np.float32)
+
+
+@pytest.mark.parametrize("turned, merged", [((0, 1), 1), ((3,), 0), ((0, 3), 0)])
+def test_channels_in_another_order_than_the_kernel_s_are_left(turned, merged) -> None:
+    apply, variables, x = convolved(turned, lambda x, t: 1)
+    folded = jp.fold_batch_norm(apply, variables, x)
+    assert len(folded.merged) == merged
+    assert error(apply, variables, folded, x) < 1e-6
+
+
+def test_numbers_of_a_size_or_an_argument_are_not_folded() -> None:
+    apply, variables, x = convolved((0, 1), lambda x, t: t / x.shape[1])
+    folded = jp.fold_batch_norm(apply, variables, x, t=2.0)
+    assert folded.merged
+    assert error(apply, variables, folded, x[:, :4], t=3.0) < 1e-6

@@ -141,6 +141,7 @@ EXACT: dict[str, Program] = {
     "custom derivative that adds": lambda h, x: scaled(h),
     "custom derivative, static arguments": lambda h, x: powered(jnp.sin, h, 2),
     "linearised": lambda h, x: jax.linearize(jnp.sin, h)[1](h),
+    "composite": lambda h, x: lax.composite(jnp.sin, "a.sine")(h),
     "by platform": lambda h, x: lax.platform_dependent(h, cpu=jnp.sin, default=jnp.cos),
     "rng_bit_generator": lambda h, x: (
         h * lax.rng_bit_generator(np.zeros(4, np.uint32), (4, 6), np.uint32)[1]
@@ -149,7 +150,6 @@ EXACT: dict[str, Program] = {
 }
 FROZEN: dict[str, Program] = {
     "approx_top_k": lambda h, x: h + summed(lax.approx_max_k(h, 2)[0]),
-    "composite": lambda h, x: lax.composite(jnp.sin, "a.sine")(h),
     "cumlogsumexp": lambda h, x: h + lax.cumlogsumexp(h, axis=1),
     "custom_linear_solve": lambda h, x: lax.custom_linear_solve(
         lambda z: 2 * z, h, lambda _, z: z / 2, symmetric=True
@@ -228,3 +228,18 @@ def test_what_cannot_be_followed_is_frozen_by_name(name: str) -> None:
     causes = {f.cause.split(" (")[0] for f in graph.frozen if f.path == ("a",)}
     assert "a" not in graph.groups and name in causes, str(graph)
     assert error == 0
+
+
+def test_a_convolution_of_no_images_is_cut_like_any() -> None:
+    def apply(v: Any, x: Any) -> Any:
+        h = lax.conv_general_dilated(
+            x, v["a"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return h.sum((1, 2)) @ v["c"]
+
+    variables = {"a": np.ones((3, 3, 2, 6)), "c": np.ones((6, 2))}
+    images = np.ones((4, 5, 5, 2))
+    graph = jp.trace(apply, variables, images)
+    keep = networks.random_keep(graph, 0)
+    small = jp.shrink(graph, keep, variables)
+    assert jp.slim(apply, graph, keep)(small, images[:0]).shape == (0, 2)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs: every stage and file, nothing twice, and each way to choose a keep."""
 
+import ast
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -33,6 +36,7 @@ from jaxprune.train.config import (
 )
 from jaxprune.train.progress import Progress
 
+ROOT = Path(jp.__file__).parents[1]
 FIT = Fit(epochs=1, batch=4, ema=0.5)
 CONFIG = Config(
     name="tiny",
@@ -119,6 +123,21 @@ def test_final_loads_by_itself_and_is_what_was_evaluated(whole):
     np.testing.assert_array_equal(found["confusion"], expected)
     again = stages.evaluate(folder, "val")
     assert again["confusion"] == found["confusion"] and again["miou"] == found["miou"]
+
+
+def test_a_run_is_measured_on_several_devices_as_on_one(whole):
+    folder, evaluation = whole
+    lines = "import sys, jaxprune.train as t; print(t.evaluate(sys.argv[1], 'val'))"
+    flags = "--xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", lines, str(folder)],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = ast.literal_eval(done.stdout)
+    assert found["miou"] == evaluation["networks"]["pruned"]["splits"]["val"]["miou"]
 
 
 def test_a_finished_run_only_shows_its_result(whole, monkeypatch, capsys):

@@ -210,6 +210,7 @@ def _plan(
 
 RULES = {
     "jit": Rule(_call("jaxpr", in_place=True), _rewrite_jit),
+    "composite": Rule(_call("jaxpr", in_place=True), _rewrite_inline),
     "closed_call": Rule(_call("call_jaxpr", in_place=True), _rewrite_inline),
     "remat2": Rule(_call("jaxpr"), _rewrite_remat),
     "custom_jvp_call": Rule(_call("call_jaxpr"), _rewrite_custom_jvp),

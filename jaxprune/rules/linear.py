@@ -217,7 +217,10 @@ def _rewrite_conv(cut: Cut) -> list[Any]:
     """As many groups as there are left: with channels of each cut, all of them."""
     dims, (image, kernel) = cut.eqn.params["dimension_numbers"], cut.args
     batch, feature, *_ = dims.lhs_spec
-    batches = np.shape(image)[batch] // cut.shape_out()[dims.out_spec[0]]
+    whole = cut.eqn.params["batch_group_count"]
+    # Of no images at all there is nothing to count by.
+    made = cut.shape_out()[dims.out_spec[0]]
+    batches = np.shape(image)[batch] // made if made else whole
     groups = np.shape(image)[feature] // np.shape(kernel)[dims.rhs_spec[1]]
     return cut.bind(feature_group_count=groups, batch_group_count=batches)
 

@@ -63,9 +63,13 @@ def claim(config: Config, workdir: Path) -> Iterator[None]:
             f"{workdir} cannot be made ({error.strerror}); choose another --workdir"
         ) from error
     with _locked(workdir):
-        check_free(config, workdir)  # another run may have begun here meanwhile
-        if not (workdir / CONFIG).exists():
-            write_text(workdir / CONFIG, configs.to_json(config))
+        # Another run may have begun here meanwhile; one process looks, as to the others
+        # what this one writes appears file by file.
+        if jax.process_index() == 0:
+            check_free(config, workdir)
+            if not (workdir / CONFIG).exists():
+                write_text(workdir / CONFIG, configs.to_json(config))
+        peers.barrier(f"{workdir} is this run's")
         yield
 
 

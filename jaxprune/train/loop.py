@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxprune import checkpoint, data, integrity
+from jaxprune import checkpoint, data, integrity, peers
 from jaxprune.base import Apply, CheckpointError, NonFinite, PyTree, path_str
 from jaxprune.graph_io import graph_from_json
 from jaxprune.sharded import fetched
@@ -259,6 +259,7 @@ def _run(
         settle()
         pending = done, loss
         last, stopping = done == job.end, stop.asked()
+        stop.rest()
         if last or done % every(job, job.config.evaluate.every) == 0:
             settle()
             val = job.splits.val
@@ -269,6 +270,7 @@ def _run(
             _save(store, job, state, so_far)
         if stopping:
             _leave(job, done, progress, stop)
+        stop.resume()
     if stop.signals:  # while the last step was judged and saved
         _leave(job, job.end, progress, stop)
     return state
@@ -329,11 +331,13 @@ def confusion_of(
     matrix = np.zeros((classes, classes), np.int64)
     batch = -(-batch // jax.device_count()) * jax.device_count()
     pending = None
-    for whole in data.eval_batches(split, batch):
-        new = evaluate(variables, steps.put_batch(mesh, _own_rows(whole)))
-        if pending is not None:
-            matrix += np.asarray(pending)
-        pending = new
+    with peers.watched(one := "batch of an evaluation") as beat:
+        for whole in data.eval_batches(split, batch):
+            new = evaluate(variables, steps.put_batch(mesh, _own_rows(whole)))
+            if pending is not None:
+                matrix += np.asarray(pending)
+            pending = new
+            beat(one)
     return matrix if pending is None else matrix + np.asarray(pending)
 
 

@@ -26,9 +26,10 @@ from jaxprune.pruned import Pruned
 from jaxprune.slim import slim
 from jaxprune.trace import trace
 from jaxprune.train import compare, cut, folder, thin, vitals
+from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.compare import Contender
-from jaxprune.train.config import Config, check, differences
+from jaxprune.train.config import Config, Scale, check, differences
 from jaxprune.train.loop import Job, Splits, confusion_of, train
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
@@ -135,7 +136,8 @@ def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
     pruned = checkpoint.load(workdir / "final")
     found = load_split(config, split, evaluated=True)
     judge = jax.jit(steps.make_evaluate(pruned.apply, found.classes.ignore))
-    matrix = confusion_of(judge, pruned.variables, found, config.evaluate.batch)
+    variables = layouts.put(steps.layout_of(Scale()), pruned.variables)
+    matrix = confusion_of(judge, variables, found, config.evaluate.batch)
     return {**measures(matrix), "confusion": matrix.tolist()}
 
 

@@ -34,7 +34,7 @@ class Stop(NamedTuple):
         To be called once a step. Where there are several processes, a SIGTERM to any of
         them counts, a second or more later.
         """
-        self.beat("training step")
+        self.resume()
         if jax.process_count() == 1:
             return bool(self.signals)
         from jax.experimental import multihost_utils
@@ -44,6 +44,14 @@ class Stop(NamedTuple):
             if multihost_utils.reached_preemption_sync_point(next(_asked)):
                 self.signals.append(signal.SIGTERM)
         return bool(self.signals)
+
+    def rest(self) -> None:
+        """No limit until `resume`: evaluations and saves have limits of their own."""
+        self.beat("")
+
+    def resume(self) -> None:
+        """The next step is waited for, as long as `peers.patience` says."""
+        self.beat("training step")
 
     def leave(self) -> None:
         """End the process as the signal asked: with 75, to be resumed, for SIGTERM."""
