@@ -57,8 +57,8 @@ the network was made for (SegNet 360x480, U-Net 512x512, VAE 256x256, the others
 *cut*: CPU seconds of scores, selection and cut. All in float32, the best of 3, or one
 where that took more than 5 s. The result, in float64, and what is *left* of the
 parameters are of 64x64. Listing its groups is part of TP's graph: its pruner is built
-without. A kirigami *group* is an axis that it may cut: those that only go together are
-counted apart.
+without, and timed where its cut is wrong or crashes, too. A kirigami *group* is an axis
+that it may cut: those that only go together are counted apart.
 """
 
 TINY = """
