@@ -114,6 +114,25 @@ def listed(folder: Path) -> dict[str, int]:
     return {name: size for name, (size, _) in _read_manifest(folder / MANIFEST).items()}
 
 
+def check_own(folder: Path) -> None:
+    """Raise CheckpointError unless all in a folder is what its manifest lists.
+
+    For before it is replaced: what somebody else put there would go with it.
+    """
+    try:
+        names = listed(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: missing or damaged, so whose files lie there is not "
+            "known; delete the folder, or choose another"
+        ) from error
+    for name in sorted(_files(folder) - names.keys()):
+        raise CheckpointError(
+            f"{folder / name}: not jaxprune's, so nothing is overwritten; move it "
+            "elsewhere, or choose another folder"
+        )
+
+
 def read_json(file: Path) -> Any:
     """A JSON file's value. Raises CheckpointError that names the file."""
     try:

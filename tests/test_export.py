@@ -208,5 +208,8 @@ def test_what_cannot_be_is_said(pruned: Any, tmp_path: Any) -> None:
     with pytest.raises(CheckpointError, match="out exists; pass overwrite=True"):
         jp.export(pruned, tmp_path / "out", x)
     jp.export(pruned, tmp_path / "out", x, overwrite=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="out/notes.txt: not jaxprune's"):
+        jp.export(pruned, tmp_path / "out", x, overwrite=True)
     with pytest.raises(CheckpointError, match="no such folder"):
         jp.load_export(tmp_path / "nowhere")
