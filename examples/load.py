@@ -4,9 +4,9 @@
     python examples/load.py http://127.0.0.1:8000/labels --pid PID --seconds 600
 
 Starts `--clients` connections that ask again as soon as they are answered, and prints a
-row of a table each `--every` seconds. Ends with 1 if any request failed. The server may
-take `--wait` seconds to compile before it listens. The memory is the resident set of
-the process `--pid`, of Linux.
+row of a table each `--every` seconds. Ends with 1 if any request failed, if there was
+none, or if the server is gone. The server may take `--wait` seconds to compile before
+it listens. The memory is the resident set of the process `--pid`, of Linux.
 """
 
 from __future__ import annotations
@@ -36,13 +36,22 @@ def picture(size: str, seed: int) -> bytes:
 
 
 def resident(pid: int | None) -> float:
-    """MiB of memory that a process holds, or nan."""
+    """MiB of memory that a process holds, nan for none; OSError where it is gone."""
     if pid is None:
         return float("nan")
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) / 1024
-    return float("nan")
+    raise ProcessLookupError(f"process {pid} has ended")
+
+
+def memory(pid: int | None, bad: list[str]) -> float:
+    """As `resident`, but nan for a process that is gone, which is noted."""
+    try:
+        return resident(pid)
+    except OSError:
+        bad.append(f"the server, process {pid}, is gone")
+        return float("nan")
 
 
 def listens(url: str, seconds: float) -> bool:
@@ -73,9 +82,10 @@ def client(
             content = answer.read()
             if answer.status != 200 or not content.startswith(b"\x89PNG"):
                 bad.append(f"{answer.status} {content[:80]!r}")
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             bad.append(repr(error))
             link.close()
+            time.sleep(0.1)  # what is gone is not asked all the time
         ms.append(1e3 * (time.perf_counter() - start))
     link.close()
 
@@ -104,7 +114,7 @@ def main() -> int:
         )
         for i in range(args.clients)
     ]
-    before = resident(args.pid)
+    before = memory(args.pid, bad)
     for thread in threads:
         thread.start()
     print("| s | requests | requests/s | p50, ms | p90 | p99 | failed | server, MiB |")
@@ -119,13 +129,15 @@ def main() -> int:
         print(
             f"| {now - start:.0f} | {count} | {(count - seen) / (now - last):.1f} "
             f"| {p50:.1f} | {p90:.1f} | {p99:.1f} | {len(bad)} "
-            f"| {resident(args.pid):.1f} |",
+            f"| {memory(args.pid, bad):.1f} |",
             flush=True,
         )
         seen, last = count, now
     for thread in threads:
         thread.join()
-    for text in bad[:5]:
+    if not ms:
+        bad.append("there was no request")
+    for text in [*bad[:5], *bad[5:][-1:]]:
         print(text)
     return 1 if bad else 0
 

@@ -8,7 +8,9 @@
 It needs JAX, NumPy and Pillow, and nothing of jaxprune: the program runs by itself. The
 export's shapes are best 'b, 32*h, 32*w, 3', or those of `--size` with a free batch 'b'.
 One thread runs the network; requests that wait meanwhile go together, up to `--batch`
-at once, always filled up to that many, so that there is one compilation.
+at once, always filled up to that many, so that there is one compilation. A request
+takes one of 64 places before its image is read, and others are answered 503: that many
+images of at most 16 million pixels are all that is held.
 """
 
 from __future__ import annotations
@@ -18,18 +20,21 @@ import hashlib
 import io
 import json
 import queue
+import re
 import signal
+import sys
 import threading
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from PIL import Image
 
 MOST_BYTES = 16 << 20
+MOST_PIXELS = 16 << 20
 MOST_WAITING = 64
 SECONDS = 30
 
@@ -37,8 +42,12 @@ SECONDS = 30
 def load(folder: Path) -> Any:
     """The program, after its checksum; ValueError where a file is damaged."""
     content = (folder / "model.stablehlo").read_bytes()
-    listed = json.loads((folder / "manifest.sha256.json").read_text())["files"]
-    if hashlib.sha256(content).hexdigest() != listed["model.stablehlo"][1]:
+    manifest = folder / "manifest.sha256.json"
+    try:
+        _, listed = json.loads(manifest.read_text())["files"]["model.stablehlo"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{manifest} is damaged, or of no export") from error
+    if hashlib.sha256(content).hexdigest() != listed:
         raise ValueError(f"{folder / 'model.stablehlo'} is damaged")
     return jax.jit(jax.export.deserialize(bytearray(content)).call)
 
@@ -49,6 +58,7 @@ class Batcher:
     def __init__(self, program: Any, size: tuple[int, int], batch: int) -> None:
         self.program, self.size, self.batch = program, size, batch
         self.waiting: queue.Queue[Any] = queue.Queue(MOST_WAITING)
+        self.places = threading.BoundedSemaphore(MOST_WAITING)
         self.labels([np.zeros((*size, 3), np.uint8)])  # compiles
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -98,12 +108,25 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self._refuse(413, f"send 1 to {MOST_BYTES} bytes with a Content-Length")
             return
-        content = self.rfile.read(int(length))
+        if not self.batcher.places.acquire(blocking=False):
+            self._skip(int(length))
+            self._refuse(503, f"{MOST_WAITING} requests wait already")
+            return
+        try:
+            self._label(self.rfile.read(int(length)))
+        finally:
+            self.batcher.places.release()
+
+    def _label(self, content: bytes) -> None:
+        """Answer a body."""
         if self.path != "/labels":
             self._refuse(404, "POST an image to /labels")
             return
         try:
             with Image.open(io.BytesIO(content)) as picture:
+                if picture.width * picture.height > MOST_PIXELS:  # not yet decoded
+                    self._refuse(413, f"send images of at most {MOST_PIXELS} pixels")
+                    return
                 image = picture.convert("RGB")
         except Exception:  # Pillow raises half a dozen kinds for damaged data
             self._refuse(400, "the body is no image")
@@ -127,6 +150,11 @@ class Handler(BaseHTTPRequestHandler):
             found.save(body, format="PNG")
             self._answer(200, "image/png", body.getvalue())
 
+    def _skip(self, left: int) -> None:
+        """Read a body and hold none of it: a client listens once it has sent it."""
+        while left > 0 and (part := self.rfile.read(min(left, 1 << 16))):
+            left -= len(part)
+
     def _refuse(self, status: int, text: str) -> None:
         self._answer(status, "text/plain", f"{text}\n".encode())
 
@@ -141,6 +169,12 @@ class Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
+def fail(text: str) -> NoReturn:
+    """End with one line and the exit code of bad input."""
+    print(f"error: {text}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,17 +184,26 @@ def main() -> None:
     top.add_argument("--host", default="127.0.0.1")
     top.add_argument("--port", type=int, default=8000, help="0: any that is free")
     args = top.parse_args()
+    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", args.size):
+        fail(f"--size {args.size}: write HEIGHTxWIDTH such as 120x160")
+    if args.batch < 1:
+        fail(f"--batch {args.batch}: at least 1")
     height, width = map(int, args.size.split("x"))
     try:
         Handler.batcher = Batcher(load(args.export), (height, width), args.batch)
     except (OSError, ValueError) as error:
-        raise SystemExit(
-            f"error: {args.export} at --size {args.size}: {error}"
-        ) from error
-    server = ThreadingHTTPServer((args.host, args.port), Handler)
+        fail(f"{args.export} at --size {args.size}: {error}")
+    try:
+        server = ThreadingHTTPServer((args.host, args.port), Handler)
+    except (OSError, OverflowError) as error:
+        fail(f"{args.host}:{args.port}: {error}")
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may come more than once
+        threading.Thread(target=server.shutdown, daemon=True).start()
+
+    signal.signal(signal.SIGTERM, stop)
     print(f"http://{args.host}:{server.server_port}/labels", flush=True)
-    stop = threading.Thread(target=server.shutdown)
-    signal.signal(signal.SIGTERM, lambda *_: stop.start())
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -57,7 +57,11 @@ class _State(NamedTuple):
 
 
 def look(program: jx.Program, leaves: Sequence[Any], given: Sequence[Any]) -> Found:
-    """Find the chains; leaves, given: the program's operands, or their shapes."""
+    """Find the chains; leaves, given: the program's operands, or their shapes.
+
+    The program takes the variables `leaves` first, then the inputs `given`; it runs in
+    shapes alone, anew for each kernel that turns out to be read elsewhere too.
+    """
     shunned: dict[int, str] = {}
     while True:
         state = _state(_zeros, shunned)
@@ -81,7 +85,11 @@ def look(program: jx.Program, leaves: Sequence[Any], given: Sequence[Any]) -> Fo
 def fold(
     program: jx.Program, arrays: Sequence[Any], given: Sequence[Any], found: Found
 ) -> dict[int, tuple[Any, Any]]:
-    """{kernel: (the kernel scaled, the bias [C])}; given: only its shapes are used."""
+    """{kernel: (the kernel scaled, the bias [C])}; given: only its shapes are used.
+
+    arrays: the variables, by number. A kernel keeps its shape and dtype; the bias has
+    the chain's dtype.
+    """
     made: dict[int, tuple[Any, Any]] = {}
 
     def shift(chain: Affine) -> Any:
@@ -111,7 +119,11 @@ def run(
     given: Sequence[Any],
     biases: Mapping[int, Any],
 ) -> tuple[list[Any], set[int]]:
-    """The outputs with the chains of these kernels replaced, and which were met."""
+    """The outputs with the chains of these kernels replaced, and which were met.
+
+    makes, structs: the variables, as functions that give them and their shapes. biases:
+    {kernel: [C]}; a kernel in `makes` is then the scaled one.
+    """
     state = _state(lambda c: biases[c.number], _not(biases, len(structs)))
     values = _start(program, makes, structs, given, state)
     return values, set(state.merged)

@@ -3,7 +3,8 @@
 
 Three kinds: `Free` of the input, made from variables and constants alone, and computed
 only where something asks for it; `Affine`, a product's answer y as y * scale + shift
-with free vectors [C]; `Plain` arrays.
+with free vectors [C]; `Plain` arrays. Nothing here raises: what is of none of these
+forms is None to the caller, which computes it as it stands.
 """
 
 from __future__ import annotations
@@ -82,7 +83,11 @@ def itself(x: Any) -> Any:
 
 
 def free_outputs(eqn: jx.Eqn, ins: Sequence[Free]) -> list[Free]:
-    """Outputs made of variables and constants alone, not computed yet."""
+    """Outputs made of variables and constants alone, not computed yet.
+
+    ins: all operands of the equation, in order. One for each output, of its shape; a
+    kernel is still one where it was transposed, cast, copied or reversed.
+    """
     name = eqn.primitive.name
     leaves = frozenset[int]().union(*(x.leaves for x in ins))
     root = any(x.root for x in ins) or (name in _ROOTS and bool(leaves))
@@ -154,7 +159,11 @@ def _compact(
 
 
 def longer(eqn: jx.Eqn, ins: Sequence[Value], chain: Affine) -> Affine | None:
-    """The chain with one more operation, or None where that is no affine one."""
+    """The chain with one more operation, or None where that is no affine one.
+
+    ins: the operands, `chain` among them; another must be free and, but for axes of 1,
+    a scalar or [C] along the chain's axis. The answer must be of floats.
+    """
     name, aval = eqn.primitive.name, eqn.outvars[0].aval
     shape = tuple(aval.shape)
     if not jnp.issubdtype(aval.dtype, jnp.floating):
@@ -214,7 +223,10 @@ def _passed(
 
 
 def inner_norms(eqn: jx.Eqn, ins: Sequence[Value]) -> list[int]:
-    """Variables of which programs that this equation holds take a square root."""
+    """Variables of which programs that this equation holds take a square root.
+
+    ins: the operands, of which the last are the inner program's.
+    """
     found = []
     for value in eqn.params.values():
         for inner in value if isinstance(value, tuple) else (value,):

@@ -4,6 +4,10 @@
 The made channels of a convolution in groups may go in any sets that take as many of
 each group. Which sets leave most to choose from is known when all else is tied: after a
 shuffle what the next convolution ties may be such sets already.
+
+The search for sets is a heuristic of our own: greedy, neither complete nor of the most
+sets. It looks at 64 kinds of channels at most, and at tables of 2^22 counts. Where it
+finds none, the same channel of every group goes together, which is always balanced.
 """
 
 from __future__ import annotations

@@ -20,7 +20,17 @@ from typing import Any
 import jax
 from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 
-from jaxprune import folding, formats, keeps, leaves, matching, remote, storage, trees
+from jaxprune import (
+    folding,
+    formats,
+    integrity,
+    keeps,
+    leaves,
+    matching,
+    remote,
+    storage,
+    trees,
+)
 from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree, key_path
 from jaxprune.chains import factorized, is_factorized
 from jaxprune.graph_io import (
@@ -58,11 +68,12 @@ def save(
     one that is there stays until then. In a multi-host run every process calls it.
 
     path: a folder, or a URL that fsspec knows (s3://, gs://, ...; the extra `remote`).
-    What lies at a URL is deleted before it is replaced, and is whole when its manifest,
-    the last file, is there.
+    What lies at a URL is deleted before it is replaced, and is whole when its marker,
+    `jaxprune.partial`, is gone; a save that was cut off can be repeated.
 
-    Raises CheckpointError for a folder that exists and for what can't be kept,
-    GraphError for variables or a keep that do not fit the graph.
+    Raises CheckpointError for a folder that exists, with `overwrite` where others'
+    files lie in it, and for what can't be kept; GraphError for variables or a keep that
+    do not fit the graph.
     """
     if remote.is_url(path):
         with remote.written(path, overwrite=overwrite) as folder:
@@ -167,6 +178,8 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"{folder} is no saved network, so it is not overwritten; choose another"
         )
+    if folder.exists():
+        integrity.check_own(folder)
 
 
 def dense_network(path: str | Path, info: Mapping[str, Any]) -> Any:

@@ -42,6 +42,17 @@ def write(file: Path, content: bytes, *, sync: bool = True) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
         os.replace(partial, file)
+        if sync:
+            sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder onto the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def refused(path: Path, number: int | None) -> DiskError:

@@ -59,8 +59,8 @@ def export(
     quarter of the bytes, a scale for each channel (`quantize_weights`). constraints: of
     the symbols, 'h >= 2'. Returns the folder's path, or the URL.
 
-    Raises CheckpointError for a path that is taken, or without the package flatbuffers;
-    ConfigError for other weights;
+    Raises CheckpointError for a path that is taken, with `overwrite` where others'
+    files lie in it, or without the package flatbuffers; ConfigError for other weights;
     GraphError for shapes that do not fit the inputs, or that the network cannot take;
     DiskError where the disk is full or read-only.
     """
@@ -84,6 +84,8 @@ def export(
             "pass overwrite=True" if (folder / _PROGRAM).is_file() else "name another"
         )
         raise CheckpointError(f"{folder} exists; {hint}")
+    if folder.exists():
+        integrity.check_own(folder)
     if importlib.util.find_spec("flatbuffers") is None:
         raise CheckpointError(
             "jax.export needs the package flatbuffers: pip install 'jaxprune[export]'"

@@ -24,8 +24,8 @@ class Quantized(NamedTuple):
     """A function and its tree; of n bytes, where the floats took `before`.
 
     In variables, a kernel is {'int8': int8[...], 'scale': [1, ..., out]}. error: by the
-    kernel's key path, the largest |w - int8 * scale|, at most max |w| / 254 of the
-    channel.
+    kernel's key path, the largest |w - int8 * scale|, as it is applied: in float32 at
+    most max |w| / 254 of the channel, in narrower floats more.
     """
 
     apply: Apply
@@ -44,7 +44,7 @@ def quantize_weights(
     and whatever else no plain product reads stay as they are. Fold batch norms first
     (`fold_batch_norm`): the scales then take up their factors. The tree is smaller on
     disk and on the wire; the arithmetic is that of the floats. Raises GraphError where
-    no product reads a variable.
+    no product reads a variable, and for a kernel that is not finite.
     """
     made: dict[tuple[str, ...], set[int]] = {}
     for reading in readings(apply, variables, inputs, kwargs):
@@ -61,12 +61,19 @@ def quantize_weights(
         if path not in made or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         w = np.asarray(x, np.float64)
+        if not np.isfinite(w).all():
+            raise GraphError(
+                f"quantize_weights: {path_str(path)} holds NaN or infinity"
+            )
         rest = tuple(a for a in range(w.ndim) if a not in made[path])
-        scale = np.abs(w).max(axis=rest, keepdims=True) / 127
-        scale = np.asarray(np.where(scale > 0, scale, 1), x.dtype)
+        scale = np.asarray(np.abs(w).max(axis=rest, keepdims=True) / 127, x.dtype)
+        scale = np.where(scale > 0, scale, np.ones_like(scale))
         q = np.clip(np.rint(w / scale.astype(np.float64)), -127, 127).astype(np.int8)
-        error[path_str(path)] = float(np.abs(w - q * scale.astype(np.float64)).max())
-        return {"int8": jnp.asarray(q), "scale": jnp.asarray(scale)}
+        thin = {"int8": jnp.asarray(q), "scale": jnp.asarray(scale)}
+        error[path_str(path)] = float(
+            np.abs(w - np.asarray(_whole(thin), w.dtype)).max()
+        )
+        return thin
 
     tree = jax.tree_util.tree_map_with_path(small, variables)
 

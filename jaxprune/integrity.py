@@ -21,7 +21,7 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxprune import formats
+from jaxprune import disk, formats
 from jaxprune.base import CheckpointError
 
 MANIFEST = "manifest.sha256.json"
@@ -61,7 +61,7 @@ def commit(partial: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    _sync(folder.parent)
+    disk.sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -114,6 +114,25 @@ def listed(folder: Path) -> dict[str, int]:
     return {name: size for name, (size, _) in _read_manifest(folder / MANIFEST).items()}
 
 
+def check_own(folder: Path) -> None:
+    """Raise CheckpointError unless all in a folder is what its manifest lists.
+
+    For before it is replaced: what somebody else put there would go with it.
+    """
+    try:
+        names = listed(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: missing or damaged, so whose files lie there is not "
+            "known; delete the folder, or choose another"
+        ) from error
+    for name in sorted(_files(folder) - names.keys()):
+        raise CheckpointError(
+            f"{folder / name}: not jaxprune's, so nothing is overwritten; move it "
+            "elsewhere, or choose another folder"
+        )
+
+
 def read_json(file: Path) -> Any:
     """A JSON file's value. Raises CheckpointError that names the file."""
     try:
@@ -135,8 +154,8 @@ def _seal(folder: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     for nested in (path for path in folder.rglob("*") if path.is_dir()):
-        _sync(nested)
-    _sync(folder)
+        disk.sync_folder(nested)
+    disk.sync_folder(folder)
 
 
 def _manifest(files: dict[str, Any], version: int = _VERSION) -> bytes:
@@ -227,11 +246,3 @@ def _digest(file: Path, *, sync: bool = False) -> str:
         reason = error.strerror or error
         raise CheckpointError(f"{file}: cannot be read: {reason}") from error
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

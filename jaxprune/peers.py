@@ -53,7 +53,7 @@ def join(where: str = AUTO) -> None:
     where: 'auto', where JAX itself finds the others (SLURM, TPU pods, Open MPI, ...);
     else 'HOST:PORT,PROCESSES,INDEX': where process 0 listens, how many there are, and
     which of them this is. Where the others do not come in time, see `patience`, this
-    process ends with exit code 1 and a line that says so.
+    process ends with exit code 75 and a line that says so: a node may be slow to come.
     Raises ConfigError for another text, where JAX finds no cluster, and where it has
     touched a device already.
     """
@@ -64,7 +64,7 @@ def join(where: str = AUTO) -> None:
         "is each of them started, and can each reach the first's address?"
     )
     # JAX would abort with a native trace, so its own limit is never to be reached.
-    waiting = threading.Timer(seconds, exits.at_once, (exits.FAILED, late))
+    waiting = threading.Timer(seconds, exits.at_once, (exits.RESUMABLE, late))
     waiting.daemon = True
     waiting.start()
     most = int(seconds) + 60

@@ -3,12 +3,15 @@
 
 A folder is read by way of a temporary copy of what its manifest lists and nothing else,
 so that it is verified as a local one is. Object stores rename nothing: a folder is
-written with its manifest last, and is none until that is there.
+none from when its marker, `jaxprune.partial`, is written until that is deleted. The
+marker comes first and lists the files of the save, so that one that was cut off can be
+repeated; the manifest comes last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -24,6 +27,7 @@ from jaxprune.base import CheckpointError, JaxpruneError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://")
 _MOST_MANIFEST = 1 << 26  # bytes
+PARTIAL = "jaxprune.partial"
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -60,7 +64,8 @@ def written(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterato
     """Where to write what is to lie at a URL; it is sent off when the block ends.
 
     Raises CheckpointError for a URL that cannot be written, or is taken; with
-    `overwrite`, by anything but a folder with a manifest.
+    `overwrite`, by anything but a folder with a manifest and the files that it lists. A
+    save that was cut off is no obstacle.
     """
     url = str(path).rstrip("/")
     if jax.process_count() > 1:
@@ -69,21 +74,74 @@ def written(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterato
             "there, and copy it to the URL from one of them"
         )
     system, root = _system(url)
-    with _named(url):
-        there = system.find(root)
-        taken = f"{root}/{integrity.MANIFEST}" in there
-    if there and not (taken and overwrite):
-        way = "overwrite=True" if taken else "another, as it is no saved network"
-        raise CheckpointError(f"{url} exists; pass {way}")
     with tempfile.TemporaryDirectory(prefix="jaxprune-") as place:
         folder = Path(place) / "folder"
+        with _named(url):
+            ours = _replaced(url, Path(place), overwrite)
         yield folder
         with _named(url):
-            if there:
-                # First of all the manifest: half of a folder must not pass for one.
-                system.rm_file(f"{root}/{integrity.MANIFEST}")
-                system.rm(root, recursive=True)
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            names = {path.relative_to(folder).as_posix() for path in files}
+            system.makedirs(root, exist_ok=True)
+            marker = json.dumps(sorted(names | ours)).encode()
+            system.pipe_file(f"{root}/{PARTIAL}", marker)
+            for name in sorted(ours, key=lambda name: name != integrity.MANIFEST):
+                system.rm_file(f"{root}/{name}")
             _upload(folder, system, root)
+            system.rm_file(f"{root}/{PARTIAL}")
+
+
+def _replaced(url: str, place: Path, overwrite: bool) -> set[str]:
+    """The files that a save at a URL replaces, but for the marker.
+
+    place: a folder for a copy of the manifest. Raises CheckpointError as `written`.
+    """
+    system, root = _system(url)
+    there = _there(system, root)
+    cut, taken = PARTIAL in there, integrity.MANIFEST in there
+    if there and not (cut or (taken and overwrite)):
+        way = "overwrite=True" if taken else "another, as it is no saved network"
+        raise CheckpointError(f"{url} exists; pass {way}")
+    ours = _marked(system.cat_file(f"{root}/{PARTIAL}")) if cut else set()
+    if taken and not ours:
+        try:
+            ours = _listed(url, there, place).keys() | {integrity.MANIFEST}
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{url}/{integrity.MANIFEST}: damaged, so whose files lie there is not "
+                "known; delete them, or choose another"
+            ) from error
+    for name in sorted(there.keys() - ours - {PARTIAL}):
+        raise CheckpointError(
+            f"{url}/{name}: not jaxprune's, so nothing is overwritten; move it "
+            "elsewhere, or choose another folder"
+        )
+    return ours & there.keys()
+
+
+def _marked(content: bytes) -> set[str]:
+    """The files that a marker lists; none where it was cut off itself."""
+    try:
+        return set(map(str, json.loads(content)))
+    except (ValueError, TypeError):
+        return set()
+
+
+def _there(system: Any, root: str) -> dict[str, int]:
+    """The files below a path by their names in it, and their bytes."""
+    return {
+        str(name).removeprefix(root).lstrip("/"): int(entry.get("size") or 0)
+        for name, entry in system.find(root, detail=True).items()
+    }
+
+
+def _listed(url: str, there: dict[str, int], folder: Path) -> dict[str, int]:
+    """The files of the manifest, which is copied into a folder, and their bytes."""
+    system, root = _system(url)
+    if there[integrity.MANIFEST] > _MOST_MANIFEST:
+        raise CheckpointError(f"{url}/{integrity.MANIFEST}: too large to be one")
+    system.get_file(f"{root}/{integrity.MANIFEST}", str(folder / integrity.MANIFEST))
+    return integrity.listed(folder)
 
 
 def _upload(folder: Path, system: Any, root: str) -> None:
@@ -96,19 +154,17 @@ def _upload(folder: Path, system: Any, root: str) -> None:
 
 def _download(url: str, folder: Path) -> None:
     system, root = _system(url)
-    there = {
-        str(name).removeprefix(root).lstrip("/"): int(entry.get("size") or 0)
-        for name, entry in system.find(root, detail=True).items()
-    }
+    there = _there(system, root)
+    if PARTIAL in there:
+        raise CheckpointError(
+            f"{url}/{PARTIAL}: the save was cut off, or is still under way; save again"
+        )
     if integrity.MANIFEST not in there:
         raise CheckpointError(
             f"{url}/{integrity.MANIFEST}: missing; it is damaged, still being written, "
             "or no checkpoint of jaxprune"
         )
-    if there[integrity.MANIFEST] > _MOST_MANIFEST:
-        raise CheckpointError(f"{url}/{integrity.MANIFEST}: too large to be one")
-    system.get_file(f"{root}/{integrity.MANIFEST}", str(folder / integrity.MANIFEST))
-    listed = integrity.listed(folder)
+    listed = _listed(url, there, folder)
     for name in sorted(there.keys() - listed.keys() - {integrity.MANIFEST}):
         raise CheckpointError(f"{url}/{name}: not in the manifest; move it elsewhere")
     room = shutil.disk_usage(folder).free

@@ -5,6 +5,9 @@ A group of one cannot be cut. After a shuffle channels go one way through the la
 each: of two halves of a block, this one lies in the left, the right, the left ...
 Together with the one that lies in the right, the left, the right it lies in both
 everywhere, as other such pairs do: these are a group.
+
+A heuristic of our own: it looks at all pairs of 512 channels at most, n^2 / 2 sums a
+round, and takes them greedily, so it need not find the most pairs.
 """
 
 from __future__ import annotations

@@ -44,10 +44,7 @@ class Store:
 
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was given as `meta`, and 'step'. Raises CheckpointError."""
-        record = storage.read_record(
-            integrity.resolve(self._folder(step)), _FILE, "meta"
-        )
-        return {**record["meta"], "step": step}
+        return {**self._meta(step), "step": step}
 
     def save(
         self,
@@ -116,6 +113,10 @@ class Store:
             raise CheckpointError(f"step = {step!r} is no whole number from 0 on")
         return self.directory / str(step)
 
+    def _meta(self, step: int, *, verified: bool = False) -> dict[str, Any]:
+        folder = integrity.resolve(self._folder(step))
+        return storage.read_record(folder, _FILE, "meta", verified=verified)["meta"]
+
     def _damage(self, step: int) -> CheckpointError | None:
         try:
             integrity.verify(integrity.resolve(self._folder(step)))
@@ -138,7 +139,8 @@ class Store:
         values = {}
         for step in steps if self.keep_best else ():
             try:
-                value = self.meta(step).get(str(self.keep_best))
+                # The numbers alone: whole steps would be read at every save.
+                value = self._meta(step, verified=True).get(str(self.keep_best))
             except CheckpointError:
                 continue
             if isinstance(value, (int, float)) and not math.isnan(value):

@@ -6,7 +6,9 @@ Nothing here holds more than a batch of frames, however long the stream.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
@@ -21,6 +23,9 @@ from jaxprune.base import DataError
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 STDIN = "-"
 _PNG, _JPEG = b"\x89P", b"\xff\xd8"
+# Neither stuffing, fill bytes nor a restart.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_MOST_HEAD = 1000  # bytes of fill or text before there is a number
 # A frame larger than this is no frame, but a damaged header.
 _MOST = 1 << 28
 
@@ -45,14 +50,17 @@ def frames(
     """The frames of `inputs` in order: videos, '-', and whatever `predict.find` finds.
 
     '-' is standard input (or `stdin`): PNG, JPEG and PPM images one after another, or,
-    with raw=(H, W), bare RGB frames of 3 H W bytes. Raises DataError that names the
+    with raw=(H, W), bare RGB frames of 3 H W bytes; each picture of a file of several,
+    as of some phones (MPO), is a frame. Nothing is read beyond a frame that a pipe has
+    not given yet. Raises DataError that names the
     input, or the number of the frame, for what is missing, empty, damaged or cut off.
     """
     for entry in inputs:
         if str(entry) == STDIN:
             stream = stdin if stdin is not None else sys.stdin.buffer
-            images = _raw(stream, raw) if raw else _images(stream)
-            yield from _named("stdin", images, "standard input")
+            with _peekable(stream) as ahead:
+                images = _raw(ahead, raw) if raw else _images(ahead)
+                yield from _named("stdin", images, "standard input")
         elif is_stream(entry):
             yield from _named(Path(entry).stem, _video(Path(entry)), str(entry))
         else:
@@ -147,6 +155,19 @@ def _video(file: Path) -> Iterator[np.ndarray]:
         reader.close()
 
 
+@contextlib.contextmanager
+def _peekable(stream: BinaryIO) -> Iterator[Any]:
+    """The stream, buffered if it is not, so that what is there can be looked at."""
+    if hasattr(stream, "peek"):
+        yield stream
+        return
+    buffered = io.BufferedReader(stream)  # type: ignore[type-var]
+    try:
+        yield buffered
+    finally:
+        buffered.detach()  # which would close it
+
+
 def _raw(stream: BinaryIO, size: predict.Size) -> Iterator[np.ndarray]:
     number, (height, width) = 0, size
     while content := _some(stream, 3 * height * width):
@@ -159,7 +180,7 @@ def _raw(stream: BinaryIO, size: predict.Size) -> Iterator[np.ndarray]:
         number += 1
 
 
-def _images(stream: BinaryIO) -> Iterator[np.ndarray]:
+def _images(stream: Any) -> Iterator[np.ndarray]:
     number = 0
     while start := _some(stream, 2):
         where = f"frame {number} of standard input"
@@ -188,34 +209,41 @@ def _png(stream: BinaryIO, where: str) -> bytes:
     return b"".join(parts)
 
 
-def _jpeg(stream: BinaryIO, where: str) -> bytes:
+def _jpeg(stream: Any, where: str) -> bytes:
     """The rest of a JPEG: segments, and scans up to the next marker."""
-    parts = [_exactly(stream, 2, where)]
+    parts = [_marker(stream, where)]
     while True:
         marker = parts[-1][-2:]
         if marker == b"\xff\xd9":
             return b"".join(parts)
-        if marker[0] != 0xFF:
+        if marker[0] != 0xFF or marker[1] == 0xFF:
             raise DataError(f"{where}: damaged JPEG, no marker but {marker!r}")
         length = _exactly(stream, 2, where)
         body = _exactly(stream, max(int.from_bytes(length, "big") - 2, 0), where)
-        parts += [length, body]
-        parts.append(
-            _scan(stream, where)
-            if marker == b"\xff\xda"
-            else _exactly(stream, 2, where)
-        )
+        scan = marker == b"\xff\xda"
+        parts += [length, body, (_scan if scan else _marker)(stream, where)]
 
 
-def _scan(stream: BinaryIO, where: str) -> bytes:
-    """Compressed bytes up to and with a marker that is neither stuffing nor restart."""
+def _marker(stream: BinaryIO, where: str) -> bytes:
+    """A marker; any number of bytes 0xff may be before it (T.81, B.1.1.2)."""
+    found = _exactly(stream, 2, where)
+    while not found.strip(b"\xff") and len(found) < _MOST_HEAD:
+        found += _exactly(stream, 1, where)
+    return found
+
+
+def _scan(stream: Any, where: str) -> bytes:
+    """Compressed bytes up to and with a marker; looks at what is buffered already."""
     found = bytearray()
     while len(found) < _MOST:
-        found += _exactly(stream, 1, where)
-        if len(found) > 1 and found[-2] == 0xFF:
-            last = found[-1]
-            if last not in (0x00, 0xFF) and not 0xD0 <= last <= 0xD7:
-                return bytes(found)
+        ahead = stream.peek()
+        if not ahead:
+            raise DataError(f"{where}: it ends too early")
+        last = found[-1:]
+        match = _MARKER.search(last + ahead)
+        found += stream.read(match.end() - len(last) if match else len(ahead))
+        if match:
+            return bytes(found)
     raise DataError(f"{where}: damaged JPEG, it has no end")
 
 
@@ -226,7 +254,7 @@ def _ppm(stream: BinaryIO, channels: int, where: str) -> bytes:
         byte = _exactly(stream, 1, where)
         head += byte
         if byte == b"#":  # a comment, to the end of the line
-            while byte != b"\n" and len(head) < 1000:
+            while byte != b"\n" and len(head) < _MOST_HEAD:
                 byte = _exactly(stream, 1, where)
                 head += byte
         if byte.isspace():
@@ -234,7 +262,7 @@ def _ppm(stream: BinaryIO, channels: int, where: str) -> bytes:
             word = b""
         else:
             word += byte
-            if not word.isdigit() or len(head) > 1000:
+            if not word.isdigit() or len(head) > _MOST_HEAD:
                 raise DataError(f"{where}: damaged PPM header {bytes(head)!r}")
     width, height, peak = numbers
     size = width * height * channels * (1 if peak < 256 else 2)

@@ -9,12 +9,13 @@
 #   CLAIM     the claim of the volume for work folders, which all hosts mount   (jaxprune)
 #   RESOURCE  what each host has to have, such as google.com/tpu=4    (nvidia.com/gpu=1)
 #   SELECT    labels of the nodes, such as cloud.google.com/gke-tpu-topology=4x4,...  (none)
-#   RESTARTS  how often it may be preempted or fail                                 (100)
+#   RESTARTS  how often it may be preempted, killed or lose a host                  (100)
 #
 # The cluster needs the JobSet controller (0.6 or newer); the image needs `jaxprune` on
 # its PATH and the config in its working directory (launch/Dockerfile builds one). The work
 # folder is /work/NAME on the claim's volume. A host that is lost makes all start again,
-# and the run goes on from its last save; bad input (exit code 2) fails it at once.
+# and the run goes on from its last save; bad input (exit code 2) and failures that would
+# come again (1: a loss that is not finite, a full disk) fail it at once.
 
 set -euo pipefail
 
@@ -79,7 +80,7 @@ spec:
                 onExitCodes:
                   containerName: jaxprune
                   operator: In
-                  values: [2]
+                  values: [1, 2]
           template:
             spec:
               restartPolicy: Never

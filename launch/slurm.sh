@@ -7,9 +7,11 @@
 #
 # The work folder must be one that all nodes see. Two minutes before the time limit, and
 # when the job is preempted, the run saves and leaves; the job is then queued anew and goes
-# on from there. Other failures end the job. sbatch's own arguments (--partition, --gres,
-# --time, ...) override the lines below; activate the environment before, or name its
-# folder: JAXPRUNE_VENV.
+# on from there. So it does where a process is killed, lost or stuck. Other failures end
+# the job. sbatch's own arguments (--partition, --gres, --time, ...) override the lines
+# below; activate the environment before, or name its folder: JAXPRUNE_VENV.
+#
+#   RESTARTS  how often it may go back into the queue                               (100)
 
 #SBATCH --job-name=jaxprune
 #SBATCH --ntasks-per-node=1
@@ -31,7 +33,12 @@ status=0
 srun --kill-on-bad-exit=0 --wait=120 jaxprune run "$@" --distributed || status=$?
 
 case "$status" in
-    75 | 143) # saved and left, or was ended before it could
+    75 | 143 | 134 | 137) # saved and left, ended before it could; aborted by JAX, killed
+        if ((${SLURM_RESTART_COUNT:-0} >= ${RESTARTS:-100})); then
+            printf 'jaxprune: job %s was restarted %s times; no more (RESTARTS)\n' \
+                "$SLURM_JOB_ID" "$SLURM_RESTART_COUNT"
+            exit "$status"
+        fi
         printf 'jaxprune: job %s goes back into the queue\n' "$SLURM_JOB_ID"
         scontrol requeue "$SLURM_JOB_ID"
         ;;

@@ -6,6 +6,8 @@
 #   bash launch/tpu.sh create NAME
 #   bash launch/tpu.sh run    NAME CONFIG --workdir SHARED/DIR [arguments of jaxprune run]
 #   bash launch/tpu.sh resume NAME CONFIG --workdir SHARED/DIR [...]
+#   bash launch/tpu.sh log    NAME
+#   bash launch/tpu.sh stop   NAME
 #   bash launch/tpu.sh status NAME
 #   bash launch/tpu.sh delete NAME
 #
@@ -16,14 +18,16 @@
 #   DRY_RUN=1  print the commands instead
 #
 # `create` makes the slice and installs this commit of the checkout on all of its hosts.
-# `run` starts the run on all of them. `resume` is for a slice that was preempted: it is
-# made anew if it is gone, and the same run goes on. The work folder must be one that all
+# `run` starts the run on all of them, where it goes on when this command has ended; what
+# it says is in ~/jaxprune.log there, and `log` follows the first host's (Ctrl-C ends that
+# alone). `stop` tells it to save and leave. `resume` goes on with the same run, on a
+# slice that is made anew where it was preempted. The work folder must be one that all
 # hosts see and that outlives them, such as a mounted Filestore share.
 
 set -euo pipefail
 
 usage() {
-    sed -n '6,10s/^# *//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '6,12s/^# *//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 }
 [[ $# -ge 2 ]] || usage
@@ -57,11 +61,18 @@ create() {
 venv/bin/pip install --quiet 'jax[tpu]' './jaxprune[all]'"
 }
 
+# One run at a time: by the process that jaxprune.pid names, if that is still a run.
+of_run="-F jaxprune.pid -f 'jaxprune run'"
+
+# Without a terminal, and with no file that ssh would wait for.
 run() {
     [[ $# -ge 1 ]] || usage
     local quoted
     printf -v quoted '%q ' "$@"
-    everywhere "cd jaxprune && ../venv/bin/jaxprune run ${quoted}--distributed"
+    everywhere "if pgrep $of_run >/dev/null 2>&1; then \
+echo 'a run is under way; launch/tpu.sh stop ends it' >&2; exit 2; fi; cd jaxprune && { \
+nohup setsid ../venv/bin/jaxprune run ${quoted}--distributed \
+>>../jaxprune.log 2>&1 </dev/null & echo \$! >../jaxprune.pid; }"
 }
 
 ready() {
@@ -81,6 +92,8 @@ case "$verb" in
         fi
         run "$@"
         ;;
+    log) tpu ssh --worker=0 --command "tail -n 100 -F jaxprune.log" ;;
+    stop) everywhere "pkill -TERM $of_run || echo 'no run is under way'" ;;
     status) tpu describe ;;
     delete) tpu delete --quiet ;;
     *) usage ;;

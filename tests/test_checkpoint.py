@@ -225,6 +225,25 @@ def test_overwriting(tmp_path):
         checkpoint.save(tmp_path / "home", small_network(), overwrite=True)
 
 
+def test_what_others_wrote_is_never_overwritten(tmp_path):
+    folder = tmp_path / "f"
+    checkpoint.save(folder, small_network(), note=1)
+    for name in ("notes.txt", "arrays/notes.txt"):
+        (folder / name).write_text("mine")
+        said = re.escape(f"{folder / name}: not jaxprune's, so nothing is overwritten")
+        with pytest.raises(CheckpointError, match=said):
+            checkpoint.save(folder, small_network(), overwrite=True)
+        assert (folder / name).read_text() == "mine"
+        (folder / name).unlink()
+    assert checkpoint.read_card(folder).info == {"note": 1}
+    (folder / "graph.json").write_text("damaged")
+    checkpoint.save(folder, small_network(), overwrite=True, note=2)
+    assert checkpoint.read_card(folder).info == {"note": 2}
+    (folder / integrity.MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="whose files lie there is not known"):
+        checkpoint.save(folder, small_network(), overwrite=True)
+
+
 def test_wrong_folders(tmp_path, saved_steps):
     with pytest.raises(CheckpointError, match="there is no such folder"):
         checkpoint.load(tmp_path / "nowhere")

@@ -126,7 +126,7 @@ def test_int8_is_the_nearest_by_channel() -> None:
         off = np.abs(np.asarray(q, np.float64) * np.asarray(scale) - v[name])
         bound = np.abs(v[name]).max(axis=rest, keepdims=True) / 254
         assert (off <= bound * (1 + 1e-6)).all()
-        assert small.error[name] == pytest.approx(off.max())
+        assert small.error[name] == pytest.approx(off.max(), rel=1e-5)
     whole = {
         n: a["int8"] * a["scale"] if n != "b" else a for n, a in small.variables.items()
     }
@@ -135,6 +135,24 @@ def test_int8_is_the_nearest_by_channel() -> None:
     )
     with pytest.raises(GraphError, match="reads a variable"):
         jp.quantize_weights(lambda v, x: x * v["b"], {"b": v["b"]}, x[..., :1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_error_of_int8_is_that_of_the_kernel_as_it_is_applied(dtype: Any) -> None:
+    w = np.random.default_rng(0).normal(size=(64, 32)).astype(dtype)
+    w[:, 3] = 1e-6  # its scale is 0 in float16
+
+    def apply(v: Any, x: Any) -> Any:
+        return x @ v["a"]["w"]
+
+    eye = np.eye(64, dtype=dtype)
+    small = jp.quantize_weights(apply, {"a": {"w": w}}, eye)
+    applied = np.asarray(small.apply(small.variables, eye), np.float64)
+    assert small.error["a/w"] == np.abs(applied - w.astype(np.float64)).max()
+    for harm in (np.nan, np.inf):
+        w[5, 5] = harm
+        with pytest.raises(GraphError, match="a/w holds NaN or infinity"):
+            jp.quantize_weights(apply, {"a": {"w": w}}, eye)
 
 
 def test_onnx_says_what_it_needs(pruned: Any, tmp_path: Any, monkeypatch: Any) -> None:
@@ -208,5 +226,8 @@ def test_what_cannot_be_is_said(pruned: Any, tmp_path: Any) -> None:
     with pytest.raises(CheckpointError, match="out exists; pass overwrite=True"):
         jp.export(pruned, tmp_path / "out", x)
     jp.export(pruned, tmp_path / "out", x, overwrite=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="out/notes.txt: not jaxprune's"):
+        jp.export(pruned, tmp_path / "out", x, overwrite=True)
     with pytest.raises(CheckpointError, match="no such folder"):
         jp.load_export(tmp_path / "nowhere")

@@ -218,6 +218,15 @@ def test_a_file_that_is_refused_stays_what_it_was(tmp_path):
         assert file.read_bytes() == b"before"
 
 
+def test_a_file_and_its_name_are_on_the_disk_with_sync(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(disk, "sync_folder", lambda folder: synced.append(folder))
+    disk.write(tmp_path / "a", b"x", sync=False)
+    assert not synced
+    disk.write(tmp_path / "a", b"x")
+    assert synced == [tmp_path]
+
+
 def test_a_row_that_was_cut_short_does_not_spoil_the_next(tmp_path):
     progress = Progress(tmp_path)
     for step in (3, 6):

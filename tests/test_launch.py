@@ -130,14 +130,14 @@ def test_alone_it_asks_jax_where_the_others_are(before, words):
     assert f"ConfigError: --distributed auto: {words}" in done.stderr
 
 
-def test_others_that_never_come_are_an_error():
+def test_others_that_never_come_are_waited_for_anew():
     program = (
         "from jaxprune import peers\n"
         "with peers.patience(1):\n"
         f"    peers.join('127.0.0.1:{free_port()},2,0')"
     )
     done = command(sys.executable, "-c", program, env=environment(), timeout=60)
-    assert done.returncode == 1
+    assert done.returncode == exits.RESUMABLE
     (line,) = done.stderr.splitlines()
     assert "not all processes came within 1 s" in line
 
@@ -219,7 +219,9 @@ def test_tpu_commands(tmp_path):
     ssh = shlex.split(done.stdout)
     at = "gcloud compute tpus tpu-vm ssh slice --zone here --worker=all --command"
     assert ssh[:-1] == at.split()
-    assert shlex.split(ssh[-1])[-5:] == ["run", *run[1:], "--distributed"]
+    words = shlex.split(ssh[-1])
+    at_run = words.index("../venv/bin/jaxprune") + 1
+    assert words[at_run : at_run + 5] == ["run", *run[1:], "--distributed"]
     made, copied, installed = command(
         *tpu, "create", "slice", env=env
     ).stdout.splitlines()
@@ -232,6 +234,33 @@ def test_tpu_commands(tmp_path):
     assert "delete slice --zone here --quiet" in resumed[0]
     assert resumed[1].split() == made.split()
     assert resumed[4] == done.stdout.strip("\n")
+
+
+def on_host(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """What tpu.sh would have each host do, done in a folder."""
+    env = {**os.environ, "DRY_RUN": "1"}
+    asked = command("bash", LAUNCH / "tpu.sh", *arguments, env=env)
+    words = shlex.split(asked.stdout)[-1]
+    return command("bash", "-c", words, cwd=folder, timeout=20)
+
+
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="no pgrep here")
+def test_a_tpu_run_goes_on_without_the_connection_until_it_is_stopped(tmp_path):
+    (tmp_path / "jaxprune").mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    text = "trap 'echo saved; exit 75' TERM; echo \"$@\"; while :; do sleep 0.05; done"
+    log = tmp_path / "jaxprune.log"
+    run = ("run", "slice", "c.py", "--workdir", "/mnt/my work")
+    with fake(tmp_path / "venv" / "bin", text):
+        assert "no run is under way" in on_host(tmp_path, "stop", "slice").stdout
+        begun = on_host(tmp_path, *run)  # for ever, if it held the connection
+        assert (begun.returncode, begun.stdout) == (0, "")
+        said = "run c.py --workdir /mnt/my work --distributed\n"
+        until(lambda: log.exists() and log.read_text() == said, "it runs", 20)
+        again = on_host(tmp_path, *run)
+        assert again.returncode == 2 and "a run is under way" in again.stderr
+        assert on_host(tmp_path, "stop", "slice").returncode == 0
+        until(lambda: log.read_text() == f"{said}saved\n", "it saves", 20)
 
 
 def test_kubernetes_jobset():
@@ -256,8 +285,39 @@ def test_kubernetes_jobset():
         "run-1-hosts-0-0.run-1:1234,4,$(JOB_COMPLETION_INDEX)",
     ]
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [exits.BAD_INPUT]
+    assert rule["onExitCodes"]["values"] == [exits.FAILED, exits.BAD_INPUT]
     assert command(*made[:2], "Bad_Name", *made[3:]).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "status, restarts, requeued",
+    [
+        (0, "0", False),
+        (1, "0", False),
+        (2, "0", False),
+        *((code, "99", True) for code in (75, 134, 137, 143)),
+        *((code, "100", False) for code in (75, 134, 137, 143)),
+    ],
+)
+def test_what_slurm_queues_anew(tmp_path, status, restarts, requeued):
+    for name, text in (("srun", f"exit {status}"), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": restarts}
+    env.pop("RESTARTS", None)
+    done = command("bash", LAUNCH / "slurm.sh", "c.py", env=env)
+    assert ("requeue 7" in done.stdout) == requeued
+    assert done.returncode == (0 if requeued else status)
+
+
+def test_the_image_takes_nothing_that_git_ignores():
+    names = {
+        line.removeprefix("**/")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+    }
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {".git", *(line.strip("/") for line in ignored)} <= names
 
 
 @pytest.fixture

@@ -67,20 +67,73 @@ def test_damage_is_named_by_its_url(url):
         jp.load(url, toygraphs.apply)
 
 
-def test_a_save_that_stops_leaves_no_network(url, monkeypatch):
+class Cut(BaseException):
+    """A kill."""
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_save_that_was_cut_off_is_no_network_and_can_be_repeated(
+    url, monkeypatch, before
+):
+    system, root = fsspec.core.url_to_fs(url)
+    for after in (0, 1, 2, 4, 9, 14, 40):
+        if before:
+            jp.save(url, small_network(note=1), overwrite=True)
+        left = [after]
+        with monkeypatch.context() as patch:
+            for name in ("pipe_file", "rm_file", "put_file"):
+                whole = getattr(type(system), name)
+
+                def dying(*args, whole=whole, left=left, **kwargs):
+                    if not left[0]:
+                        raise Cut
+                    left[0] -= 1
+                    return whole(*args, **kwargs)
+
+                patch.setattr(type(system), name, dying)
+            try:
+                jp.save(url, small_network(note=2), overwrite=before)
+                assert checkpoint.read_card(url).info == {"note": 2} and after == 40
+                break
+            except Cut:
+                assert after < 40
+        if not after:  # it has changed nothing yet
+            assert remote.PARTIAL not in files(url)[1]
+            continue
+        with pytest.raises(CheckpointError, match="the save was cut off"):
+            jp.load(url, toygraphs.apply)
+        jp.save(url, small_network(note=3))
+        assert checkpoint.read_card(url).info == {"note": 3}
+        assert remote.PARTIAL not in files(url)[1]
+        system.rm(root, recursive=True)
+
+
+def test_a_marker_that_was_cut_off_itself(url):
     jp.save(url, small_network(note=1))
-    upload = remote._upload
-
-    def stop(folder, system, root):
-        (folder / integrity.MANIFEST).unlink()
-        upload(folder, system, root)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(remote, "_upload", stop)
-    with pytest.raises(KeyboardInterrupt):
-        jp.save(url, small_network(note=2), overwrite=True)
-    with pytest.raises(CheckpointError, match="missing; it is damaged, still being wr"):
+    system, there = files(url)
+    marker = there["graph.json"].replace("graph.json", remote.PARTIAL)
+    system.pipe_file(marker, b'["gra')
+    with pytest.raises(CheckpointError, match=f"{url}/jaxprune.partial: the save was"):
         jp.load(url, toygraphs.apply)
+    jp.save(url, small_network(note=2))
+    assert checkpoint.read_card(url).info == {"note": 2}
+
+
+def test_what_others_wrote_is_never_overwritten(url):
+    jp.save(url, small_network(note=1))
+    system, there = files(url)
+    for name in ("notes.txt", "more/notes.txt", "arrays/notes.txt"):
+        file = there["graph.json"].replace("graph.json", name)
+        system.makedirs(file.rpartition("/")[0], exist_ok=True)
+        system.pipe_file(file, b"mine")
+        with pytest.raises(CheckpointError, match=f"{url}/{name}: not jaxprune's"):
+            jp.save(url, small_network(note=2), overwrite=True)
+        assert system.cat_file(file) == b"mine"
+        system.rm_file(file)
+        assert checkpoint.read_card(url).info == {"note": 1}
+    system.pipe_file(there[integrity.MANIFEST], b"{}")
+    with pytest.raises(CheckpointError, match="whose files lie there is not known"):
+        jp.save(url, small_network(note=2), overwrite=True)
 
 
 def test_an_export_is_written_to_a_url_and_read_from_it(url, tmp_path, monkeypatch):

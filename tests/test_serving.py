@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
 import io
 import subprocess
 import sys
+import threading
 import time
+import types
 from collections.abc import Iterator
+from concurrent.futures import Future
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler
 from typing import Any
 
 import jax
@@ -56,6 +62,8 @@ def server(tmp_path_factory: Any) -> Iterator[tuple[str, int, subprocess.Popen]]
         assert url.startswith("http://127.0.0.1:"), url
         yield url, int(url.split(":")[2].split("/")[0]), process
         process.terminate()
+        time.sleep(0.05)
+        process.terminate()
         assert process.wait(20) == 0
 
 
@@ -92,6 +100,12 @@ def test_what_is_no_image_is_refused_and_the_server_lives(server: Any) -> None:
     assert ask(port, b"no image") == (400, b"the body is no image\n")
     assert ask(port, b"x", "/else")[0] == 404
     assert ask(port, b"")[0] == 413
+    huge = io.BytesIO()
+    Image.new("1", (5000, 5000)).save(huge, format="PNG")
+    assert ask(port, huge.getvalue()) == (
+        413,
+        b"send images of at most 16777216 pixels\n",
+    )
     assert ask(port, b"", **{"Content-Length": "99999999999"})[0] == 413
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     link.request("GET", "/health")
@@ -112,3 +126,89 @@ def test_a_short_load(server: Any) -> None:
     assert load.listens(url, 0) and not load.listens("http://127.0.0.1:9/labels", 0)
     if before:
         assert load.resident(process.pid) < before + 20  # MB
+
+
+@pytest.fixture
+def answering() -> Iterator[Any]:
+    """Serve by a handler of one's own, in this process; its port."""
+    with contextlib.ExitStack() as stack:
+
+        def start(handler: Any) -> int:
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return server.server_port
+
+        yield start
+
+
+def test_who_finds_no_place_is_refused_before_the_image_is_held(answering: Any) -> None:
+    serve = example("serve")
+    answer: Future[np.ndarray] = Future()
+    seen: list[np.ndarray] = []
+    serve.Handler.batcher = types.SimpleNamespace(
+        size=(2, 2),
+        places=threading.BoundedSemaphore(1),
+        submit=lambda image: (seen.append(image), answer)[1],
+    )
+    port = answering(serve.Handler)
+    body = png(np.zeros((2, 2, 3), np.uint8))
+    first: list[int] = []
+    thread = threading.Thread(target=lambda: first.append(ask(port, body)[0]))
+    thread.start()
+    while not seen:
+        time.sleep(0.01)
+    assert ask(port, body + bytes(4 << 20)) == (503, b"64 requests wait already\n")
+    assert len(seen) == 1
+    answer.set_result(np.zeros((2, 2), np.uint8))
+    thread.join()
+    assert first == [200] and ask(port, body)[0] == 200
+
+
+class Garbage(StreamRequestHandler):
+    """Answers no HTTP."""
+
+    def handle(self) -> None:
+        self.rfile.readline()
+        self.wfile.write(b"garbage\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "BadStatusLine"),
+        (["--pid", "99999999"], "the server, process 99999999, is gone"),
+        (["--seconds", "0"], "there was no request"),
+    ],
+)
+def test_a_load_that_fails_ends_with_1(
+    more: list[str], said: str, answering: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    url = f"http://127.0.0.1:{answering(Garbage)}/labels"
+    arguments = ["load.py", url, "--seconds", "0.3", "--clients", "2", *more]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert example("load").main() == 1
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "manifest", "said"),
+    [
+        (["--size", "32"], "{}", "--size 32: write HEIGHTxWIDTH such as 120x160"),
+        (["--batch", "0"], "{}", "--batch 0: at least 1"),
+        ([], "{}", "manifest.sha256.json is damaged, or of no export"),
+        ([], '{"files": {"model.stablehlo": [1, "a"]}}', "model.stablehlo is damaged"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(
+    arguments: list[str], manifest: str, said: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "model.stablehlo").write_bytes(b"x")
+    (tmp_path / "manifest.sha256.json").write_text(manifest)
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path), *arguments])
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+        example("serve").main()
+    assert ended.value.code == 2
+    (line,) = errors.getvalue().splitlines()
+    assert line.startswith("error: ") and said in line

@@ -17,7 +17,7 @@ import optax
 import pytest
 from saved import assert_identical, damages, start, state
 
-from jaxprune import checkpoint, integrity
+from jaxprune import checkpoint, disk, integrity
 from jaxprune.base import CheckpointError
 
 
@@ -118,6 +118,23 @@ def test_steps_kept(tmp_path):
     assert every.restore(2, {}) == ({}, {"step": 2})
 
 
+def test_the_best_step_is_found_without_reading_arrays(tmp_path, monkeypatch):
+    store = checkpoint.open_store(tmp_path, keep_last=1, keep_best="miou")
+    for step, miou in enumerate([0.9, 0.1, 0.2]):
+        store.save(step, {"x": jnp.ones(9)}, {"miou": miou})
+    hashed = []
+    digest = integrity._digest
+    monkeypatch.setattr(
+        integrity, "_digest", lambda f, **k: (hashed.append(f), digest(f, **k))[1]
+    )
+    store.save(3, {"x": jnp.ones(9)}, {"miou": 0.3})
+    assert store.steps() == [0, 3]
+    assert hashed and all(".3.partial" in str(file) for file in hashed)
+    (tmp_path / "0" / "step.json").write_text("damaged")
+    store.save(4, {"x": jnp.ones(9)}, {"miou": 0.2})
+    assert store.steps() == [3, 4]
+
+
 def test_wrong_steps_and_folders(tmp_path, saved_steps):
     store = checkpoint.open_store(saved_steps)
     with pytest.raises(CheckpointError, match="no step 15; there are: 10, 20"):
@@ -200,7 +217,7 @@ def test_death_at_any_moment_leaves_a_complete_state(tmp_path, monkeypatch, repl
                 (Path, "write_text"),
                 (shutil, "rmtree"),
                 (integrity, "_seal"),
-                (integrity, "_sync"),
+                (disk, "sync_folder"),
                 (integrity, "_digest"),
             ]:
                 patch.setattr(owner, name, dying(getattr(owner, name)))
@@ -254,8 +271,8 @@ def test_every_folder_of_a_step_is_on_the_disk_before_it_gets_its_name(
     tmp_path, monkeypatch
 ):
     synced = []
-    sync = integrity._sync
-    monkeypatch.setattr(integrity, "_sync", lambda p: (synced.append(p), sync(p)))
+    sync = disk.sync_folder
+    monkeypatch.setattr(disk, "sync_folder", lambda p: (synced.append(p), sync(p)))
     checkpoint.open_store(tmp_path).save(1, state(0))
     partial, folder = tmp_path / ".1.partial", tmp_path / "1"
     inner = {p.relative_to(folder) for p in folder.rglob("*") if p.is_dir()}

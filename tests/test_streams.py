@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import types
 from typing import Any
@@ -44,8 +45,8 @@ def encoded(image: np.ndarray, kind: str, **options: Any) -> bytes:
 class Pipe(io.BytesIO):
     """Gives at most 7 bytes at once, as a pipe may."""
 
-    def read(self, size: int | None = -1) -> bytes:
-        return super().read(min(size or 7, 7))
+    def readinto(self, buffer: Any) -> int:
+        return super().readinto(memoryview(buffer)[:7])
 
 
 def read(content: bytes, raw: Any = None) -> list[streams.Frame]:
@@ -73,6 +74,47 @@ def test_images_one_after_another() -> None:
         if kind == "JPEG":
             want = np.asarray(Image.open(io.BytesIO(part)))
         np.testing.assert_array_equal(frame.image, want)
+
+
+def test_fill_bytes_before_a_marker_are_skipped() -> None:
+    jpeg = encoded(images(1)[0], "JPEG")
+    at = jpeg.index(b"\xff\xda")
+    filled = (
+        jpeg[:2] + b"\xff" * 3 + jpeg[2:at] + b"\xff" + jpeg[at:-2] + b"\xff\xff\xd9"
+    )
+    want = np.asarray(Image.open(io.BytesIO(jpeg)))
+    for frame in read(filled + jpeg + filled):
+        np.testing.assert_array_equal(frame.image, want)
+    with pytest.raises(DataError, match="damaged JPEG, no marker"):
+        read(jpeg[:2] + b"\xff" * 9999)
+
+
+def test_a_frame_of_a_live_pipe_does_not_wait_for_the_next() -> None:
+    parts = [encoded(x, kind) for x, kind in zip(images(3), ("JPEG", "PNG", "JPEG"))]
+    source, sink = os.pipe()
+    with open(source, "rb") as reader, open(sink, "wb", buffering=0) as writer:
+        found = streams.frames(["-"], None, reader)
+        for part, more in zip(parts, (parts[1][:9], b"", b""), strict=True):
+            left = part[9:] if part is parts[1] else part
+            writer.write(left + more)
+            frame = next(found)  # for ever, if it read on
+            want = np.asarray(Image.open(io.BytesIO(part)))
+            np.testing.assert_array_equal(frame.image, want)
+
+
+def test_a_jpeg_is_not_read_byte_by_byte() -> None:
+    jpeg = encoded(images(1, 480, 640)[0], "JPEG", quality=95)
+
+    calls: list[int] = []
+
+    class Counted(io.BufferedReader):
+        def read(self, size: int | None = -1) -> bytes:
+            calls.append(1)
+            return super().read(size)
+
+    content = streams._jpeg(Counted(io.BytesIO(jpeg[2:])), "here")  # type: ignore
+    assert jpeg[:2] + content == jpeg
+    assert len(calls) < len(jpeg) / 1000
 
 
 def test_bare_frames() -> None:

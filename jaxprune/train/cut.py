@@ -146,11 +146,12 @@ def nonzero(job: Job, variables: PyTree) -> Cost | None:
     """The cost without zeros among the weights; None where channels are cut."""
     if not job.config.prune.irregular:
         return None
-    return nonzero_cost(job.apply, variables, _images(job.config, 1), train=False)
+    return nonzero_cost(job.apply, variables, images_of(job.config), train=False)
 
 
-def _images(config: Config, count: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((count, *config.data.size, 3), np.float32)
+def images_of(config: Config) -> jax.ShapeDtypeStruct:
+    """The shape of one image of a run, float32[1, H, W, 3]."""
+    return jax.ShapeDtypeStruct((1, *config.data.size, 3), np.float32)
 
 
 def _thinned(
@@ -161,7 +162,7 @@ def _thinned(
     thin = prune_weights(
         job.apply,
         variables,
-        _images(job.config, 1),
+        images_of(job.config),
         budget=Budget(kind, prune.ratio ** (number / prune.rounds)),
         scope=prune.scope,
         train=False,

@@ -6,9 +6,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-import numpy as np
-
 from jaxprune import checkpoint
 from jaxprune.base import Apply, Graph, PyTree, path_str
 from jaxprune.budget import Budget
@@ -33,12 +30,13 @@ def check_budget(config: Config, apply: Apply, graph: Graph, variables: PyTree) 
     variables: of the dense network; their shapes count.
     """
     check_reachable(
-        apply, graph, variables, _images(config), train=False, **_asked(config.prune)
+        apply,
+        graph,
+        variables,
+        cut.images_of(config),
+        train=False,
+        **_asked(config.prune),
     )
-
-
-def _images(config: Config) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *config.data.size, 3), np.float32)
 
 
 def _asked(prune: Prune) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def thin_stage(
 
 def _thinned(job: Job, graph: Graph, variables: PyTree, progress: Progress) -> Pruned:
     config, prune = job.config, job.config.prune
-    images = _images(config)
+    images = cut.images_of(config)
     seen = [steps.scaled(b["image"]) for b in choose.estimates(job, prune.batches)]
     found = factorize(
         job.apply,
