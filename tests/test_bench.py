@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune import cli, exits
+from jaxprune import cli, exits, trees
 from jaxprune.base import ConfigError
 from jaxprune.bench import as_markdown, bench_saved, write
 
@@ -79,3 +79,10 @@ def test_what_is_missing_is_named(folder, tmp_path, capsys):
         write({}, tmp_path / "nowhere" / "x.json")
     assert cli.main(["bench", str(tmp_path)]) == exits.BAD_INPUT
     assert "manifest.sha256.json: missing" in capsys.readouterr().err
+
+
+def test_bytes_are_counted_where_the_leaves_lie(monkeypatch):
+    tree = {"a": np.ones(3), "b": 2.0, "c": jnp.ones(2, jnp.bfloat16)}
+    assert trees.nbytes(tree) == 24 + 4 + 4
+    monkeypatch.setattr(trees.jnp, "asarray", pytest.fail)
+    assert trees.nbytes({"a": np.ones(3)}) == 24
