@@ -422,3 +422,24 @@ REPORTS = [
     ("samples.npz", b"", "samples.npz"),
     ("samples.npz", b"PK\x05\x06" + bytes(18), "samples.npz"),
 ]
+
+# evaluation.json of a work folder, of a run that goes on behind it.
+EVALUATIONS = [
+    ("nothing", ""),
+    ("no object", "[]"),
+    ("a number", "5"),
+    ("no UTF-8", b'{"classes": "\xff"}'),
+    ("too deep", DEEP),
+    ("an empty object", "{}"),
+    ("networks a list", {"networks": []}),
+    ("no dense network", {"networks.dense": GONE}),
+    ("a network of nothing", {"networks.pruned": {}}),
+    ("no test split", {"networks.dense.splits.test": GONE}),
+    ("mIoU as text", {"networks.pruned.splits.val.miou": "0.5"}),
+    ("a class too few", {"classes": []}),
+    ("a cost of 0", {"networks.dense.cost.flops": 0}),
+    ("no clock", {"networks.pruned.latency_ms": None}),
+]
+
+# Lines of metrics.jsonl that are no rows.
+ROWS = [b"5", b'"a"', b"[]", b"{}", b"\xff", b'{"stage": 3, "step": "x"}', b'{"st']
