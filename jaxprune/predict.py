@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxprune import base, report
 from jaxprune.data import images as image_files
+from jaxprune.pruned import check_room, image_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 Size = tuple[int, int]
@@ -124,8 +125,7 @@ def write(
     stems = _stems(files)
     for file in files:  # all are looked at first: no work is half done
         read_image(file)
-    if size is None:
-        _training_size(pruned)
+    size = _size_to_run_at(pruned, size, batch)
     if samples:
         _check_dropout(pruned)
     out.mkdir(parents=True, exist_ok=True)
@@ -280,7 +280,7 @@ def _inputs(
     batch: int,
 ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
     """(some images, the same at the network's size, filled up to a whole batch)."""
-    at = _training_size(pruned) if size is None else size
+    at = _size_to_run_at(pruned, size, batch)
     for some in _batches(images, batch, alike=at == "native"):
         shape = some[0].shape[:2] if at == "native" else at
         inputs = [_resized(image, shape) for image in some]
@@ -288,19 +288,16 @@ def _inputs(
         yield some, np.stack(inputs)
 
 
-def _training_size(pruned: Any) -> Size:
-    size = (pruned.info or {}).get("size")
+def _size_to_run_at(
+    pruned: Any, size: Size | Literal["native"] | None, batch: int
+) -> Size | Literal["native"]:
+    """The given one, or else the training size; ConfigError for none, or no room."""
     if size is None:
-        raise base.ConfigError(
-            "the saved network does not say which image size it was trained at; give "
-            "one: --size HxW, or --size native"
-        )
-    match size:
-        case [int(height), int(width)] if height > 0 and width > 0:
-            return height, width
-    raise base.ConfigError(
-        f"the saved network's size is {size!r:.80}, not [H, W]; give one: --size HxW"
-    )
+        way = "--size HxW, or --size native"
+        size = image_size(pruned.info, "the saved network", way)
+    if size != "native":
+        check_room(size, batch)
+    return size
 
 
 def _batches(

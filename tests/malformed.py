@@ -335,6 +335,12 @@ INFOS = [
     ("size text", {"size": "16x16"}),
     ("size of one", {"size": [16]}),
     ("size 0", {"size": [0, 16]}),
+    ("size -1", {"size": [-1, 16]}),
+    ("size a number", {"size": 5}),
+    ("size of three", {"size": [16, 16, 3]}),
+    ("size of a text", {"size": ["a", 16]}),
+    ("size of truths", {"size": [True, True]}),
+    ("size beyond memory", {"size": [1 << 20, 1 << 20]}),
     ("no size", {"size": GONE}),
 ]
 

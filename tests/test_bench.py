@@ -77,6 +77,16 @@ def test_what_is_missing_is_named(folder, tmp_path, capsys):
         bench_saved(folder)
     with pytest.raises(ConfigError, match="--json .*nowhere"):
         write({}, tmp_path / "nowhere" / "x.json")
+    for options, said in (
+        ({"repeats": 0}, r"repeats=0\): must be 1"),
+        ({"batches": ()}, r"batches=\(\)\): must be"),
+        ({"batches": (1, 0)}, r"batches=\(1, 0\)\): must be"),
+        ({"size": (1 << 20, 1 << 20)}, "8 image.* of 1048576x1048576 .*memory for"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            bench_saved(folder, **options)
+    with pytest.raises(ConfigError, match="repeats=0"):
+        jp.bench({"net": (lambda v, x: x, {})}, jnp.ones(3), repeats=0)
     assert cli.main(["bench", str(tmp_path)]) == exits.BAD_INPUT
     assert "manifest.sha256.json: missing" in capsys.readouterr().err
 
