@@ -119,7 +119,7 @@ def write(
     `sample`): NAME_uncertainty.png is written too, the standard deviation in grey,
     white being the most there can be. Yields each overlay's path as it is written.
     Raises DataError for a damaged file before anything is written, ConfigError as
-    `predict` and `sample` do.
+    `predict` and `sample` do, DiskError where the disk is full or read-only.
     """
     names, colors = classes(pruned)
     stems = _stems(files)
@@ -142,7 +142,7 @@ def write(
         report.save_png(target, report.with_legend(picture, names, colors))
         if labels:
             made = label_picture(answer, colors)
-            made.save(out / f"{stem}_labels.png", format="PNG")
+            report.save_png(out / f"{stem}_labels.png", made)
         if variance is not None:
             _save_variance(out / f"{stem}_uncertainty.png", variance, len(names))
         yield target
@@ -364,8 +364,6 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
 
 def _save_variance(file: Path, variance: np.ndarray, classes: int) -> None:
     """Its root in grey; of K probabilities the mean one is (1 - 1/K) / K at most."""
-    from PIL import Image
-
     most = (1 - 1 / classes) / classes or 1.0
     grey = np.round(255 * np.sqrt(np.clip(variance / most, 0, 1)))
-    Image.fromarray(grey.astype(np.uint8)).save(file, format="PNG")
+    report.save_png(file, grey.astype(np.uint8))

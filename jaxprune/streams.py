@@ -6,7 +6,6 @@ Nothing here holds more than a batch of frames, however long the stream.
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
@@ -75,8 +74,8 @@ def write(
     Into a folder as `predict.write` does; into a stream PNGs, of the labels with
     `labels`, else of the overlays. Yields each file's path, or the frame's name. A
     DataError of `source` is raised once the frames before it are out. Raises DataError
-    for two frames of one name in a folder, ConfigError and CheckpointError as
-    `predict.write`.
+    for two frames of one name in a folder, ConfigError, CheckpointError and DiskError
+    as `predict.write`.
     """
     names, colors = predict.classes(pruned)
     damage: list[DataError] = []
@@ -89,7 +88,7 @@ def write(
         picture = report.overlay(frame.image, answer, colors, opacity=opacity)
         if not isinstance(out, Path):
             made = predict.label_picture(answer, colors) if labels else picture
-            out.write(_as_png(made))
+            out.write(report.as_png(made))
             out.flush()
             yield frame.name
             continue
@@ -103,7 +102,7 @@ def write(
         report.save_png(target, report.with_legend(picture, names, colors))
         if labels:
             made = predict.label_picture(answer, colors)
-            made.save(out / f"{frame.name}_labels.png", format="PNG")
+            report.save_png(out / f"{frame.name}_labels.png", made)
         yield str(target)
     if damage:
         raise damage[0]
@@ -257,13 +256,3 @@ def _some(stream: BinaryIO, size: int) -> bytes:
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
-
-
-def _as_png(picture: Any) -> bytes:
-    from PIL import Image
-
-    content = io.BytesIO()
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
-    picture.save(content, format="PNG")
-    return content.getvalue()
