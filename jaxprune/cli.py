@@ -63,10 +63,15 @@ def _one_of_several() -> bool:
 def _ended(args: argparse.Namespace) -> int:
     """The exit code; what a user can mend is told in one line."""
     try:
-        return args.verb(args)
+        code = args.verb(args)
+        sys.stdout.flush()  # within reach of what is caught here
+        return code
     except base.JaxpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return exits.code_of(error)
+    except BrokenPipeError:  # such as `| head`, which has seen enough
+        exits.to_nobody()
+        return exits.FAILED
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         print(f"error: {named}{error.strerror or error}", file=sys.stderr)
