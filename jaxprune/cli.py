@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "predict": _predict,
         "bench": _bench,
+        "export": _export,
         "path": _path,
         "report": _report,
     }
@@ -226,6 +227,35 @@ def _bench(args: argparse.Namespace) -> int:
     print(as_markdown(result))
     if args.json:
         write(result, Path(args.json))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from jaxprune import checkpoint, inspection
+    from jaxprune.export import export, images_of
+    from jaxprune.onnx_export import export_onnx
+
+    if args.onnx and (args.shapes or args.platforms or args.int8):
+        raise base.ConfigError(
+            "an ONNX file has one shape, by --batch and --size, and weights of floats: "
+            "leave out --shapes, --platforms and --int8"
+        )
+    pruned = checkpoint.load(inspection.saved(args.folder))
+    images = images_of(pruned, args.folder, size=args.size, batch=args.batch)
+    if args.onnx:
+        print(export_onnx(pruned, args.out, images, fold=args.fold, train=False))
+        return 0
+    written = export(
+        pruned,
+        args.out,
+        images,
+        shapes=[args.shapes] if args.shapes else (),
+        platforms=args.platforms,
+        fold=args.fold,
+        weights="int8" if args.int8 else "float",
+        train=False,
+    )
+    print(written)
     return 0
 
 

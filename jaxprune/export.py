@@ -26,7 +26,7 @@ from jaxprune import disk, formats, integrity, remote, storage
 from jaxprune.base import CheckpointError, ConfigError, GraphError, key_path
 from jaxprune.folding import fold_batch_norm, is_folded
 from jaxprune.int8 import quantize_weights
-from jaxprune.pruned import Pruned
+from jaxprune.pruned import Pruned, check_room, image_size
 from jaxprune.trace import struct
 from jaxprune.trees import nbytes
 
@@ -124,6 +124,19 @@ def export(
         (partial / _PROGRAM).write_bytes(content)
         (partial / _CARD).write_text(text, encoding="utf-8")
     return folder
+
+
+def images_of(
+    pruned: Pruned, name: str, *, size: tuple[int, int] | None = None, batch: int = 1
+) -> jax.ShapeDtypeStruct:
+    """float32 [B, H, W, 3], the input of a network that is called `name`.
+
+    size: the training size by default. Raises ConfigError where there is none, and for
+    images that memory does not hold.
+    """
+    size = size or image_size(pruned.info, name)
+    check_room(size, batch)
+    return jax.ShapeDtypeStruct((batch, *size, 3), jax.numpy.float32)
 
 
 def with_norms_folded(pruned: Pruned, *inputs: Any, **kwargs: Any) -> Pruned:

@@ -16,7 +16,10 @@ from PIL import Image
 
 from jaxprune import cli, exits, graph_io
 
-VERBS = ("run", "compare", "inspect", "eval", "predict", "bench", "path", "report")
+VERBS = (
+    *("run", "compare", "inspect", "eval", "predict", "bench", "export", "path"),
+    "report",
+)
 
 
 def error_line(capsys) -> str:

@@ -16,7 +16,7 @@ import pytest
 from saved import small_network
 
 import jaxprune as jp
-from jaxprune import integrity, onnx_export
+from jaxprune import cli, exits, integrity, onnx_export
 from jaxprune.base import CheckpointError, ConfigError, DiskError, GraphError
 from jaxprune.models.segnet import SegNet
 
@@ -170,6 +170,37 @@ def test_fold_that_folds_nothing_is_said(pruned: Any, tmp_path: Any) -> None:
     twice = jp.export(again, tmp_path / "b", x, fold=True, train=False)
     want = np.asarray(jp.load_export(path)(x))
     np.testing.assert_array_equal(jp.load_export(twice)(x), want)
+
+
+def test_the_command_writes_what_python_does(
+    pruned: Any, tmp_path: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    network = {"name": "segnet", "args": {"num_classes": 3, "widths": [4, 4, 8, 8, 8]}}
+    net, out = tmp_path / "net", tmp_path / "out"
+    jp.save(net, pruned, network=network, size=[32, 32])
+    argv = ["export", str(net), "--out", str(out), "--fold", "--int8"]
+    argv += ["--shapes", "b, 32*h, 32*w, 3", "--platforms", "cpu, cuda"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    card = json.loads((out / "export.json").read_text())
+    told = [card[name] for name in ("inputs", "platforms", "weights")]
+    assert told == [["float32[b, 32*h, 32*w, 3]"], ["cpu", "cuda"], "int8"]
+    x = images(2, 32, 64, 3)
+    want = np.asarray(jax.jit(pruned.apply)(pruned.variables, x))
+    assert np.abs(np.asarray(jp.load_export(out)(x)) - want).max() < 0.1
+    assert cli.main(argv) == exits.BAD_INPUT
+    assert "out exists" in capsys.readouterr().err
+
+    plain = ["export", str(net), "--out", str(tmp_path / "one"), "--batch", "2"]
+    assert cli.main([*plain, "--size", "32x64"]) == 0
+    found = jp.load_export(tmp_path / "one")(x)
+    np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    file = tmp_path / "net.onnx"
+    argv = ["export", str(net), "--out", str(file), "--onnx", "--fold"]
+    assert cli.main(argv) == exits.BAD_INPUT
+    assert "pip install 'jaxprune[onnx]'" in capsys.readouterr().err
 
 
 def test_a_platform_that_is_not_the_program_s_is_said(tmp_path: Any) -> None:
