@@ -48,6 +48,15 @@ BENCH = (
         "Python: jaxprune.bench({'dense': (apply, variables), ...}, images)."
     ),
 )
+EXPORT = (
+    "write the pruned network as one program that runs with JAX alone",
+    (
+        "A folder with the program, weights and all, and its checksums; with --onnx an "
+        "ONNX file, checked in onnxruntime. It takes float images from 0 to 1, "
+        "[B, H, W, 3], and gives logits. For a network of your own, in Python: "
+        "jaxprune.export(jaxprune.load(DIR, apply=model.apply), OUT, images)."
+    ),
+)
 PATH = (
     "show a run's pruning path, and cut any of its points out",
     (
@@ -78,6 +87,7 @@ def parser(functions: Mapping[str, Callable[..., int]]) -> argparse.ArgumentPars
         ("eval", EVAL, _add_eval),
         ("predict", PREDICT, _add_predict),
         ("bench", BENCH, _add_bench),
+        ("export", EXPORT, _add_export),
         ("path", PATH, _add_path),
         ("report", REPORT, _add_report),
     ):
@@ -198,6 +208,33 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", metavar="FILE", help="also write the numbers there")
 
 
+def _add_export(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("folder", metavar="DIR", help="a work folder or a saved network")
+    verb.add_argument(
+        "--out", required=True, metavar="OUT", help="the new folder, URL or ONNX file"
+    )
+    verb.add_argument(
+        "--shapes",
+        metavar="SHAPE",
+        help="of any batch and size: 'b, 32*h, 32*w, 3' (--batch and --size, no other)",
+    )
+    verb.add_argument(
+        "--platforms",
+        type=_words,
+        metavar="A,B,..",
+        help="of cpu,cuda,rocm,tpu (the present one)",
+    )
+    verb.add_argument(
+        "--size", type=_size, metavar="HxW", help="of the images (the training size)"
+    )
+    verb.add_argument("--batch", type=_positive, default=1, help="images a call (1)")
+    verb.add_argument(
+        "--fold", action="store_true", help="batch norms into the kernels before them"
+    )
+    verb.add_argument("--int8", action="store_true", help="weights in a quarter")
+    verb.add_argument("--onnx", action="store_true", help="an ONNX file instead")
+
+
 def _add_path(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("folder", metavar="DIR", help="a work folder")
     verb.add_argument(
@@ -259,6 +296,10 @@ def _positive(text: str) -> int:
 
 def _batches(text: str) -> tuple[int, ...]:
     return tuple(_positive(part.strip()) for part in text.split(","))
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def _share(text: str) -> float:

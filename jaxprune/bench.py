@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxprune import checkpoint, formats
 from jaxprune.base import Apply, ConfigError, PyTree
+from jaxprune.pruned import check_room, image_size
 from jaxprune.trees import nbytes
 
 _PERCENTILES = (50, 90, 99)
@@ -53,8 +54,10 @@ def bench(
     """Time networks {name: (apply, variables)} on the same inputs, one after another.
 
     inputs: arrays; kwargs are static (`train=False`). Each apply is jitted and called
-    once before the clock starts.
+    once before the clock starts. Raises ConfigError for no repeats.
     """
+    if repeats < 1:
+        raise ConfigError(f"bench(repeats={repeats}): must be 1 or more")
     ready = {}
     for name, (apply, variables) in networks.items():
         start = time.perf_counter()
@@ -90,13 +93,19 @@ def bench_saved(
     which no time depends. Returns what JSON can hold: 'device', 'jax', 'size' and
     'rows', a batch and a network each. Raises CheckpointError as `load` does, for a
     network that is not shipped too (call `bench` with its function), and ConfigError
-    where no size is given and the network's file names none.
+    where no size is given and the network's file names none, for images that memory
+    does not hold, and for no batches or repeats.
     """
+    if not batches or min(batches) < 1:
+        raise ConfigError(
+            f"bench(batches={batches}): must be numbers from 1 on, (1, 8)"
+        )
+    if repeats < 1:
+        raise ConfigError(f"bench(repeats={repeats}): must be 1 or more")
     pruned = checkpoint.load(folder)
     net = checkpoint.dense_network(folder, pruned.info)
-    at = size or pruned.info.get("size")
-    if at is None:
-        raise ConfigError(f"{folder} names no image size; give one: --size HxW")
+    at = size or image_size(pruned.info, str(folder))
+    check_room(at, max(batches))
     images = jnp.zeros((1, *at, 3))
     networks = {
         "dense": (net.apply, net.init(jax.random.key(0), images)),

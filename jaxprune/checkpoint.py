@@ -116,12 +116,15 @@ def load(
     Raises CheckpointError that names the missing or damaged file, or what to pass.
     """
     with remote.local(path) as folder:
-        return _load(folder, apply, sharding, like)
+        card = _read_card(folder)
+        if apply is None:
+            apply = _dense(remote.name_of(path, folder), card.info)
+        return _load(folder, card, apply, sharding, like)
 
 
-def _load(folder: Path, apply: Apply | None, sharding: Any, like: PyTree) -> Pruned:
-    card = _read_card(folder)
-    dense = apply if apply is not None else _dense(folder, card.info)
+def _load(
+    folder: Path, card: Pruned, dense: Apply, sharding: Any, like: PyTree
+) -> Pruned:
     records = storage.read_record(folder, _CARD, "info", verified=True)["leaves"]
     try:
         # Before anything is read: shapes are what its files say, and cost nothing.
@@ -204,9 +207,12 @@ def dense_network(path: str | Path, info: Mapping[str, Any]) -> Any:
     return models.build(network["name"], network["args"])
 
 
-def _dense(folder: Path, info: Mapping[str, Any]) -> Apply:
-    """The shipped network's function, which says whose fault it is if arrays differ."""
-    dense = dense_network(folder, info).apply
+def _dense(where: str, info: Mapping[str, Any]) -> Apply:
+    """The shipped network's function, which says whose fault it is if arrays differ.
+
+    where: the folder or URL, as the user knows it.
+    """
+    dense = dense_network(where, info).apply
 
     @functools.wraps(dense)
     def apply(*args: Any, **kwargs: Any) -> Any:
@@ -214,7 +220,7 @@ def _dense(folder: Path, info: Mapping[str, Any]) -> Apply:
             return dense(*args, **kwargs)
         except (ScopeParamNotFoundError, ScopeParamShapeError) as error:
             raise CheckpointError(
-                f"{folder / _CARD}: its network = {info['network']} is not the one "
+                f"{where}/{_CARD}: its network = {info['network']} is not the one "
                 f"whose arrays it holds: {str(error).splitlines()[0]}"
             ) from error
 

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "predict": _predict,
         "bench": _bench,
+        "export": _export,
         "path": _path,
         "report": _report,
     }
@@ -63,10 +64,15 @@ def _one_of_several() -> bool:
 def _ended(args: argparse.Namespace) -> int:
     """The exit code; what a user can mend is told in one line."""
     try:
-        return args.verb(args)
+        code = args.verb(args)
+        sys.stdout.flush()  # within reach of what is caught here
+        return code
     except base.JaxpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return exits.code_of(error)
+    except BrokenPipeError:  # such as `| head`, which has seen enough
+        exits.to_nobody()
+        return exits.FAILED
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         print(f"error: {named}{error.strerror or error}", file=sys.stderr)
@@ -221,6 +227,35 @@ def _bench(args: argparse.Namespace) -> int:
     print(as_markdown(result))
     if args.json:
         write(result, Path(args.json))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from jaxprune import checkpoint, inspection
+    from jaxprune.export import export, images_of
+    from jaxprune.onnx_export import export_onnx
+
+    if args.onnx and (args.shapes or args.platforms or args.int8):
+        raise base.ConfigError(
+            "an ONNX file has one shape, by --batch and --size, and weights of floats: "
+            "leave out --shapes, --platforms and --int8"
+        )
+    pruned = checkpoint.load(inspection.saved(args.folder))
+    images = images_of(pruned, args.folder, size=args.size, batch=args.batch)
+    if args.onnx:
+        print(export_onnx(pruned, args.out, images, fold=args.fold, train=False))
+        return 0
+    written = export(
+        pruned,
+        args.out,
+        images,
+        shapes=[args.shapes] if args.shapes else (),
+        platforms=args.platforms,
+        fold=args.fold,
+        weights="int8" if args.int8 else "float",
+        train=False,
+    )
+    print(written)
     return 0
 
 

@@ -32,16 +32,22 @@ def writing(path: Path) -> Iterator[None]:
 def write(file: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file whole or not at all; on the disk when it returns, with `sync`.
 
-    A kill meanwhile leaves the file that was there. Raises DiskError as `writing`.
+    A kill meanwhile leaves the file that was there. Raises DiskError as `writing`; what
+    was written until then is deleted.
     """
     partial = file.with_name(f"{file.name}.partial")
     with writing(file):
-        with open(partial, "wb") as stream:
-            stream.write(content)
-            if sync:
-                stream.flush()
-                os.fsync(stream.fileno())
-        os.replace(partial, file)
+        try:
+            with open(partial, "wb") as stream:
+                stream.write(content)
+                if sync:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            os.replace(partial, file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
         if sync:
             sync_folder(file.parent)
 

@@ -57,6 +57,17 @@ def resumable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def to_nobody() -> None:
+    """Send the rest of standard output nowhere, where its reader is gone.
+
+    Python would stumble over it once more at the process's end. That this ends with
+    FAILED, in silence, is what its documentation recommends (`signal`, on SIGPIPE).
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def at_once(code: int, said: str = "") -> NoReturn:
     """End the process without waiting for its threads, or for other processes."""
     if said:

@@ -26,6 +26,7 @@ from jaxprune.base import JaxpruneError
 MOST_TEXT = 1 << 30  # bytes of a JSON document
 MOST_DEPTH = 100  # of lists and objects in one another
 _HEADER = 1 << 16  # bytes in front of an array of a .npz
+_PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the ways in which NumPy writes
 _Reader = TypeVar("_Reader", bound=Callable[..., Any])
 
 
@@ -103,6 +104,8 @@ def read_npz(file: Path, most: int | None = None) -> dict[str, np.ndarray]:
             total = sum(entry.file_size for entry in entries)
             if len(set(names)) < len(names):
                 raise ValueError("an array is there twice")
+            if any(entry.compress_type not in _PACKED for entry in entries):
+                raise ValueError("an array is packed as NumPy does not pack any")
             if total > most:
                 raise ValueError(f"its arrays claim {total} bytes, {most} are allowed")
             return {

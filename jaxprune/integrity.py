@@ -12,12 +12,14 @@ SHA-256]}, sha256 (of the rest)}, in one valid spelling. Version 1 named no jaxp
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,6 +65,26 @@ def commit(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     disk.sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def abandon(folder: Path) -> None:
+    """Delete what `begin` made beside `folder`, and so the room that it takes."""
+    shutil.rmtree(sibling(folder, "partial"), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Where to write the next state of `folder`, which is that when the block ends.
+
+    Where the block fails nothing of it stays.
+    """
+    try:
+        partial = begin(folder)
+        yield partial
+        commit(partial, folder)
+    except Exception:
+        abandon(folder)
+        raise
 
 
 def remove(folder: Path) -> None:

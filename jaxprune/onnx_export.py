@@ -18,6 +18,7 @@ import numpy as np
 from jaxprune import disk, remote
 from jaxprune import jaxpr as jx
 from jaxprune.base import CheckpointError, GraphError
+from jaxprune.export import with_norms_folded
 from jaxprune.pruned import Pruned
 from jaxprune.slim import relative_error
 from jaxprune.trace import struct
@@ -28,6 +29,7 @@ def export_onnx(
     path: str | os.PathLike,
     *inputs: Any,
     tolerance: float = 1e-4,
+    fold: bool = False,
     overwrite: bool = False,
     **kwargs: Any,
 ) -> Path:
@@ -35,11 +37,13 @@ def export_onnx(
 
     inputs: arrays or jax.ShapeDtypeStruct; the file takes these shapes and no others.
     It is run once in onnxruntime on random numbers, and is written only if every output
-    is JAX's within `tolerance` of its largest number. Returns the path.
+    is JAX's within `tolerance` of its largest number. fold: as of `export`. Returns the
+    path.
 
     Raises CheckpointError for a path that is taken or a URL, and without the packages,
-    telling how to install them; GraphError for a program that jax2onnx cannot convert,
-    and for answers that differ; DiskError where the disk is full or read-only.
+    telling how to install them; ConfigError where `fold` finds nothing to fold;
+    GraphError for a program that jax2onnx cannot convert, and for answers that differ;
+    DiskError where the disk is full or read-only.
     """
     if remote.is_url(path):
         raise CheckpointError(f"{path}: write the file here, and copy it there")
@@ -48,6 +52,8 @@ def export_onnx(
         raise CheckpointError(f"{file} exists; name another or pass overwrite=True")
     jax2onnx, runtime = _package("jax2onnx"), _package("onnxruntime")
     structs = [struct(x) for x in inputs]
+    if fold:
+        pruned = with_norms_folded(pruned, *structs, **kwargs)
     program, _ = jx.trace(
         lambda *images: pruned.apply(pruned.variables, *images, **kwargs), *structs
     )
@@ -56,7 +62,7 @@ def export_onnx(
         return tuple(_run(program, images))
 
     rng = np.random.default_rng(0)
-    given = [np.asarray(rng.random(s.shape), s.dtype) for s in structs]
+    given = [_drawn(rng, s) for s in structs]
     try:
         model = jax2onnx.to_onnx(plain, structs).SerializeToString()
         session = runtime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -81,6 +87,14 @@ def export_onnx(
         file.parent.mkdir(parents=True, exist_ok=True)
     disk.write(file, model)
     return file
+
+
+def _drawn(rng: np.random.Generator, struct: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Numbers below 1; whole ones are small, as they may count the rows of a table."""
+    if jax.numpy.issubdtype(struct.dtype, jax.numpy.inexact):
+        return np.asarray(rng.random(struct.shape), struct.dtype)
+    below = 2 if struct.dtype == bool else 8
+    return np.asarray(rng.integers(0, below, struct.shape), struct.dtype)
 
 
 def _run(program: jx.Program, args: Any) -> list[Any]:

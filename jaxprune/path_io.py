@@ -114,15 +114,9 @@ def resume(file: File, walk: Mapping[str, Any]) -> tuple[Step, ...]:
         return ()
     kept = read(file)
     if kept.walk != walk:
-        before = kept.walk or {}
-        changed = [
-            f"{name} (there {before.get(name)!r}, now {value!r})"
-            for name, value in walk.items()
-            if before.get(name) != value
-        ]
         raise DataError(
-            f"{file} is of another walk: {', '.join(changed)}; set this back, or walk "
-            "into another file"
+            f"{file} is of another walk: {_difference(kept.walk or {}, walk)}; set "
+            "this back, or walk into another file"
         )
     write(file, kept.steps, walk)  # without a line that was cut short
     return kept.steps
@@ -186,6 +180,20 @@ def checksum(tree: PyTree) -> int:
         total = zlib.crc32(f"{array.dtype}{array.shape}".encode(), total)
         total = zlib.crc32(np.ascontiguousarray(array).tobytes(), total)
     return total
+
+
+def _difference(before: Mapping[str, Any], walk: Mapping[str, Any]) -> str:
+    """What of two walks differs, also where only one of them has it."""
+
+    def of(record: Mapping[str, Any], name: str) -> str:
+        return repr(record[name]) if name in record else "not given"
+
+    changed = [
+        f"{name} (there {of(before, name)}, now {of(walk, name)})"
+        for name in {**walk, **before}
+        if of(before, name) != of(walk, name)
+    ]
+    return ", ".join(changed) or "it does not tell of which"
 
 
 def _beside(file: File, number: int) -> Path:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxprune import base, report
 from jaxprune.data import images as image_files
+from jaxprune.pruned import check_room, image_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
 Size = tuple[int, int]
@@ -118,14 +119,13 @@ def write(
     `sample`): NAME_uncertainty.png is written too, the standard deviation in grey,
     white being the most there can be. Yields each overlay's path as it is written.
     Raises DataError for a damaged file before anything is written, ConfigError as
-    `predict` and `sample` do.
+    `predict` and `sample` do, DiskError where the disk is full or read-only.
     """
     names, colors = classes(pruned)
     stems = _stems(files)
     for file in files:  # all are looked at first: no work is half done
         read_image(file)
-    if size is None:
-        _training_size(pruned)
+    size = _size_to_run_at(pruned, size, batch)
     if samples:
         _check_dropout(pruned)
     out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def write(
         report.save_png(target, report.with_legend(picture, names, colors))
         if labels:
             made = label_picture(answer, colors)
-            made.save(out / f"{stem}_labels.png", format="PNG")
+            report.save_png(out / f"{stem}_labels.png", made)
         if variance is not None:
             _save_variance(out / f"{stem}_uncertainty.png", variance, len(names))
         yield target
@@ -280,7 +280,7 @@ def _inputs(
     batch: int,
 ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
     """(some images, the same at the network's size, filled up to a whole batch)."""
-    at = _training_size(pruned) if size is None else size
+    at = _size_to_run_at(pruned, size, batch)
     for some in _batches(images, batch, alike=at == "native"):
         shape = some[0].shape[:2] if at == "native" else at
         inputs = [_resized(image, shape) for image in some]
@@ -288,19 +288,16 @@ def _inputs(
         yield some, np.stack(inputs)
 
 
-def _training_size(pruned: Any) -> Size:
-    size = (pruned.info or {}).get("size")
+def _size_to_run_at(
+    pruned: Any, size: Size | Literal["native"] | None, batch: int
+) -> Size | Literal["native"]:
+    """The given one, or else the training size; ConfigError for none, or no room."""
     if size is None:
-        raise base.ConfigError(
-            "the saved network does not say which image size it was trained at; give "
-            "one: --size HxW, or --size native"
-        )
-    match size:
-        case [int(height), int(width)] if height > 0 and width > 0:
-            return height, width
-    raise base.ConfigError(
-        f"the saved network's size is {size!r:.80}, not [H, W]; give one: --size HxW"
-    )
+        way = "--size HxW, or --size native"
+        size = image_size(pruned.info, "the saved network", way)
+    if size != "native":
+        check_room(size, batch)
+    return size
 
 
 def _batches(
@@ -367,8 +364,6 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
 
 def _save_variance(file: Path, variance: np.ndarray, classes: int) -> None:
     """Its root in grey; of K probabilities the mean one is (1 - 1/K) / K at most."""
-    from PIL import Image
-
     most = (1 - 1 / classes) / classes or 1.0
     grey = np.round(255 * np.sqrt(np.clip(variance / most, 0, 1)))
-    Image.fromarray(grey.astype(np.uint8)).save(file, format="PNG")
+    report.save_png(file, grey.astype(np.uint8))

@@ -59,6 +59,11 @@ def local(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise type(error)(text) from error
 
 
+def name_of(path: str | os.PathLike[str], folder: Path) -> str:
+    """What `local`'s folder is called once that has ended: the URL is still there."""
+    return str(path).rstrip("/") if is_url(path) else str(folder)
+
+
 @contextlib.contextmanager
 def written(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Where to write what is to lie at a URL; it is sent off when the block ends.

@@ -24,6 +24,7 @@ _ARRAYS = "arrays"
 def write(folder: Path, arrays: Mapping[str, Any], texts: Mapping[str, str]) -> None:
     """Write and seal a folder of arrays and text files; it appears when complete.
 
+    Where that fails, nothing of it stays.
     In a multi-host run every process calls it, on a file system that all of them share.
     Raises DiskError where the disk is full or read-only, CheckpointError where Orbax
     refuses, PeerError where another process is gone.
@@ -45,9 +46,11 @@ def write(folder: Path, arrays: Mapping[str, Any], texts: Mapping[str, str]) -> 
         if first:
             integrity.commit(partial, folder)
         peers.barrier(f"jaxprune sealed {folder}")
-    except (CheckpointError, PeerError):
-        raise
     except Exception as error:
+        if first:
+            integrity.abandon(folder)
+        if isinstance(error, CheckpointError | PeerError):
+            raise
         if (number := disk.errno_of(error)) in disk.REFUSALS:
             raise disk.refused(folder, number) from error
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error

@@ -83,8 +83,8 @@ def write(
     Into a folder as `predict.write` does; into a stream PNGs, of the labels with
     `labels`, else of the overlays. Yields each file's path, or the frame's name. A
     DataError of `source` is raised once the frames before it are out. Raises DataError
-    for two frames of one name in a folder, ConfigError and CheckpointError as
-    `predict.write`.
+    for two frames of one name in a folder, ConfigError, CheckpointError and DiskError
+    as `predict.write`.
     """
     names, colors = predict.classes(pruned)
     damage: list[DataError] = []
@@ -97,7 +97,7 @@ def write(
         picture = report.overlay(frame.image, answer, colors, opacity=opacity)
         if not isinstance(out, Path):
             made = predict.label_picture(answer, colors) if labels else picture
-            out.write(_as_png(made))
+            out.write(report.as_png(made))
             out.flush()
             yield frame.name
             continue
@@ -111,7 +111,7 @@ def write(
         report.save_png(target, report.with_legend(picture, names, colors))
         if labels:
             made = predict.label_picture(answer, colors)
-            made.save(out / f"{frame.name}_labels.png", format="PNG")
+            report.save_png(out / f"{frame.name}_labels.png", made)
         yield str(target)
     if damage:
         raise damage[0]
@@ -285,13 +285,3 @@ def _some(stream: BinaryIO, size: int) -> bytes:
         parts.append(part)
         left -= len(part)
     return b"".join(parts)
-
-
-def _as_png(picture: Any) -> bytes:
-    from PIL import Image
-
-    content = io.BytesIO()
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
-    picture.save(content, format="PNG")
-    return content.getvalue()

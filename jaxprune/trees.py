@@ -167,7 +167,8 @@ def shrink_graph(graph: Graph, keep: Keep) -> Graph:
 
 def nbytes(tree: PyTree) -> int:
     """Bytes of all leaves; a Python number counts as the array that JAX makes of it."""
-    return sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    return sum((x if hasattr(x, "nbytes") else jnp.asarray(x)).nbytes for x in leaves)
 
 
 def sum_along(x: Any, axis: int) -> Any:

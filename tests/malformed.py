@@ -199,6 +199,18 @@ FLAGS = [
     (["bench", "WORK", "--batch", "1,x"], "x"),
     (["bench", "WORK", "--batch", ""], "above 0"),
     (["bench", "WORK", "--repeats", "-1"], "above 0"),
+    (["export", "WORK"], "--out"),
+    (["export", "nowhere", "--out", "o"], "nowhere"),
+    (["export", "WORK", "--out", "WORK"], "exists"),
+    (["export", "WORK", "--out", "o", "--batch", "0"], "above 0"),
+    (["export", "WORK", "--out", "o", "--size", "big"], "big"),
+    (["export", "WORK", "--out", "o", "--size", "1048576x1048576"], "memory"),
+    (["export", "WORK", "--out", "o", "--platforms", "gpu"], "cpu, cuda, rocm, tpu"),
+    (["export", "WORK", "--out", "o", "--platforms", ""], "cpu, cuda, rocm, tpu"),
+    (["export", "WORK", "--out", "o", "--shapes", "b, h"], "shapes"),
+    (["export", "WORK", "--out", "o", "--shapes", "b, 16, 16, 3!"], "shapes"),
+    (["export", "WORK", "--out", "o", "--onnx", "--int8"], "--int8"),
+    (["export", "WORK", "--out", "o", "--onnx", "--shapes", "b,16,16,3"], "--shapes"),
     (["path", "WORK", "--at", "knee"], "--out"),
     (["path", "WORK", "--at", "step=x", "--out", "o"], "step=x"),
     (["path", "WORK", "--at", "elbow", "--out", "o"], "elbow"),
@@ -335,6 +347,12 @@ INFOS = [
     ("size text", {"size": "16x16"}),
     ("size of one", {"size": [16]}),
     ("size 0", {"size": [0, 16]}),
+    ("size -1", {"size": [-1, 16]}),
+    ("size a number", {"size": 5}),
+    ("size of three", {"size": [16, 16, 3]}),
+    ("size of a text", {"size": ["a", 16]}),
+    ("size of truths", {"size": [True, True]}),
+    ("size beyond memory", {"size": [1 << 20, 1 << 20]}),
     ("no size", {"size": GONE}),
 ]
 
@@ -422,3 +440,24 @@ REPORTS = [
     ("samples.npz", b"", "samples.npz"),
     ("samples.npz", b"PK\x05\x06" + bytes(18), "samples.npz"),
 ]
+
+# evaluation.json of a work folder, of a run that goes on behind it.
+EVALUATIONS = [
+    ("nothing", ""),
+    ("no object", "[]"),
+    ("a number", "5"),
+    ("no UTF-8", b'{"classes": "\xff"}'),
+    ("too deep", DEEP),
+    ("an empty object", "{}"),
+    ("networks a list", {"networks": []}),
+    ("no dense network", {"networks.dense": GONE}),
+    ("a network of nothing", {"networks.pruned": {}}),
+    ("no test split", {"networks.dense.splits.test": GONE}),
+    ("mIoU as text", {"networks.pruned.splits.val.miou": "0.5"}),
+    ("a class too few", {"classes": []}),
+    ("a cost of 0", {"networks.dense.cost.flops": 0}),
+    ("no clock", {"networks.pruned.latency_ms": None}),
+]
+
+# Lines of metrics.jsonl that are no rows.
+ROWS = [b"5", b'"a"', b"[]", b"{}", b"\xff", b'{"stage": 3, "step": "x"}', b'{"st']

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune import cli, exits
+from jaxprune import cli, exits, trees
 from jaxprune.base import ConfigError
 from jaxprune.bench import as_markdown, bench_saved, write
 
@@ -77,5 +77,22 @@ def test_what_is_missing_is_named(folder, tmp_path, capsys):
         bench_saved(folder)
     with pytest.raises(ConfigError, match="--json .*nowhere"):
         write({}, tmp_path / "nowhere" / "x.json")
+    for options, said in (
+        ({"repeats": 0}, r"repeats=0\): must be 1"),
+        ({"batches": ()}, r"batches=\(\)\): must be"),
+        ({"batches": (1, 0)}, r"batches=\(1, 0\)\): must be"),
+        ({"size": (1 << 20, 1 << 20)}, "8 image.* of 1048576x1048576 .*memory for"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            bench_saved(folder, **options)
+    with pytest.raises(ConfigError, match="repeats=0"):
+        jp.bench({"net": (lambda v, x: x, {})}, jnp.ones(3), repeats=0)
     assert cli.main(["bench", str(tmp_path)]) == exits.BAD_INPUT
     assert "manifest.sha256.json: missing" in capsys.readouterr().err
+
+
+def test_bytes_are_counted_where_the_leaves_lie(monkeypatch):
+    tree = {"a": np.ones(3), "b": 2.0, "c": jnp.ones(2, jnp.bfloat16)}
+    assert trees.nbytes(tree) == 24 + 4 + 4
+    monkeypatch.setattr(trees.jnp, "asarray", pytest.fail)
+    assert trees.nbytes({"a": np.ones(3)}) == 24

@@ -3,6 +3,7 @@
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import pytest
 import workfolder
 from PIL import Image
 
-from jaxprune import cli, graph_io
+from jaxprune import cli, exits, graph_io
 
-VERBS = ("run", "compare", "inspect", "eval", "predict", "bench", "path", "report")
+VERBS = (
+    *("run", "compare", "inspect", "eval", "predict", "bench", "export", "path"),
+    "report",
+)
 
 
 def error_line(capsys) -> str:
@@ -92,6 +96,24 @@ def test_report_prints_the_page_s_path(tmp_path, capsys):
     folder = workfolder.write(tmp_path / "run")
     assert cli.main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report" / "index.html")
+
+
+@pytest.mark.parametrize("size", [10, 10**6], ids=["at the end", "in the verb"])
+def test_a_reader_that_is_gone_ends_it_in_silence(size):
+    code = (
+        "import sys; from jaxprune import cli, report\n"
+        f"report.write = lambda workdir: 'x' * {size}\n"
+        "sys.exit(cli.main(['report', 'DIR']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (exits.FAILED, b"")
 
 
 def test_report_needs_no_jax(tmp_path):

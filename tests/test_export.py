@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saved import small_network
 
 import jaxprune as jp
-from jaxprune.base import CheckpointError, ConfigError, GraphError
+from jaxprune import cli, exits, integrity, onnx_export
+from jaxprune.base import CheckpointError, ConfigError, DiskError, GraphError
 from jaxprune.models.segnet import SegNet
 
 pytest.importorskip("flatbuffers")
@@ -62,7 +65,8 @@ def test_any_batch_and_size_and_with_jax_alone(pruned: Any, tmp_path: Any) -> No
     card = json.loads((folder / "export.json").read_text())
     assert card["inputs"] == ["float32[b, 32*h, 32*w, 3]"]
     for wrong in (images(1, 40, 32, 3), images(1, 32, 32, 4), images(32, 32, 3)):
-        with pytest.raises(GraphError, match=r"takes .*\[b, 32\*h, 32\*w, 3\].* given"):
+        said = r"takes .*\[b, 32\*h, 32\*w, 3\].* given .*\]: .*args\[0\]"
+        with pytest.raises(GraphError, match=said):
             run(wrong)
 
 
@@ -155,6 +159,100 @@ def test_the_error_of_int8_is_that_of_the_kernel_as_it_is_applied(dtype: Any) ->
             jp.quantize_weights(apply, {"a": {"w": w}}, eye)
 
 
+def test_fold_that_folds_nothing_is_said(pruned: Any, tmp_path: Any) -> None:
+    x = images(1, 32, 32, 3)
+
+    def training(v: Any, x: Any, train: bool = True) -> Any:
+        net = SegNet(3, widths=(4, 4, 8, 8, 8))
+        more = {"mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(0)}}
+        return net.apply(v, x, train=True, **more)[0] if train else net.apply(v, x)
+
+    def behind_relu(v: Any, x: Any) -> Any:
+        return jax.nn.relu(x @ v["w"]) * jax.lax.rsqrt(v["scale"])
+
+    net = SegNet(3, widths=(4, 4, 8, 8, 8))
+    dense = net.init(jax.random.key(0), x)
+    plain = {"w": jnp.ones((3, 4)), "scale": jnp.ones(4)}
+    for apply, variables, said in (
+        (training, dense, r"no batch norm by running statistics.*pass train=False"),
+        (lambda v, x: x @ v["w"], plain, "no batch norm.*export without fold"),
+        (behind_relu, plain, r"scale is left .it does .*; export without it"),
+    ):
+        given = pruned._replace(apply=apply, variables=variables)
+        with pytest.raises(ConfigError, match=f"fold=True folds nothing: .*{said}"):
+            jp.export(given, tmp_path / "out", x, fold=True)
+    given = pruned._replace(apply=training, variables=dense)
+    path = jp.export(given, tmp_path / "a", x, fold=True, train=False)
+    thin = jp.fold_batch_norm(training, dense, x, train=False)
+    again = given._replace(apply=thin.apply, variables=thin.variables)
+    twice = jp.export(again, tmp_path / "b", x, fold=True, train=False)
+    want = np.asarray(jp.load_export(path)(x))
+    np.testing.assert_array_equal(jp.load_export(twice)(x), want)
+
+
+def test_the_command_writes_what_python_does(
+    pruned: Any, tmp_path: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    network = {"name": "segnet", "args": {"num_classes": 3, "widths": [4, 4, 8, 8, 8]}}
+    net, out = tmp_path / "net", tmp_path / "out"
+    jp.save(net, pruned, network=network, size=[32, 32])
+    argv = ["export", str(net), "--out", str(out), "--fold", "--int8"]
+    argv += ["--shapes", "b, 32*h, 32*w, 3", "--platforms", "cpu, cuda"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    card = json.loads((out / "export.json").read_text())
+    told = [card[name] for name in ("inputs", "platforms", "weights")]
+    assert told == [["float32[b, 32*h, 32*w, 3]"], ["cpu", "cuda"], "int8"]
+    x = images(2, 32, 64, 3)
+    want = np.asarray(jax.jit(pruned.apply)(pruned.variables, x))
+    assert np.abs(np.asarray(jp.load_export(out)(x)) - want).max() < 0.1
+    assert cli.main(argv) == exits.BAD_INPUT
+    assert "out exists" in capsys.readouterr().err
+
+    plain = ["export", str(net), "--out", str(tmp_path / "one"), "--batch", "2"]
+    assert cli.main([*plain, "--size", "32x64"]) == 0
+    found = jp.load_export(tmp_path / "one")(x)
+    np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    file = tmp_path / "net.onnx"
+    argv = ["export", str(net), "--out", str(file), "--onnx", "--fold"]
+    assert cli.main(argv) == exits.BAD_INPUT
+    assert "pip install 'jaxprune[onnx]'" in capsys.readouterr().err
+
+
+def test_a_platform_that_is_not_the_program_s_is_said(tmp_path: Any) -> None:
+    x = np.ones((2, 3), np.float32)
+    folder = jp.export(small_network(), tmp_path / "out", x, platforms=["cuda"])
+    said = "takes float32.2, 3., and was given float32.2, 3.: .*exported for platforms"
+    with pytest.raises(GraphError, match=f"out/model.stablehlo {said} .*cuda"):
+        jp.load_export(folder)(x)
+
+
+def test_info_is_kept_as_save_keeps_it(tmp_path: Any) -> None:
+    x, odd = np.ones((1, 3), np.float32), small_network(miou=np.float32(0.5))
+    card = jp.export(odd, tmp_path / "out", x) / "export.json"
+    assert json.loads(card.read_text())["info"] == {"miou": 0.5}
+    with pytest.raises(CheckpointError, match=r"info\['f'\] can't be kept as JSON"):
+        jp.export(small_network(f=print), tmp_path / "none", x)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_fails_keeps_no_room(tmp_path: Any, monkeypatch: Any) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    x = np.ones((1, 3), np.float32)
+    monkeypatch.setattr(integrity, "_seal", full)
+    for write in (
+        lambda: jp.save(tmp_path / "net", small_network()),
+        lambda: jp.export(small_network(), tmp_path / "net", x),
+    ):
+        with pytest.raises(DiskError, match="net: cannot be written .*free some space"):
+            write()
+        assert not list(tmp_path.iterdir())
+
+
 def test_onnx_says_what_it_needs(pruned: Any, tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(CheckpointError, match=r"pip install 'jaxprune\[onnx\]'"):
@@ -193,6 +291,14 @@ def test_onnx_answers_as_jax_does(pruned: Any, tmp_path: Any) -> None:
     assert not (tmp_path / "no.onnx").exists()
 
 
+def test_onnx_is_checked_on_whole_numbers_too() -> None:
+    for dtype, least in ((np.uint8, 8), (np.int32, 8), (bool, 2), (np.float32, 90)):
+        struct = jax.ShapeDtypeStruct((10, 10), dtype)
+        drawn = onnx_export._drawn(np.random.default_rng(0), struct)
+        assert drawn.dtype == dtype and drawn.shape == (10, 10)
+        assert len(np.unique(drawn)) >= least and drawn.max() < 8
+
+
 def test_every_damage_is_found(pruned: Any, tmp_path: Any) -> None:
     folder = jp.export(pruned, tmp_path / "out", images(2, 32, 32, 3))
     file = folder / "model.stablehlo"
@@ -218,6 +324,15 @@ def test_what_cannot_be_is_said(pruned: Any, tmp_path: Any) -> None:
     ):
         with pytest.raises(GraphError, match=match):
             jp.export(pruned, tmp_path / "out", x, shapes=shapes)
+    for options, match in (
+        ({"platforms": ["foo"]}, r"platforms=\['foo'\].* cpu, cuda, rocm, tpu"),
+        ({"platforms": "cpu"}, r"platforms='cpu'.*write a list"),
+        ({"platforms": []}, r"platforms=\[\]"),
+        ({"shapes": "b, 32, 32, 3"}, r"shapes='b, 32, 32, 3'\): write a list, \['b, "),
+        ({"constraints": "b <= 4"}, r"constraints='b <= 4'\): write a list"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            jp.export(pruned, tmp_path / "out", x, **options)
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
     with pytest.raises(CheckpointError, match="mine exists; name another"):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import chex
@@ -19,7 +20,18 @@ import numpy as np
 import pytest
 import tinyrun
 
-from jaxprune import checkpoint, cli, data, disk, exits, path_io, peers
+from jaxprune import (
+    checkpoint,
+    cli,
+    data,
+    disk,
+    exits,
+    path_io,
+    peers,
+    predict,
+    report,
+    streams,
+)
 from jaxprune.base import (
     CheckpointError,
     ConfigError,
@@ -211,11 +223,37 @@ def test_a_full_disk_is_named_wherever_it_is_met(tmp_path):
 def test_a_file_that_is_refused_stays_what_it_was(tmp_path):
     file = tmp_path / "config.json"
     disk.write(file, b"before")
-    (tmp_path / "config.json.partial").symlink_to(FULL)
     for sync in (True, False):
+        (tmp_path / "config.json.partial").symlink_to(FULL)
         with pytest.raises(DiskError, match="config.json: cannot be written"):
             disk.write(file, b"after", sync=sync)
         assert file.read_bytes() == b"before"
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("which", ["overlay", "labels", "uncertainty"])
+def test_pictures_on_a_full_disk_are_named_and_whole_or_absent(tmp_path, which):
+    def apply(variables, images, train=False, sample=False, rngs=None):
+        return images[..., :2]
+
+    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    source, out = tmp_path / "in.png", tmp_path / "out"
+    report.save_png(source, noise)
+    classes = {"names": ["a", "b"], "colors": [[9, 9, 9]] * 2}
+    info = {"classes": classes, "size": [8, 12]}
+    net = types.SimpleNamespace(apply=apply, variables={}, info=info)
+    frames = [streams.Frame("in", noise)]
+    calls = [lambda: predict.write(net, [source], out, labels=True, samples=2)]
+    if which != "uncertainty":
+        calls.append(lambda: streams.write(net, frames, out, labels=True))
+    for call in calls:
+        out.mkdir(exist_ok=True)
+        name = f"in_{which}.png"
+        (out / f"{name}.partial").symlink_to(FULL)
+        with pytest.raises(DiskError, match=f"{name}: cannot be written .*free some"):
+            list(call())
+        assert not list(out.glob(f"{name}*"))
 
 
 def test_a_file_and_its_name_are_on_the_disk_with_sync(tmp_path, monkeypatch):

@@ -121,6 +121,17 @@ def test_another_walk_and_damage_are_named(tmp_path):
     ):
         with pytest.raises(DataError, match=f"another walk: .*{name}"):
             walk(file, **options)
+    kept, more = tmp_path / "more.jsonl", {"a": 1, "b": 2}
+    path_io.write(kept, (), more)
+    for now, said in (
+        ({"a": 1}, "b .there 2, now not given."),
+        ({**more, "c": None}, "c .there not given, now None."),
+    ):
+        with pytest.raises(DataError, match=f"another walk: {said}; set this back"):
+            path_io.resume(kept, now)
+    path_io.write(kept, ())
+    with pytest.raises(DataError, match="another walk: it does not tell of which"):
+        path_io.resume(kept, {})
     other = jax.tree.map(lambda x: x + 1, VARIABLES)
     with pytest.raises(DataError, match="another walk: variables"):
         prune_path(

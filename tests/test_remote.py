@@ -3,14 +3,15 @@
 
 import sys
 
+import jax
 import numpy as np
 import pytest
 import toygraphs
 from saved import assert_identical, small_network
 
 import jaxprune as jp
-from jaxprune import checkpoint, integrity, remote
-from jaxprune.base import CheckpointError
+from jaxprune import checkpoint, integrity, models, remote
+from jaxprune.base import CheckpointError, GraphError
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -145,7 +146,21 @@ def test_an_export_is_written_to_a_url_and_read_from_it(url, tmp_path, monkeypat
     with pytest.raises(CheckpointError, match="exists; pass overwrite=True"):
         jp.export(small_network(), url, x)
     assert {path.name for path in tmp_path.iterdir()} <= {"served", "bucket"}
-    np.testing.assert_array_equal(jp.load_export(url)(x), jp.load_export(folder)(x))
+    run = jp.load_export(f"{url}/")
+    np.testing.assert_array_equal(run(x), jp.load_export(folder)(x))
+    with pytest.raises(GraphError, match=f"^{url}/model.stablehlo takes .*given"):
+        run(x[:, :2])
+
+
+def test_a_network_of_other_arrays_is_named_by_its_url(url):
+    net = models.build("segnet_basic", {"num_classes": 3, "widths": [4] * 4})
+    x = np.ones((1, 16, 16, 3), np.float32)
+    pruned = jp.prune(net.apply, net.init(jax.random.key(0), x), x, budget=jp.flops(1))
+    other = {"name": "segnet_basic", "args": {"num_classes": 5, "widths": [4] * 4}}
+    jp.save(url, pruned, network=other)
+    with pytest.raises(CheckpointError, match=f"^{url}/jaxprune.json: its network = "):
+        loaded = jp.load(url)
+        loaded.apply(loaded.variables, x)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import tinyrun
 
 import jaxprune as jp
-from jaxprune import checkpoint, cli, graph_io
+from jaxprune import checkpoint, cli, graph_io, path_io
 from jaxprune.base import BudgetError, CheckpointError, ConfigError
 from jaxprune.train import choose, cut, cutout, loop, points, run, stages
 from jaxprune.train.config import Config, Data, Fit, Network, Prune, to_json
@@ -117,6 +117,18 @@ def test_the_walk_counts_as_the_evaluation_does(tmp_path):
     np.testing.assert_array_equal(step.sums["confusion"], total)
     assert step.counted == 5
     assert points.miou(step) == measures(total)["miou"]
+
+
+def test_copies_beside_a_walk_are_no_rounds(tmp_path):
+    path_io.write(points.file(tmp_path, 2), ())
+    for name in ("2 copy", "2-old", "x"):
+        path_io.write(tmp_path / "path" / f"{name}.jsonl", ())
+    assert points.load(tmp_path)[0] == 2
+
+
+def test_a_split_of_another_name_is_refused():
+    with pytest.raises(ConfigError, match="'tset': must be one of train, val, test"):
+        stages.load_split(CONFIG, "tset")
 
 
 def test_every_estimate_of_a_config_is_known():

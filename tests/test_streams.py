@@ -207,13 +207,14 @@ def test_labels_leave_one_after_another_and_no_more_is_held(tmp_path: Any) -> No
 def test_the_command_from_standard_input_to_standard_output(monkeypatch: Any) -> None:
     image = images(1)[0]
     out = io.BytesIO()
+    text = io.TextIOWrapper(out)
     monkeypatch.setattr(inspection, "saved", lambda folder: folder)
     monkeypatch.setattr(checkpoint, "load", lambda folder: NET)
     monkeypatch.setattr(
         sys, "stdin", types.SimpleNamespace(buffer=Pipe(image.tobytes()))
     )
     with monkeypatch.context() as patched:
-        patched.setattr(sys, "stdout", types.SimpleNamespace(buffer=out))
+        patched.setattr(sys, "stdout", text)
         argv = ["predict", "net", "-", "--raw", "8x12", "--out", "-", "--labels"]
         assert cli.main(argv) == 0
     out.seek(0)

@@ -6,6 +6,7 @@ Needs matplotlib and pillow, no accelerator and no JAX.
 
 from jaxprune.report.files import Record, read
 from jaxprune.report.pictures import (
+    as_png,
     colorize,
     legend,
     overlay,
@@ -19,6 +20,7 @@ from jaxprune.report.tables import results_rows, results_table
 
 __all__ = [
     "Record",
+    "as_png",
     "colorize",
     "frontier",
     "legend",

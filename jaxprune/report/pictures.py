@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of labels: in colours, over an image, side by side, with a legend."""
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from jaxprune import disk
 
 INK = (32, 32, 32)
 GAP = 4  # white pixels between the pictures of a strip
@@ -110,8 +115,17 @@ def with_legend(
     return np.concatenate([picture, legend(names, colors, width)])
 
 
-def save_png(path, picture: np.ndarray) -> None:
-    """Write uint8[H, W, 3] (or [H, W]) as a PNG file."""
+def as_png(picture: Any) -> bytes:
+    """A picture of PIL, or uint8[H, W, 3] or [H, W], as a PNG file's content."""
     from PIL import Image
 
-    Image.fromarray(picture).save(path, format="PNG")
+    content = io.BytesIO()
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    picture.save(content, format="PNG")
+    return content.getvalue()
+
+
+def save_png(path: Path, picture: Any) -> None:
+    """Write what `as_png` takes, whole or not at all; DiskError where it is refused."""
+    disk.write(path, as_png(picture), sync=False)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
 
 _FILE = "evaluation.json"
+# What reading a document of another form ends in.
+_NO_EVALUATION = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Contender(NamedTuple):
@@ -41,16 +44,14 @@ class Contender(NamedTuple):
 def evaluate_stage(
     job: Job, networks: Mapping[str, Contender], progress: Progress
 ) -> dict[str, Any]:
-    """Measure all, write evaluation.json and samples.npz, print the closing card."""
+    """Measure all, write evaluation.json and samples.npz, print the closing card.
+
+    Raises CheckpointError for a file that is there and is no evaluation.
+    """
     file = job.workdir / _FILE
     if file.exists():
         progress.note("evaluate: done already")
-        try:
-            evaluation = formats.parse(formats.read_text(file))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{file} is damaged ({error}); delete it to evaluate again"
-            ) from error
+        evaluation = _read(file)
     else:
         classes = job.splits.train.classes
         progress.rewind("evaluate", -1)
@@ -72,7 +73,8 @@ def evaluate_stage(
         if jax.process_index() == 0:
             _samples(job, forwards)
         write_json(file, evaluation)
-    _closing_card(evaluation, progress)
+    names = list(evaluation["networks"])
+    progress.card("dense against pruned", _card_rows(evaluation), ("", *names))
     return evaluation
 
 
@@ -86,6 +88,19 @@ def as_text(result: Mapping[str, Any], names: Sequence[str]) -> str:
     for name, iou in zip(names, result["per_class_iou"], strict=True):
         lines.append(f"{'IoU ' + name:20} {_number(iou, 4)}")
     return "\n".join(lines)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """An evaluation that holds all that the closing card shows."""
+    try:
+        evaluation = formats.parse(formats.read_text(file))
+        _card_rows(evaluation)
+    except _NO_EVALUATION as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise CheckpointError(
+            f"{file} is damaged ({reason}); delete it to evaluate again"
+        ) from error
+    return evaluation
 
 
 def _judged(job: Job, contender: Contender, name: str, progress: Progress) -> dict:
@@ -158,13 +173,13 @@ def _samples(job: Job, forwards: Mapping[str, Callable[[Any], Any]]) -> None:
     disk.write(job.workdir / "samples.npz", archive.getvalue())
 
 
-def _closing_card(evaluation: Mapping[str, Any], progress: Progress) -> None:
+def _card_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The closing card: a title and each network's text, a row each."""
     networks = evaluation["networks"]
-    names = list(networks)
     dense = networks["dense"]
 
     def row(title: str, value: Any) -> tuple[str, ...]:
-        return (title, *(value(networks[n]) for n in names))
+        return (title, *map(value, networks.values()))
 
     def share(n: Any, key: str) -> str:
         return f"{n['cost'][key]:,} ({n['cost'][key] / dense['cost'][key]:.0%})"
@@ -194,7 +209,7 @@ def _closing_card(evaluation: Mapping[str, Any], progress: Progress) -> None:
     for key, title in (("1", "ms, batch 1"), ("N", f"ms, batch {batch}")):
         rows.append(row(title, lambda n, k=key: _number(n["latency_ms"][k], 1)))
     rows.append(row("epochs", lambda n: f"{n['epochs']:g}"))
-    progress.card("dense against pruned", rows, ("", *names))
+    return rows
 
 
 def _worst(values: list[float | None], count: int) -> list[int]:

@@ -33,7 +33,7 @@ def check_free(config: Config, workdir: Path) -> None:
     """Raise ConfigError unless the folder is empty, new, or made by this config."""
     path = workdir / CONFIG
     if path.exists():
-        _compare(config, path.read_text("utf-8"), workdir)
+        _compare(config, _text(path), workdir)
     elif workdir.exists() and not _empty(workdir):
         raise ConfigError(
             f"{workdir} is no work folder (no {CONFIG}), and not empty; choose another "
@@ -133,9 +133,9 @@ def _contents(split: Split) -> dict[str, Any]:
 
 
 def read_config(workdir: Path) -> Config:
-    """The config that made a work folder; ConfigError where there is none."""
+    """The config that made a work folder; ConfigError for none, or a damaged one."""
     try:
-        return configs.from_json((workdir / CONFIG).read_text("utf-8"))
+        return configs.from_json(_text(workdir / CONFIG))
     except OSError as error:
         hint = "give the --workdir of a 'jaxprune run'"
         if checkpoint.is_saved(workdir):
@@ -157,6 +157,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file all at once, from the first process."""
     write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def _text(path: Path) -> str:
+    try:
+        return formats.read_text(path)
+    except ValueError as error:  # no UTF-8
+        raise ConfigError(
+            f"{path} is damaged ({error}); choose another --workdir"
+        ) from error
 
 
 def _compare(config: Config, text: str, folder: Path) -> None:

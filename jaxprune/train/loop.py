@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxprune import checkpoint, data, integrity, peers
+from jaxprune import checkpoint, data, formats, integrity, peers
 from jaxprune.base import Apply, CheckpointError, NonFinite, PyTree, path_str
 from jaxprune.graph_io import graph_from_json
 from jaxprune.sharded import fetched
@@ -371,11 +371,12 @@ def _non_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> Non
 
 
 def _whose(job: Job, parameter: str) -> str:
-    """The groups whose channels a parameter holds, where the graph is there."""
-    file = job.workdir / "graph.json"
-    if not file.exists():
+    """The groups whose channels a parameter holds, where the graph can be read."""
+    try:
+        text = formats.read_text(job.workdir / "graph.json")
+        groups = graph_from_json(text).groups.values()
+    except (OSError, ValueError):  # what is told here is the loss, not the file
         return ""
-    groups = graph_from_json(file.read_text("utf-8")).groups.values()
     path = f"params/{parameter}"
     names = [g.name for g in groups if any(path_str(s.path) == path for s in g.slots)]
     return f" (of the group {', '.join(names)})" if names else ""

@@ -29,7 +29,8 @@ def load(workdir: Path, number: int | None = None) -> tuple[int, Walked]:
 
     Raises CheckpointError where the run has walked none, DataError for a damaged file.
     """
-    found = sorted(int(p.stem) for p in (workdir / "path").glob("[0-9]*.jsonl"))
+    files = (workdir / "path").glob("*.jsonl")
+    found = sorted(int(p.stem) for p in files if p.stem.isdecimal())
     if not found or (number is not None and number not in found):
         if found:
             rounds = ", ".join(map(str, found))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprune import disk
+from jaxprune import disk, formats
 from jaxprune.graph_io import bar
 from jaxprune.train import vitals
 
@@ -156,15 +156,16 @@ class Progress:
             self._board.rewind(stage, step)
         if not (self.speaks and self.rows.exists()):
             return
-        rows = []
-        for line in self.rows.read_text("utf-8").splitlines():
+        kept = []
+        for line in self.rows.read_bytes().splitlines():
             try:
-                row = json.loads(line)
+                row = formats.parse(line)
             except ValueError:  # cut short by a kill
                 continue
-            if row.get("stage") != stage or row.get("step", 0) <= step:
-                rows.append(line + "\n")
-        disk.write(self.rows, "".join(rows).encode())
+            match row:  # what is no row is dropped as well
+                case {"stage": str(of), "step": int(at)} if of != stage or at <= step:
+                    kept.append(line + b"\n")
+        disk.write(self.rows, b"".join(kept))
 
     def _rate(self) -> float:
         """Steps a second since the first one, which was compiled."""

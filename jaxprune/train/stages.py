@@ -34,6 +34,8 @@ from jaxprune.train.loop import Job, Splits, confusion_of, train
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
 
+_SPLITS = ("train", "val", "test")
+
 
 def run(
     config: Config,
@@ -60,7 +62,7 @@ def run(
     _check_devices(config)
     workdir = Path(os.path.abspath(workdir))
     folder.check_free(config, workdir)
-    splits = Splits(*(load_split(config, n) for n in ("train", "val", "test")))
+    splits = Splits(*(load_split(config, n) for n in _SPLITS))
     _check_choice(config, splits.val)
     args = network_args(config, len(splits.train.classes))
     if not (workdir / "graph.json").exists():
@@ -129,7 +131,8 @@ def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
     """The pruned network of a finished run on one split of its data set.
 
     Returns miou, global_accuracy, class_accuracy, per_class_iou and confusion. Raises
-    ConfigError or CheckpointError for a folder that holds no finished run.
+    ConfigError for a split of another name, and ConfigError or CheckpointError for a
+    folder that holds no finished run.
     """
     workdir = Path(workdir)
     config = folder.read_config(workdir)
@@ -178,10 +181,15 @@ def network_args(config: Config, classes: int) -> dict[str, Any]:
 
 
 def load_split(config: Config, name: str, *, evaluated: bool = False) -> data.Split:
-    """A split of the data; 'train' as stored for training, unless it is evaluated."""
+    """A split of the data; 'train' as stored for training, unless it is evaluated.
+
+    Raises ConfigError for a name that is none of 'train', 'val' and 'test'.
+    """
+    if name not in _SPLITS:
+        raise ConfigError(f"split {name!r}: must be one of {', '.join(_SPLITS)}")
     where = config.data
     stored = where.stored if name == "train" and not evaluated else None
-    count = where.counts and where.counts[("train", "val", "test").index(name)]
+    count = where.counts and where.counts[_SPLITS.index(name)]
     return data.load(
         where.source, where.root, name, stored or where.size, where.cache, count=count
     )
