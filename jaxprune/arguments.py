@@ -233,6 +233,9 @@ def _add_export(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--int8", action="store_true", help="weights in a quarter")
     verb.add_argument("--onnx", action="store_true", help="an ONNX file instead")
+    verb.add_argument(
+        "--overwrite", action="store_true", help="an export that is at OUT already"
+    )
 
 
 def _add_path(verb: argparse.ArgumentParser) -> None:

@@ -243,7 +243,15 @@ def _export(args: argparse.Namespace) -> int:
     pruned = checkpoint.load(inspection.saved(args.folder))
     images = images_of(pruned, args.folder, size=args.size, batch=args.batch)
     if args.onnx:
-        print(export_onnx(pruned, args.out, images, fold=args.fold, train=False))
+        file = export_onnx(
+            pruned,
+            args.out,
+            images,
+            fold=args.fold,
+            overwrite=args.overwrite,
+            train=False,
+        )
+        print(file)
         return 0
     written = export(
         pruned,
@@ -253,6 +261,7 @@ def _export(args: argparse.Namespace) -> int:
         platforms=args.platforms,
         fold=args.fold,
         weights="int8" if args.int8 else "float",
+        overwrite=args.overwrite,
         train=False,
     )
     print(written)

@@ -83,9 +83,8 @@ def export(
         return str(path)
     folder = Path(os.path.abspath(path))
     if folder.exists() and not (overwrite and (folder / _PROGRAM).is_file()):
-        hint = (
-            "pass overwrite=True" if (folder / _PROGRAM).is_file() else "name another"
-        )
+        taken = (folder / _PROGRAM).is_file()
+        hint = "pass overwrite=True (--overwrite)" if taken else "name another"
         raise CheckpointError(f"{folder} exists; {hint}")
     if folder.exists():
         integrity.check_own(folder)

@@ -49,7 +49,9 @@ def export_onnx(
         raise CheckpointError(f"{path}: write the file here, and copy it there")
     file = Path(os.path.abspath(path))
     if file.exists() and not overwrite:
-        raise CheckpointError(f"{file} exists; name another or pass overwrite=True")
+        raise CheckpointError(
+            f"{file} exists; name another or pass overwrite=True (--overwrite)"
+        )
     jax2onnx, runtime = _package("jax2onnx"), _package("onnxruntime")
     structs = [struct(x) for x in inputs]
     if fold:

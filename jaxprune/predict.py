@@ -125,7 +125,7 @@ def write(
     stems = _stems(files)
     for file in files:  # all are looked at first: no work is half done
         read_image(file)
-    size = _size_to_run_at(pruned, size, batch)
+    size = size_to_run_at(pruned, size, batch)
     if samples:
         _check_dropout(pruned)
     out.mkdir(parents=True, exist_ok=True)
@@ -280,7 +280,7 @@ def _inputs(
     batch: int,
 ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
     """(some images, the same at the network's size, filled up to a whole batch)."""
-    at = _size_to_run_at(pruned, size, batch)
+    at = size_to_run_at(pruned, size, batch)
     for some in _batches(images, batch, alike=at == "native"):
         shape = some[0].shape[:2] if at == "native" else at
         inputs = [_resized(image, shape) for image in some]
@@ -288,7 +288,7 @@ def _inputs(
         yield some, np.stack(inputs)
 
 
-def _size_to_run_at(
+def size_to_run_at(
     pruned: Any, size: Size | Literal["native"] | None, batch: int
 ) -> Size | Literal["native"]:
     """The given one, or else the training size; ConfigError for none, or no room."""

@@ -52,8 +52,8 @@ def frames(
     '-' is standard input (or `stdin`): PNG, JPEG and PPM images one after another, or,
     with raw=(H, W), bare RGB frames of 3 H W bytes; each picture of a file of several,
     as of some phones (MPO), is a frame. Nothing is read beyond a frame that a pipe has
-    not given yet. Raises DataError that names the
-    input, or the number of the frame, for what is missing, empty, damaged or cut off.
+    not given yet. Raises DataError that names the input, or the number of the frame,
+    for what is missing, empty, damaged or cut off.
     """
     for entry in inputs:
         if str(entry) == STDIN:
@@ -87,6 +87,7 @@ def write(
     as `predict.write`.
     """
     names, colors = predict.classes(pruned)
+    size = predict.size_to_run_at(pruned, size, batch)  # before a folder is made
     damage: list[DataError] = []
     first, second = tee(_until_damaged(source, damage))
     found = predict.predict(pruned, (f.image for f in first), size=size, batch=batch)

@@ -207,7 +207,9 @@ def test_the_command_writes_what_python_does(
     want = np.asarray(jax.jit(pruned.apply)(pruned.variables, x))
     assert np.abs(np.asarray(jp.load_export(out)(x)) - want).max() < 0.1
     assert cli.main(argv) == exits.BAD_INPUT
-    assert "out exists" in capsys.readouterr().err
+    assert "out exists; pass overwrite=True (--overwrite)" in capsys.readouterr().err
+    assert cli.main([*argv, "--overwrite"]) == 0
+    capsys.readouterr()
 
     plain = ["export", str(net), "--out", str(tmp_path / "one"), "--batch", "2"]
     assert cli.main([*plain, "--size", "32x64"]) == 0

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxprune import checkpoint, formats, graph_io, steering
+from jaxprune import checkpoint, formats, graph_io, peers, steering
 from jaxprune.base import (
     EDGES,
     CheckpointError,
@@ -240,8 +240,10 @@ def restated(job: Job, variables: PyTree) -> PyTree:
         )
         return {**variables, **updated}
 
-    for batch in choose.estimates(job, job.config.prune.statistics):
-        variables = see(variables, batch)
+    with peers.watched(one := "batch of statistics") as beat:
+        for batch in choose.estimates(job, job.config.prune.statistics):
+            variables = jax.block_until_ready(see(variables, batch))
+            beat(one)
     return layouts.settled(variables)
 
 
