@@ -160,12 +160,7 @@ def _walk(program: jx.Program, args: Sequence[Value], state: _State) -> list[Val
     env: dict[Any, Value] = {}
     for var, const in zip(program.constvars, program.consts, strict=True):
         env[var] = constant(const)
-    uses = Counter(
-        atom
-        for atoms in (*(e.invars for e in program.eqns), program.outvars)
-        for atom in atoms
-        if not jx.is_literal(atom)
-    )
+    uses = program.uses()
 
     def read(atom: Any) -> Value:
         return constant(atom.val) if jx.is_literal(atom) else env[atom]

@@ -7,7 +7,6 @@ not depend on the input: a bias, batch norm with its running statistics, a scale
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -84,19 +83,10 @@ def _walk(
     program: jx.Program, args: Sequence[Any], tags: _Tags, found: _Found
 ) -> tuple[list[Any], list[_Tag | None]]:
     """The program's outputs and what they are; products are noted in `found`."""
-    env = dict(zip(program.invars, args, strict=True))
-    env.update(zip(program.constvars, program.consts, strict=True))
+    env, read = program.begun(args)
     known: dict[Any, _Tag | None] = dict(zip(program.invars, tags, strict=True))
     known.update((var, _FREE) for var in program.constvars)
-    uses = Counter(
-        atom
-        for atoms in (*(e.invars for e in program.eqns), program.outvars)
-        for atom in atoms
-        if not jx.is_literal(atom)
-    )
-
-    def read(atom: Any) -> Any:
-        return atom.val if jx.is_literal(atom) else env[atom]
+    uses = program.uses()
 
     def tag(atom: Any) -> _Tag | None:
         return _FREE if jx.is_literal(atom) else known[atom]

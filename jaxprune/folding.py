@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import absorb
-from jaxprune import jaxpr as jx
 from jaxprune.base import Apply, Graph, GraphError, Path, PyTree, key_path, path_str
-from jaxprune.trace import abstract_inputs, is_arraylike, struct
+from jaxprune.taps import program_of
+from jaxprune.trace import struct
 
 # Beside a kernel that took up a batch norm, under its name with this behind it.
 SUFFIX = "_folded_bias"
@@ -64,7 +64,7 @@ def fold_batch_norm(
     flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
     paths = [key_path(keys) for keys, _ in flat]
     template = jax.tree.unflatten(treedef, [struct(x) for _, x in flat])
-    program, _, given = _opened(apply, template, inputs, kwargs)
+    program, _, given = program_of(apply, template, inputs, kwargs)
     found = absorb.look(program, [struct(x) for _, x in flat], given)
 
     def parts(arrays: list[Any]) -> dict[int, tuple[Any, Any]]:
@@ -114,7 +114,7 @@ def folded(apply: Apply, template: PyTree) -> Apply:
             functools.partial(_leaf, held, path, like)
             for path, like in zip(paths, structs, strict=True)
         ]
-        program, out, given = _opened(apply, template, inputs, kwargs)
+        program, out, given = program_of(apply, template, inputs, kwargs)
         values, used = absorb.run(program, leaves, structs, given, biases)
         missing = [path_str(paths[n]) for n in biases if n not in used]
         if missing:
@@ -160,22 +160,6 @@ def unfolded(
 def bias_path(kernel: Path) -> Path:
     """Where the folded bias of a kernel lies."""
     return (*kernel[:-1], kernel[-1] + SUFFIX)
-
-
-def _opened(
-    apply: Apply, template: PyTree, inputs: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[jx.Program, PyTree, list[Any]]:
-    """The program at the template's shapes, its outputs' tree, the arrays given."""
-    treedef = jax.tree.structure(template)
-    abstract, rebuild = abstract_inputs((tuple(inputs), dict(kwargs)))
-    given = [x for x in jax.tree.leaves((inputs, kwargs)) if is_arraylike(x)]
-
-    def plain(leaves: list[Any], arrays: list[Any]) -> Any:
-        args, more = rebuild(arrays)
-        return apply(jax.tree.unflatten(treedef, leaves), *args, **more)
-
-    program, out = jx.trace(plain, jax.tree.leaves(template), abstract)
-    return program, out, given
 
 
 def _biases(paths: Sequence[Path], held: Mapping[Path, Any]) -> dict[int, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,20 @@ class Program(NamedTuple):
     consts: Sequence[Any]
     eqns: Sequence[Eqn]
     outvars: Sequence[Any]
+
+    def begun(self, args: Sequence[Any]) -> tuple[dict[Any, Any], Callable[[Any], Any]]:
+        """(values of the variables, so far inputs and constants; how to read an atom).
+
+        What runs the equations adds their outputs to the first.
+        """
+        env = dict(zip(self.invars, args, strict=True))
+        env.update(zip(self.constvars, self.consts, strict=True))
+        return env, lambda atom: atom.val if is_literal(atom) else env[atom]
+
+    def uses(self) -> Counter[Any]:
+        """How often each variable is an operand or an output."""
+        places = (*(eqn.invars for eqn in self.eqns), self.outvars)
+        return Counter(a for atoms in places for a in atoms if not is_literal(a))
 
 
 def program(jaxpr: Any) -> Program:

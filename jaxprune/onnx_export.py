@@ -100,12 +100,7 @@ def _drawn(rng: np.random.Generator, struct: jax.ShapeDtypeStruct) -> np.ndarray
 
 
 def _run(program: jx.Program, args: Any) -> list[Any]:
-    env = dict(zip(program.invars, args, strict=True))
-    env.update(zip(program.constvars, program.consts, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if jx.is_literal(atom) else env[atom]
-
+    env, read = program.begun(args)
     for eqn in program.eqns:
         outs = jx.bind(eqn, *map(read, eqn.invars))
         env.update(zip(eqn.outvars, outs, strict=True))

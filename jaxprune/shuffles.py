@@ -8,7 +8,6 @@ one, each channel has one image, and is cut by itself.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -83,12 +82,7 @@ def with_shuffles(program: jx.Program) -> Sequence[jx.Eqn]:
             found[id(eqn)] = shuffle
     if not found:
         return program.eqns
-    uses = Counter(
-        atom
-        for atoms in (*(eqn.invars for eqn in program.eqns), program.outvars)
-        for atom in atoms
-        if not jx.is_literal(atom)
-    )
+    uses = program.uses()
     hidden: set[int] = set()
     for last, shuffle in list(found.items()):
         inner = shuffle.eqns[:-1]

@@ -167,18 +167,26 @@ def opened(
 
     The variables come first, then the arrays among the inputs.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
-    arrays = [x for _, x in flat]
-    abstract, rebuild = abstract_inputs((inputs, kwargs))
+    flat, _ = jax.tree_util.tree_flatten_with_path(variables)
+    program, out, given = program_of(f, jax.tree.map(struct, variables), inputs, kwargs)
+    paths = [key_path(keys) for keys, _ in flat]
+    return program, out, paths, [*(jnp.asarray(x) for _, x in flat), *given]
+
+
+def program_of(
+    f: Apply, template: PyTree, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[jx.Program, PyTree, list[Any]]:
+    """f's program at the template's shapes, its outputs' tree, the arrays given."""
+    treedef = jax.tree.structure(template)
+    abstract, rebuild = abstract_inputs((tuple(inputs), dict(kwargs)))
     given = [x for x in jax.tree.leaves((inputs, kwargs)) if is_arraylike(x)]
 
-    def plain(flat_variables: list[Any], flat_inputs: list[Any]) -> Any:
-        args, more = rebuild(flat_inputs)
-        return f(jax.tree.unflatten(treedef, flat_variables), *args, **more)
+    def plain(leaves: list[Any], arrays: list[Any]) -> Any:
+        args, more = rebuild(arrays)
+        return f(jax.tree.unflatten(treedef, leaves), *args, **more)
 
-    program, out = jx.trace(plain, [struct(x) for x in arrays], abstract)
-    paths = [key_path(keys) for keys, _ in flat]
-    return program, out, paths, [*map(jnp.asarray, arrays), *given]
+    program, out = jx.trace(plain, jax.tree.leaves(template), abstract)
+    return program, out, given
 
 
 def run_products(
@@ -196,12 +204,8 @@ def run_products(
     gives the outputs, or None for the usual ones. Of the equations that call a program,
     `calls` that take a variable are run in place.
     """
-    env = dict(zip(program.invars, args, strict=True))
-    env.update(zip(program.constvars, program.consts, strict=True))
+    env, read = program.begun(args)
     leaf = dict(zip(program.invars, origins, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if jx.is_literal(atom) else env[atom]
 
     def number(atom: Any) -> int | None:
         return None if jx.is_literal(atom) else leaf.get(atom)
