@@ -4,6 +4,8 @@
 import argparse
 from collections.abc import Callable, Mapping
 
+import jaxprune
+
 # What each verb does: as the list of verbs says it, and what its own help adds.
 RUN = (
     "train, prune, retrain, evaluate and report",
@@ -78,6 +80,9 @@ def parser(functions: Mapping[str, Callable[..., int]]) -> argparse.ArgumentPars
         prog="jaxprune",
         description="Structural pruning of JAX networks.",
         epilog="jaxprune VERB --help tells more about one verb",
+    )
+    top.add_argument(
+        "--version", action="version", version=f"jaxprune {jaxprune.__version__}"
     )
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name, (short, more), add_arguments in (

@@ -44,6 +44,15 @@ class Budget:
             )
 
 
+def check(budget: Any) -> None:
+    """Raise BudgetError for anything but a Budget, such as a bare 0.4."""
+    if not isinstance(budget, Budget):
+        raise BudgetError(
+            f"budget={budget!r:.80}: say of what, by jaxprune.flops(0.4), "
+            "params, channels, bytes or latency"
+        )
+
+
 def flops(ratio: float) -> Budget:
     """At most `ratio` of the dense network's FLOPs stay; BudgetError outside (0, 1]."""
     return Budget("flops", ratio)

@@ -175,6 +175,11 @@ def _eval(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     from jaxprune import checkpoint, inspection, predict, streams
 
+    out = Path(args.out)
+    if out.suffix.lower() in predict.SUFFIXES and not out.is_dir():
+        raise base.ConfigError(
+            f"--out {out}: the overlays of all inputs go to a folder; name that"
+        )
     if args.out == streams.STDIN or any(map(streams.is_stream, args.inputs)):
         return _predict_stream(args)
     files = predict.find(args.inputs)
@@ -182,7 +187,7 @@ def _predict(args: argparse.Namespace) -> int:
     for path in predict.write(
         pruned,
         files,
-        Path(args.out),
+        out,
         size=args.size,
         batch=args.batch,
         opacity=args.opacity,

@@ -118,10 +118,23 @@ def graph_table(graph: Graph, keep: Keep | None = None) -> str:
         rows.append([name, str(group.size), *kept, str(len(group.slots)), exact])
     total = [str(sum(int(row[i]) for row in rows)) for i in range(1, len(head) - 1)]
     lines = aligned([head, *rows, [f"{len(rows)} groups", *total, ""]])
+    lines += sets(graph)
     if frozen := _merged(graph):
         head = ["frozen, the first such", "modules", "indices", "cause"]
         lines += ["", *aligned([head, *frozen])]
     return "\n".join(lines)
+
+
+def sets(graph: Graph) -> list[str]:
+    """A line on the groups whose channels are sets, as in grouped convolutions."""
+    counts = {n: g.slots[0].indices.shape[1] for n, g in graph.groups.items()}
+    several = [f"{n} ({counts[n]})" for n in counts if counts[n] > 1]
+    if not several:
+        return []
+    shown = ", ".join(several[:6]) + f" and {len(several) - 6} more" * (
+        len(several) > 6
+    )
+    return ["", f"A channel is a set of several that only go together in: {shown}"]
 
 
 def _merged(graph: Graph) -> list[list[str]]:

@@ -86,7 +86,14 @@ def describe(subject: Subject, *, budget: str | None = None) -> str:
     is cut alike to meet it. Raises BudgetError for another form, or one not to be met.
     """
     graph, keep = subject.graph, _keep(subject, budget)
-    lines = [subject.title, "", *_groups(graph, keep), "", *_costs(graph, keep)]
+    lines = [
+        subject.title,
+        "",
+        *_groups(graph, keep),
+        *graph_io.sets(graph),
+        "",
+        *_costs(graph, keep),
+    ]
     return "\n".join([*lines, "", *_frozen(graph)])
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxprune import budget as budgets
 from jaxprune.base import Apply, PyTree
 from jaxprune.budget import Budget
 from jaxprune.criteria import Criterion, Loss, chain, normalize, score
@@ -45,6 +46,7 @@ def prune(
     Returns Pruned(apply, variables, graph, keep) with the slimmed apply and the shrunk
     variables. Raises what those functions raise.
     """
+    budgets.check(budget)
     graph = trace(apply, variables, *inputs, exact=exact, **kwargs)
     scores = score(
         criterion or chain(magnitude(), normalize()),

@@ -47,13 +47,15 @@ def select(
         down to a possible count; True keeps all}. A later entry wins over an earlier.
 
     Raises:
-      BudgetError: the budget cannot be met; the message says the least ratio that can.
+      BudgetError: the budget cannot be met; the message says the least ratio that can;
+        or it is none, but a bare number.
       GraphError: scores that do not fit the graph or are not finite; an override that
         matches no group.
       ConfigError: multiple_of, min_channels, scope or an override's value is malformed.
     """
     if scope not in ("global", "local"):
         raise ConfigError(f"scope={scope!r}: scope is 'global' or 'local'")
+    budgets.check(budget)
     scores = check_scores(graph, scores)
     counts = allowed_counts(graph, multiple_of, min_channels)
     for name, fraction in _fractions(graph, overrides or {}).items():

@@ -171,9 +171,9 @@ def _inexact(graph: Graph, keep: Keep) -> dict[int, dict[int, np.ndarray]] | Non
     return found or None
 
 
-def _kind(x: Any) -> tuple[Any, bool, Any]:
+def _kind(x: Any) -> tuple[Any, ...]:
     found = struct(x)
-    return found.dtype, found.weak_type, found.sharding
+    return found.shape, found.dtype, found.weak_type, found.sharding
 
 
 def _dense_structs(

@@ -87,7 +87,7 @@ def write(
     as `predict.write`.
     """
     names, colors = predict.classes(pruned)
-    size = predict.size_to_run_at(pruned, size, batch)  # before a folder is made
+    size = predict.size_to_run_at(pruned, size, batch)
     damage: list[DataError] = []
     first, second = tee(_until_damaged(source, damage))
     found = predict.predict(pruned, (f.image for f in first), size=size, batch=batch)

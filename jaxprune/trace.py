@@ -48,9 +48,10 @@ def trace(
     network's input may freeze anything.
 
     Returns a `Graph`; its groups are in order of first use. Raises GraphError where
-    variables hold no array, or arrays without a key path of their own, and where a
-    module of `strict` is frozen, or there is none of that name.
+    variables hold no array, or arrays without a key path of their own, where a module
+    of `strict` is frozen, or there is none of that name, and for a module as `apply`.
     """
+    _check_function(apply)
     flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
     leaves = _leaves(flat, _nnx_statistics(variables))
     _check_leaves(leaves)
@@ -193,6 +194,21 @@ def _check_leaves(leaves: Sequence[Leaf]) -> None:
                 f"two arrays of the variables are {path_str(leaf.path)}; rename one"
             )
         seen.add(leaf.path)
+
+
+def _check_function(apply: Any) -> None:
+    """Raise GraphError for a Flax module where its function is asked for."""
+    linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
+    if linen is not None and isinstance(apply, linen.Module):
+        raise GraphError(
+            f"apply is a linen module, {type(apply).__name__}; pass .apply"
+        )
+    if nnx is not None and isinstance(apply, nnx.Module):
+        raise GraphError(
+            f"apply is an nnx module, {type(apply).__name__}; pass its state and "
+            "lambda state, *inputs: nnx.merge(graphdef, state)(*inputs), of "
+            "graphdef, state = nnx.split(module)"
+        )
 
 
 def _nnx_statistics(variables: PyTree) -> list[Path]:

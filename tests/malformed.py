@@ -187,6 +187,7 @@ FLAGS = [
     (["eval", "WORK/final"], "no work folder"),
     (["predict", "WORK", "IMAGE"], "--out"),
     (["predict", "WORK", "none.png", "--out", "o"], "none.png"),
+    (["predict", "WORK", "IMAGE", "--out", "one.png"], "folder"),
     (["predict", "WORK", "*.tiff", "--out", "o"], "*.tiff"),
     (["predict", "nowhere", "IMAGE", "--out", "o"], "nowhere"),
     (["predict", "WORK", "IMAGE", "--out", "o", "--batch", "0"], "above 0"),

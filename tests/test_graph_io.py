@@ -251,3 +251,15 @@ def test_keeps_as_text():
     for wrong in (None, ["1"], {"a": [1]}, {"a": "1 0"}, {"a": "12"}, {"a": 101}):
         with pytest.raises(GraphError, match="text of 0 and 1"):
             keep_from_text(wrong)
+
+
+def test_the_table_says_where_channels_are_sets():
+    graph = toygraphs.chain(4, 10)
+    group = graph.groups["l0"]
+    slots = [
+        dataclasses.replace(s, indices=np.arange(4).reshape(2, 2)) for s in group.slots
+    ]
+    group = dataclasses.replace(group, size=2, slots=tuple(slots))
+    graph = dataclasses.replace(graph, groups={**graph.groups, "l0": group})
+    table = graph_table(graph).splitlines()
+    assert table[-1] == "A channel is a set of several that only go together in: l0 (2)"

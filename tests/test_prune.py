@@ -47,3 +47,5 @@ def test_a_budget_out_of_reach_says_what_is_least() -> None:
     apply, variables, x = networks.linen(networks.ResNet)
     with pytest.raises(BudgetError, match="must stay has 0.0258"):
         jp.prune(apply, variables, x, budget=jp.flops(0.001))
+    with pytest.raises(BudgetError, match="budget=0.4: say of what"):
+        jp.prune(apply, variables, x, budget=0.4)

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -309,3 +310,10 @@ def test_rounds_and_their_recoveries_follow_each_other():
         "retrain": [17],
         "scratch": [17],
     }
+
+
+def test_the_headline_tells_where_the_other_network_is_ahead():
+    record = types.SimpleNamespace(evaluation=workfolder.evaluation())
+    told = words.headline(record)
+    record.evaluation["networks"]["pruned"]["splits"]["val"]["miou"] = 0.2
+    assert words.headline(record) == f"{told}; on val .200, dense .410"

@@ -277,3 +277,17 @@ def test_where_channels_were_split_is_seen_behind_what_no_variable_made(
     assert group.size == 3
     keep = {name: np.array([True, False, True])}
     assert jp.verify(apply, graph, keep, variables, x) < 1e-5
+
+
+def test_other_shapes_are_refused_by_every_call() -> None:
+    """Also behind one that has been compiled: the dense tree would run as it is."""
+    apply, variables, x = networks.two_layers(jax.nn.relu)
+    graph = jp.trace(apply, variables, x)
+    keep = networks.random_keep(graph, 0)
+    slim, small = jp.slim(apply, graph, keep), jp.shrink(graph, keep, variables)
+    for _ in range(2):
+        with pytest.raises(GraphError, match="shrunk it is .*jaxprune.shrink"):
+            slim(variables, x)
+        slim(small, x)
+    with pytest.raises(GraphError, match="another keep"):
+        slim(jax.tree.map(lambda leaf: leaf[:1], small), x)

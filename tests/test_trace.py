@@ -11,6 +11,7 @@ import networks
 import numpy as np
 import pytest
 import scipy.sparse
+from flax import nnx
 
 import jaxprune as jp
 from jaxprune.base import INPUT, OUTPUT, GraphError
@@ -344,6 +345,10 @@ def test_errors_name_what_does_not_fit() -> None:
     keep = {name: np.arange(6) < 3}
     with pytest.raises(GraphError, match="hold no array"):
         jp.trace(apply, {}, x)
+    with pytest.raises(GraphError, match="linen module, SegNet; pass .apply"):
+        jp.trace(SegNet(11), variables, x)
+    with pytest.raises(GraphError, match="nnx module, Linear; .*nnx.split.module"):
+        jp.trace(nnx.Linear(3, 6, rngs=nnx.Rngs(0)), variables, x)
     with pytest.raises(GraphError, match="variables are one array"):
         jp.trace(lambda v, x: x @ v, variables["a"], x)
     with pytest.raises(GraphError, match="two arrays of the variables are w"):

@@ -61,6 +61,20 @@ def headline(record: Any) -> str:
     return (
         f"Pruned reaches {share(miou(pruned, split))} mIoU on {split}, dense "
         f"{share(miou(dense, split))}, at {flops} of the FLOPs"
+        + _otherwise(dense, pruned, split)
+    )
+
+
+def _otherwise(dense: Mapping[str, Any], pruned: Mapping[str, Any], split: str) -> str:
+    """The splits on which the other one of two networks is ahead."""
+
+    def ahead(name: str) -> bool:
+        return (miou(pruned, name) or 0) >= (miou(dense, name) or 0)
+
+    return "".join(
+        f"; on {name} {share(miou(pruned, name))}, dense {share(miou(dense, name))}"
+        for name in dense["splits"]
+        if name in pruned["splits"] and ahead(name) != ahead(split)
     )
 
 

@@ -56,6 +56,7 @@ def evaluate_stage(
         classes = job.splits.train.classes
         progress.rewind("evaluate", -1)
         forwards = {n: _forward(c) for n, c in networks.items()}
+        times = _latencies(job.config, forwards)
         evaluation = {
             "classes": list(classes.names),
             "colors": [list(map(int, c)) for c in classes.colors],
@@ -64,7 +65,7 @@ def evaluate_stage(
                     "splits": _judged(job, c, n, progress),
                     "cost": {k: int(v) for k, v in c.cost._asdict().items()},
                     **_nonzero(c),
-                    "latency_ms": _latency(job.config, forwards[n]),
+                    "latency_ms": times[n],
                     "epochs": c.epochs,
                 }
                 for n, c in networks.items()
@@ -135,20 +136,30 @@ def _forward(contender: Contender) -> Callable[[Any], Any]:
     return lambda images: run(variables, images)
 
 
-def _latency(config: Config, forward: Callable[[Any], Any]) -> dict[str, Any]:
-    """Median milliseconds of a compiled call on random images, on one device."""
+def _latencies(
+    config: Config, forwards: Mapping[str, Callable[[Any], Any]]
+) -> dict[str, dict[str, Any]]:
+    """Of each, the median milliseconds of a compiled call on random images.
+
+    On one device; in turns, so that a machine which is busy for a while is so for all.
+    """
     batch, repeats = config.evaluate.batch, config.evaluate.repeats
-    found: dict[str, Any] = {"1": None, "N": None, "batch": batch}
+    found: dict[str, dict[str, Any]] = {
+        n: {"1": None, "N": None, "batch": batch} for n in forwards
+    }
     for name, count in (("1", 1), ("N", batch)) if repeats else ():
         shape = (count, *config.data.size, 3)
         images = jnp.asarray(np.random.default_rng(0).random(shape, np.float32))
-        jax.block_until_ready(forward(images))
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
+        times: dict[str, list[float]] = {n: [] for n in forwards}
+        for forward in forwards.values():  # compiled first
             jax.block_until_ready(forward(images))
-            times.append(time.perf_counter() - start)
-        found[name] = float(np.median(times) * 1e3)
+        for _ in range(repeats):
+            for n, forward in forwards.items():
+                start = time.perf_counter()
+                jax.block_until_ready(forward(images))
+                times[n].append(time.perf_counter() - start)
+        for n, seconds in times.items():
+            found[n][name] = float(np.median(seconds) * 1e3)
     return found
 
 
