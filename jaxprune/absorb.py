@@ -210,7 +210,7 @@ def _equation(eqn: jx.Eqn, ins: Sequence[Value], state: _State) -> Sequence[Valu
     if name in CALLS and any(
         isinstance(x, Affine) or isinstance(x, Free) and x.leaves for x in ins
     ):
-        return _walk(jx.program(eqn.params[CALLS[name]]), ins, state)
+        return _walk(jx.called(eqn), ins, state)
     if all(isinstance(x, Free) for x in ins) and not eqn.effects:
         return free_outputs(eqn, ins)  # type: ignore[arg-type]
     product = _product(eqn, ins, state)

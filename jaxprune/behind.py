@@ -94,9 +94,8 @@ def _walk(
     for eqn in program.eqns:
         values, here = [list(map(g, eqn.invars)) for g in (read, tag)]
         name = eqn.primitive.name
-        inner = {**CALLS, **DERIVED}.get(name)
-        if inner and any(t and t.kind != "free" for t in here):
-            outs, of = _walk(jx.program(eqn.params[inner]), values, here, found)
+        if name in CALLS | DERIVED and any(t and t.kind != "free" for t in here):
+            outs, of = _walk(jx.called(eqn), values, here, found)
         else:
             outs = jx.bind(eqn, *values)
             of = [_after(eqn, values, outs, here, found)] * len(outs)

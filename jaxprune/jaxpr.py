@@ -59,6 +59,12 @@ def program(jaxpr: Any) -> Program:
     return Program(inner.invars, inner.constvars, consts, inner.eqns, inner.outvars)
 
 
+def called(eqn: Eqn) -> Program:
+    """The program that an equation calls; of some, JAX has renamed the parameter."""
+    name = "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
+    return program(eqn.params[name])
+
+
 def trace(f: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
     """The program of f at the shapes and dtypes of args, and its outputs' tree."""
     jaxpr, out = jax.make_jaxpr(f, return_shape=True)(*args)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,22 +21,12 @@ from jaxprune import jaxpr as jx
 from jaxprune.base import Apply, Path, PyTree, key_path
 from jaxprune.trace import abstract_inputs, is_arraylike, struct
 
-# Equations that call a program, and the parameter that holds it.
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "composite": "jaxpr",
-    "core_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
-DERIVED = {
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "call_jaxpr",
-}
+# Equations that call a program; and those that tell its derivative too.
+CALLS = frozenset(
+    ("jit", "pjit", "closed_call", "composite", "core_call")
+    + ("remat", "remat2", "checkpoint")
+)
+DERIVED = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"))
 
 
 class Reading(NamedTuple):
@@ -194,7 +184,7 @@ def run_products(
     args: Sequence[Any],
     origins: Sequence[int | None],
     product: Callable[..., list[Any] | None],
-    calls: Mapping[str, str] = CALLS,
+    calls: Collection[str] = CALLS,
 ) -> tuple[list[Any], list[int | None]]:
     """The program's outputs, and for each the number of the variable that it is.
 
@@ -216,8 +206,7 @@ def run_products(
         of: list[int | None] = [None] * len(eqn.outvars)
         outs = None
         if name in calls and any(n is not None for n in numbers):
-            inner = jx.program(eqn.params[calls[name]])
-            outs, of = run_products(inner, values, numbers, product, calls)
+            outs, of = run_products(jx.called(eqn), values, numbers, product, calls)
         elif name == "convert_element_type":
             of = numbers
             if callable(values[0]):

@@ -16,9 +16,9 @@ from jaxprune.plan import plan
 from jaxprune.walk import Context, Cut, Kept, Rule, Tape, run
 
 
-def _call(name: str, in_place: bool = False) -> Callable[..., Any]:
+def _call(in_place: bool = False) -> Callable[..., Any]:
     def rule(context: Context, eqn: jx.Eqn, ins: Sequence[Value]) -> Any:
-        tape = context.walk(jx.program(eqn.params[name]), ins, in_place)
+        tape = context.walk(jx.called(eqn), ins, in_place)
         return list(tape.outs), tape
 
     return rule
@@ -209,10 +209,10 @@ def _plan(
 
 
 RULES = {
-    "jit": Rule(_call("jaxpr", in_place=True), _rewrite_jit),
-    "composite": Rule(_call("jaxpr", in_place=True), _rewrite_inline),
-    "closed_call": Rule(_call("call_jaxpr", in_place=True), _rewrite_inline),
-    "remat2": Rule(_call("jaxpr"), _rewrite_remat),
-    "custom_jvp_call": Rule(_call("call_jaxpr"), _rewrite_custom_jvp),
-    "custom_vjp_call": Rule(_call("call_jaxpr"), _rewrite_custom_vjp),
+    "jit": Rule(_call(in_place=True), _rewrite_jit),
+    "composite": Rule(_call(in_place=True), _rewrite_inline),
+    "closed_call": Rule(_call(in_place=True), _rewrite_inline),
+    "remat2": Rule(_call(), _rewrite_remat),
+    "custom_jvp_call": Rule(_call(), _rewrite_custom_jvp),
+    "custom_vjp_call": Rule(_call(), _rewrite_custom_vjp),
 }
