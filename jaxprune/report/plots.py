@@ -73,7 +73,7 @@ def curves(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
                 ax.plot(
                     *zip(*points, strict=True),
                     color=color,
-                    linestyle=style,
+                    linestyle=style if len(points) > 1 else "none",
                     marker=marker,
                     markersize=3 if len(points) > 1 else 7,
                     label=label if new else None,
@@ -182,7 +182,7 @@ def path(
                 at = [100 * s["flops"] / whole for s in found]
                 y = [s[key] for s in found]
                 color = PRUNED if name == "chosen" else INK
-                ax.plot(at, y, look, color=color, markersize=size, label=name)
+                ax.plot(at, y, look, color=color, markersize=size, label=name, zorder=3)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=9)
         ax.set_ylabel(label)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a work folder to its report: what is there is shown, what is not is named."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ MISSING = {
     "config.json": "the run's config",
     "graph.json": "the network's graph",
 }
+_TILE = 240  # pixels that a picture of the strips is magnified to, at most
 COUNTED = (
     "FLOPs are 2 x the multiply-adds of convolutions and matrix products of one image, "
     "padding taps counted; activations are what those write."
@@ -80,16 +82,8 @@ def _strips(record: files.Record, out: Path) -> list[str]:
     samples, colors = record.samples, record.evaluation["colors"]
     names = record.evaluation["classes"]
     columns = ("image", "truth", "dense", "pruned")
-    images, truth, dense, pruned = arrays = (
-        samples["images"],
-        samples["truth"],
-        samples["dense"],
-        samples["pruned"],
-    )
-    picture = pictures.strips(images, truth, dense, pruned, colors)
-    head = pictures.headings(columns, picture.shape[1])
-    picture = pictures.with_legend(np.concatenate([head, picture]), names, colors)
-    pictures.save_png(out / "strips.png", picture)
+    arrays = [samples[n] for n in ("images", *columns[1:])]
+    pictures.save_png(out / "strips.png", _as_one(arrays, columns, names, colors))
     parts = [html.legend(names, colors)]
     for i, row in enumerate(zip(*arrays, strict=True)):
         cells = [f"sample_{i}_{name}.png" for name in columns]
@@ -101,6 +95,24 @@ def _strips(record: files.Record, out: Path) -> list[str]:
     title = f"Dense and pruned agree on {100 * same:.0f} % of these pixels"
     note = html.text("Black in the truth: not labelled. As one picture: strips.png.")
     return [html.section(title, *parts, note)]
+
+
+def _as_one(
+    arrays: Sequence[np.ndarray],
+    columns: Sequence[str],
+    names: Sequence[str],
+    colors: Sequence[Sequence[int]],
+) -> np.ndarray:
+    """The samples side by side with headings and a legend; small ones magnified."""
+    times = max(1, _TILE // arrays[0].shape[2])
+    images, truth, dense, pruned = (
+        x.repeat(times, axis=1).repeat(times, axis=2) for x in arrays
+    )
+    picture = pictures.strips(images, truth, dense, pruned, colors)
+    if (truth >= len(names)).any():
+        names, colors = [*names, "not labelled"], [*colors, (0, 0, 0)]
+    head = pictures.headings(columns, picture.shape[1])
+    return pictures.with_legend(np.concatenate([head, picture]), names, colors)
 
 
 def _per_class(record: files.Record, out: Path) -> list[str]:
