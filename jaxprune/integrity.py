@@ -29,7 +29,7 @@ from jaxprune.base import CheckpointError
 MANIFEST = "manifest.sha256.json"
 _VERSION = 2
 _CHUNK = 1 << 20
-_WAY_OUT = "copy the folder anew from where it was saved, or save it again"
+WAY_OUT = "copy the folder anew from where it was saved, or save it again"
 
 
 def sibling(folder: Path, kind: str) -> Path:
@@ -110,15 +110,15 @@ def verify(folder: Path) -> None:
     for name, (size, digest) in listed.items():
         file = folder / name
         if name not in there:
-            raise CheckpointError(f"{file}: damaged, the file is missing; {_WAY_OUT}")
+            raise CheckpointError(f"{file}: damaged, the file is missing; {WAY_OUT}")
         if file.stat().st_size != size:
             raise CheckpointError(
                 f"{file}: damaged, {file.stat().st_size} bytes instead of {size}; "
-                f"{_WAY_OUT}"
+                f"{WAY_OUT}"
             )
         if _digest(file) != digest:
             raise CheckpointError(
-                f"{file}: damaged, its SHA-256 is not the manifest's; {_WAY_OUT}"
+                f"{file}: damaged, its SHA-256 is not the manifest's; {WAY_OUT}"
             )
     for name in sorted(there):
         if name not in listed:
@@ -201,14 +201,14 @@ def _read_manifest(file: Path) -> dict[str, tuple[int, str]]:
         )
     document = read_json(file)
     if not isinstance(document, dict):
-        raise CheckpointError(f"{file}: damaged, no JSON object; {_WAY_OUT}")
+        raise CheckpointError(f"{file}: damaged, no JSON object; {WAY_OUT}")
     unsigned = {name: x for name, x in document.items() if name != "sha256"}
     version, writer = document.get("version"), document.get("jaxprune")
     intact = _signed(unsigned) == file.read_bytes()
     # A newer one may be spelt otherwise.
     if not intact and not (isinstance(version, int) and version > _VERSION):
         raise CheckpointError(
-            f"{file}: damaged, its own SHA-256 does not match; {_WAY_OUT}"
+            f"{file}: damaged, its own SHA-256 does not match; {WAY_OUT}"
         )
     where = str(file) if intact else f"{file}: damaged, or"
     read = formats.reader(_READERS, version, where, CheckpointError, writer)

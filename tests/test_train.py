@@ -259,6 +259,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(whole, tmp_path):
     assert str(file) in str(caught.value) and f"delete {newest}" in str(caught.value)
     older = [p for p in newest.parent.iterdir() if p.name.isdigit() and p != newest]
     assert older and "go on from the step before" in str(caught.value)
+    assert "fallback" not in str(caught.value)  # which no command takes
     for folder in older:
         shutil.rmtree(folder)
     with pytest.raises(

@@ -191,7 +191,8 @@ def _restore(
         folder = store.directory / str(store.latest() if step is None else step)
         older = [s for s in store.steps() if s < int(folder.name)]
         out = "go on from the step before" if older else "begin this stage anew"
-        raise CheckpointError(f"{error}. To {out}, delete {folder}") from error
+        damage = str(error).partition(f"; {integrity.WAY_OUT}")[0]
+        raise CheckpointError(f"{damage}. To {out}, delete {folder}") from error
     skipped = [(int(a), int(b)) for a, b in meta.get("skipped", [])]
     return state, SoFar(list(meta.get("losses", [])), skipped)
 
