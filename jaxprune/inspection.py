@@ -183,18 +183,26 @@ def _user_function(target: str) -> Subject:
     if isinstance(first, linen.Module):
         inputs = [_struct(x) for x in rest]
         variables = jax.eval_shape(first.init, jax.random.key(0), *inputs)
-        return Subject(target, trace(first.apply, variables, *inputs))
+        return Subject(_at(target, inputs), trace(first.apply, variables, *inputs))
     if isinstance(first, nnx.Module):
         definition, state = nnx.split(first)
 
         def apply(state: Any, *inputs: Any) -> Any:
             return nnx.merge(definition, state)(*inputs)
 
-        return Subject(target, trace(apply, state, *map(_struct, rest)))
+        inputs = [_struct(x) for x in rest]
+        return Subject(_at(target, inputs), trace(apply, state, *inputs))
     if not callable(first):
         raise base.ConfigError(f"{target} returned a {type(first).__name__}; {EXAMPLE}")
-    variables, *inputs = rest
-    return Subject(target, trace(first, variables, *map(_struct, inputs)))
+    variables, *inputs = (rest[0], *map(_struct, rest[1:]))
+    return Subject(_at(target, inputs), trace(first, variables, *inputs))
+
+
+def _at(target: str, inputs: Any) -> str:
+    """The target and its inputs, of which all costs are: a batch of 8 has 8 images'."""
+    arrays = [x for x in jax.tree.leaves(inputs) if hasattr(x, "shape")]
+    shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in arrays)
+    return f"{target} at {shapes}" if shapes else target
 
 
 def _module(name: str, target: str) -> Any:

@@ -300,6 +300,7 @@ def my_nets(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("function", "said"),
     [
+        ("of_linen", r"^my_nets:of_linen at float32\[2, 4\]\n"),
         ("of_linen", "1 group, 7 channels"),
         ("of_linen", r"sort +2 +10 +Dense_1 axis 1, Dense_1/bias axis 0"),
         ("of_nnx", "1 group, 8 channels"),
