@@ -143,6 +143,8 @@ def _box(name: str, box: Box, group: Group | None, kept: int | None) -> str:
         )
     share = 1 if kept is None else kept / group.size
     count = f"{group.size}" if kept is None else f"{group.size} → {kept}"
+    each = group.slots[0].indices.shape[1]
+    unit = "channels" if each == 1 else f"sets of {each} channels"
     note = "" if group.exact else ", not exact"
     slots = "\n".join(f"{path_str(s.path)} axis {s.axis}" for s in group.slots)
     return (
@@ -153,5 +155,5 @@ def _box(name: str, box: Box, group: Group | None, kept: int | None) -> str:
         f'<text x="{middle:.0f}" y="{y + 15:.0f}" text-anchor="middle">'
         f"{escape(words.shorten(name, 30))}</text>"
         f'<text x="{middle:.0f}" y="{y + 30:.0f}" text-anchor="middle" '
-        f'fill="#555555">{count} channels{note}</text></g>'
+        f'fill="#555555">{count} {unit}{note}</text></g>'
     )
