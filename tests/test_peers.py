@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -69,7 +70,9 @@ def test_of_two_processes_both_are_refused_and_none_waits_for_ever(tmp_path):
                 process.kill()
             other = pair[1].communicate()[0]
     assert pair[0].returncode == 75, output
-    assert "lost or stuck (no training step within 12 s)" in output
+    # The stop may fall into a save, whose barriers have the same limit.
+    wait = r"no (training step|answer at '[^']+checkpoints/train/\d+') within 12 s"
+    assert re.search(rf"lost or stuck \({wait}\)", output), output
     assert "refused" in output and "refused" in other
     beats = [tmp_path / f"heartbeat{i}.json" for i in ("", ".1")]
     signs = [json.loads(beat.read_text()) for beat in beats]
