@@ -56,8 +56,7 @@ def bench(
     inputs: arrays; kwargs are static (`train=False`). Each apply is jitted and called
     once before the clock starts. Raises ConfigError for no repeats.
     """
-    if repeats < 1:
-        raise ConfigError(f"bench(repeats={repeats}): must be 1 or more")
+    _check_repeats(repeats)
     ready = {}
     for name, (apply, variables) in networks.items():
         start = time.perf_counter()
@@ -80,6 +79,11 @@ def bench(
     }
 
 
+def _check_repeats(repeats: int) -> None:
+    if repeats < 1:
+        raise ConfigError(f"bench(repeats={repeats}): must be 1 or more")
+
+
 def bench_saved(
     folder: str | Path,
     *,
@@ -100,8 +104,7 @@ def bench_saved(
         raise ConfigError(
             f"bench(batches={batches}): must be numbers from 1 on, (1, 8)"
         )
-    if repeats < 1:
-        raise ConfigError(f"bench(repeats={repeats}): must be 1 or more")
+    _check_repeats(repeats)
     pruned = checkpoint.load(folder)
     net = checkpoint.dense_network(folder, pruned.info)
     at = size or image_size(pruned.info, str(folder))

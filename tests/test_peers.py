@@ -22,6 +22,17 @@ from jaxprune.train.config import Config
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
+
+def two_processes(program, folder):
+    """Both of a pair, started on a folder and a free port, with their output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", program, str(folder), port]
+    how = {"env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return [subprocess.Popen([*command, str(i)], text=True, **how) for i in (0, 1)]
+
+
 PAIR = """
 import sys
 from pathlib import Path
@@ -50,13 +61,8 @@ with peers.patience(12):
 @pytest.mark.slow
 def test_of_two_processes_both_are_refused_and_none_waits_for_ever(tmp_path):
     """A folder that is taken; then a process that stands still."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", PAIR, str(tmp_path), port]
-    how = {"env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with folders.claim(Config(), tmp_path / "taken"):
-        pair = [subprocess.Popen([*command, str(i)], text=True, **how) for i in (0, 1)]
+        pair = two_processes(PAIR, tmp_path)
         try:
             limit = time.monotonic() + 240
             saved = tmp_path / "checkpoints" / "train"
@@ -124,12 +130,7 @@ except BaseException as error:
 @pytest.mark.slow
 def test_a_process_that_dies_in_a_save_is_a_lost_peer_and_no_bad_input(tmp_path):
     """And what a path keeps of a tree in shares is written by both together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-c", LOST, str(tmp_path), port]
-    how = {"env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    pair = [subprocess.Popen([*command, str(i)], text=True, **how) for i in (0, 1)]
+    pair = two_processes(LOST, tmp_path)
     try:
         first, second = (process.communicate(timeout=120)[0] for process in pair)
     finally:
