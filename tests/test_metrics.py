@@ -68,3 +68,51 @@ def test_one_matrix_of_a_split_is_the_sum_over_its_batches():
         for p, t in zip(predicted, truth, strict=True)
     ]
     np.testing.assert_array_equal(sum(parts), counted(predicted, truth, 3))
+
+
+def test_counts_are_of_each_image_and_of_all():
+    rng = np.random.default_rng(1)
+    predicted, truth = rng.integers(0, 3, (2, 4, 5, 6))
+    truth[0, :2] = 255
+    truth[3] = 255
+    logits = jnp.asarray(np.eye(3)[predicted])
+    found = jax.jit(metrics.counts, static_argnums=2)(logits, jnp.asarray(truth), 255)
+    each = [counted(p, t, 3) for p, t in zip(predicted, truth, strict=True)]
+    np.testing.assert_array_equal(found.confusion, sum(each))
+    for image, matrix in zip(found.images, each, strict=True):
+        np.testing.assert_array_equal(image[0], np.diag(matrix))
+        np.testing.assert_array_equal(image[1], matrix.sum(1))
+        np.testing.assert_array_equal(image[2], matrix.sum(0))
+
+
+def test_the_error_of_a_mean_is_the_deviation_over_the_root_of_the_count():
+    # Both classes have 60 pixels in every image, and nothing else is taken for them:
+    # mIoU is a mean over images, whose error is the textbook's, s / sqrt(n).
+    hits = np.random.default_rng(2).integers(20, 50, (30, 2))
+    images = np.stack([hits, np.full_like(hits, 60), hits], 1)
+    iou = (hits / 60).mean(1)
+    expected = iou.std(ddof=1) / np.sqrt(30)
+    np.testing.assert_allclose(metrics.miou_error(images), expected)
+
+
+def test_the_error_is_of_leaving_each_image_out():
+    rng = np.random.default_rng(3)
+    each = rng.integers(0, 50, (12, 4, 4))
+    each[:, 2] = each[:, :, 2] = 0  # a class that never occurs
+    each[7] = 0  # nothing labelled
+    images = np.stack([np.diagonal(each, 0, 1, 2), each.sum(2), each.sum(1)], 1)
+    left = [i for i in range(12) if i != 7]
+    without = [
+        metrics.measures(each[[j for j in left if j != i]].sum(0))["miou"] for i in left
+    ]
+    spread = np.sum((np.array(without) - np.mean(without)) ** 2)
+    expected = np.sqrt(10 / 11 * spread)
+    np.testing.assert_allclose(metrics.miou_error(images), expected)
+    np.testing.assert_allclose(
+        metrics.judged(metrics.Counts(each.sum(0), images))["miou_error"], expected
+    )
+
+
+def test_one_image_has_no_error():
+    assert metrics.miou_error(np.ones((1, 3, 2))) is None
+    assert metrics.miou_error(np.zeros((5, 3, 2))) is None

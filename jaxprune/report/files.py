@@ -140,6 +140,7 @@ def _checked_evaluation(file: Path) -> Any:
             at = f"networks.{name}.splits.{split}"
             if len(result["per_class_iou"]) != classes:
                 raise _damaged(file, f"{at}.per_class_iou has not {classes} entries")
+            _check(result.get("miou_error"), NUMBER, file, f"{at}.miou_error")
             confusion = result.get("confusion")
             if confusion is not None and np.shape(confusion) != (classes, classes):
                 raise _damaged(file, f"{at}.confusion is not {classes} x {classes}")

@@ -193,12 +193,14 @@ def path(
 def frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
     """A comparison's test mIoU against the FLOPs and the milliseconds that stay.
 
-    rows: as of comparison.json. A line a method, with bars of its deviation over seeds.
-    Milliseconds are left out where none were measured.
+    rows: as of comparison.json. A line a method, with bars of its deviation over seeds
+    or, of one seed, of its standard error over images. Milliseconds are left out where
+    none were measured.
     """
     timed = any(r["ms"] is not None for r in rows)
-    figure, axes = _figure(6.4 if timed else 3.2, 2 if timed else 1)
     methods = list(dict.fromkeys(r["method"] for r in rows))
+    height = (6.4 if timed else 3.2) + 0.17 * -(-len(methods) // 3)
+    figure, axes = _figure(height, 2 if timed else 1)
     dense = next((r for r in rows if r["method"] == "dense"), None)
     markers = "osD^vP*X<>"
     fields = ("flops", "FLOPs that stay (%)"), ("ms", "milliseconds, one image")
@@ -210,7 +212,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
             ax.errorbar(
                 [scale * r[field] for r in mine],
                 [r["test"] for r in mine],
-                [r["test_deviation"] or 0.0 for r in mine],
+                [r["test_deviation"] or r["test_error"] or 0.0 for r in mine],
                 marker=markers[i % len(markers)],
                 markersize=5,
                 capsize=2,
@@ -221,7 +223,10 @@ def frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
             ax.axhline(dense["test"], color=GREY, linestyle="--", label="dense")
         ax.set_xlabel(label)
         ax.set_ylabel("test mIoU")
-    axes[0].legend(frameon=False, fontsize=8, ncols=3)
+    lines = axes[0].get_legend_handles_labels()
+    figure.legend(
+        *lines, loc="outside lower center", fontsize=8, ncols=3, frameon=False
+    )
     return _save(figure, file)
 
 

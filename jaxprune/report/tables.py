@@ -60,6 +60,9 @@ def _measures(
     ):
         for split in splits:
             yield f"{label}, {split}", _scored(split, key), words.share, "difference"
+            if key == "miou":
+                error = _scored(split, "miou_error")
+                yield f"its standard error, {split}", error, words.share, ""
     for key, label in (
         ("params", "parameters"),
         ("flops", "FLOPs per image"),

@@ -19,8 +19,8 @@ from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config
 from jaxprune.train.folder import write_json
-from jaxprune.train.loop import Job, confusion_of
-from jaxprune.train.metrics import measures
+from jaxprune.train.loop import Job, counts_of
+from jaxprune.train.metrics import judged
 from jaxprune.train.progress import Progress
 
 _FILE = "evaluation.json"
@@ -82,13 +82,19 @@ def evaluate_stage(
 def as_text(result: Mapping[str, Any], names: Sequence[str]) -> str:
     """One network's measures of one split as lines, a class each."""
     lines = [
-        f"{'mIoU':20} {result['miou']:.4f}",
+        f"{'mIoU':20} {result['miou']:.4f}{_margin(result)}",
         f"{'global accuracy':20} {result['global_accuracy']:.4f}",
         f"{'class accuracy':20} {result['class_accuracy']:.4f}",
     ]
     for name, iou in zip(names, result["per_class_iou"], strict=True):
         lines.append(f"{'IoU ' + name:20} {_number(iou, 4)}")
     return "\n".join(lines)
+
+
+def _margin(result: Mapping[str, Any]) -> str:
+    """mIoU's standard error over images, where there is one."""
+    error = result.get("miou_error")
+    return "" if error is None else f" ± {error:.4f}"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -113,9 +119,8 @@ def _judged(job: Job, contender: Contender, name: str, progress: Progress) -> di
     splits = {}
     for split in ("val", "test"):
         found = getattr(job.splits, split)
-        matrix = confusion_of(evaluate, variables, found, batch)
-        row = measures(matrix)
-        splits[split] = {**row, "confusion": matrix.tolist()}
+        splits[split] = judged(counts_of(evaluate, variables, found, batch))
+        row = {k: v for k, v in splits[split].items() if k != "confusion"}
         place = {"stage": "evaluate", "step": 0, "network": name, "split": split}
         progress.append({**place, **row})
     return splits
@@ -200,9 +205,12 @@ def _card_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
     rows = []
     for split in ("val", "test"):
-        rows.append(
-            row(f"mIoU {split}", lambda n, s=split: f"{n['splits'][s]['miou']:.4f}")
-        )
+
+        def score(network: Any, split: str = split) -> str:
+            found = network["splits"][split]
+            return f"{found['miou']:.4f}{_margin(found)}"
+
+        rows.append(row(f"mIoU {split}", score))
     for index in _worst(dense["splits"]["test"]["per_class_iou"], 3):
         name = evaluation["classes"][index]
         rows.append(

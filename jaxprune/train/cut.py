@@ -33,7 +33,7 @@ from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config, Prune
 from jaxprune.train.folder import write_json
-from jaxprune.train.loop import Job, confusion_of, train
+from jaxprune.train.loop import Job, counts_of, train
 from jaxprune.train.metrics import measures
 from jaxprune.train.progress import Progress
 from jaxprune.train.sparsify import sparsify
@@ -179,9 +179,8 @@ def judge(job: Job, variables: PyTree, number: int, progress: Progress) -> None:
     """A row of how the cut network `job.apply` does on the validation split."""
     layout, ignore = steps.layout_of(job.config.scale), job.splits.val.classes.ignore
     evaluate = jax.jit(steps.make_evaluate(job.apply, ignore, layout))
-    found = measures(
-        confusion_of(evaluate, variables, job.splits.val, job.config.evaluate.batch)
-    )
+    val, batch = job.splits.val, job.config.evaluate.batch
+    found = measures(counts_of(evaluate, variables, val, batch).confusion)
     progress.rewind("prune", number - 1)
     progress.append({"stage": "prune", "step": number, "split": "val", **found})
     progress.note(f"prune: mIoU {found['miou']:.3f} on val before retraining")

@@ -21,7 +21,7 @@ from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.config import Config, Fit
 from jaxprune.train.layout import Layout
-from jaxprune.train.metrics import measures
+from jaxprune.train.metrics import Counts, measures
 from jaxprune.train.progress import Progress
 from jaxprune.train.stopping import Stop, stoppable
 
@@ -264,8 +264,8 @@ def _run(
         if last or done % every(job, job.config.evaluate.every) == 0:
             settle()
             val = job.splits.val
-            matrix = confusion_of(evaluate, state.average, val, job.fit.batch)
-            progress.row("val", done, measures(matrix))
+            found = counts_of(evaluate, state.average, val, job.fit.batch)
+            progress.row("val", done, measures(found.confusion))
         if stopping or last or done % every(job, job.config.save_every) == 0:
             settle()
             _save(store, job, state, so_far)
@@ -324,22 +324,31 @@ def _batches(job: Job, start: int) -> Iterator[Any]:
     )
 
 
-def confusion_of(
+def counts_of(
     evaluate: Any, variables: PyTree, split: data.Split, batch: int
-) -> np.ndarray:
-    """int64[K, K] over a whole split, `batch` images at a time (or a few more)."""
+) -> Counts:
+    """int64 Counts of a whole split, `batch` images at a time (or a few more)."""
     mesh, classes = steps.make_mesh(), len(split.classes)
     matrix = np.zeros((classes, classes), np.int64)
+    images = [np.zeros((0, 3, classes), np.int64)]
     batch = -(-batch // jax.device_count()) * jax.device_count()
+
+    def take(found: Counts) -> None:
+        nonlocal matrix
+        matrix = matrix + np.asarray(found.confusion)
+        images.append(np.asarray(found.images, np.int64))
+
     pending = None
     with peers.watched(one := "batch of an evaluation") as beat:
         for whole in data.eval_batches(split, batch):
             new = evaluate(variables, steps.put_batch(mesh, _own_rows(whole)))
             if pending is not None:
-                matrix += np.asarray(pending)
+                take(pending)
             pending = new
             beat(one)
-    return matrix if pending is None else matrix + np.asarray(pending)
+    if pending is not None:
+        take(pending)
+    return Counts(matrix, np.concatenate(images)[: len(split)])
 
 
 def _own_rows(batch: Any) -> Any:

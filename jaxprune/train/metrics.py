@@ -3,16 +3,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class Counts(NamedTuple):
+    """Pixels of a batch or a split, as integers.
+
+    confusion: [K, K], rows = truth. images: [N, 3, K], of each image the pixels of a
+    class that are found, that are in the truth, and that are predicted.
+    """
+
+    confusion: Any
+    images: Any
+
+
+def counts(logits: Any, labels: Any, ignore: int) -> Counts:
+    """What a network says of a batch, counted; arguments as of `confusion`."""
+    each = jax.vmap(lambda x, y: confusion(x, y, ignore))(logits, labels)
+    hits = jnp.diagonal(each, axis1=1, axis2=2)
+    return Counts(each.sum(0), jnp.stack([hits, each.sum(2), each.sum(1)], 1))
 
 
 def confusion(logits: Any, labels: Any, ignore: int) -> Any:
     """int32[K, K]: pixels by truth (rows) and prediction, but those labelled ignore.
 
-    logits: float[B, H, W, K]; labels: int[B, H, W]. Runs inside jit.
+    logits: float[..., K]; labels: int[...]. Runs inside jit.
     """
     classes = logits.shape[-1]
     predicted = jnp.argmax(logits, axis=-1)
@@ -40,6 +59,32 @@ def measures(matrix: Any) -> dict[str, Any]:
         "class_accuracy": _mean(accuracy),
         "per_class_iou": [None if np.isnan(x) else float(x) for x in iou],
     }
+
+
+def judged(found: Counts) -> dict[str, Any]:
+    """`measures` of a split, with `miou_error` and, as a list, its `confusion`."""
+    error = miou_error(found.images)
+    matrix = np.asarray(found.confusion).tolist()
+    return {**measures(found.confusion), "miou_error": error, "confusion": matrix}
+
+
+def miou_error(images: Any) -> float | None:
+    """The standard error of the mean IoU, were the split drawn anew; None of one image.
+
+    images: as of `Counts`. The jackknife's: mIoU is of pixels of all images at once, so
+    what one image brings is seen by leaving it out (Efron & Tibshirani, "An
+    Introduction to the Bootstrap", 1993, eq. 11.5). Images without a labelled pixel do
+    not count.
+    """
+    images = np.asarray(images, np.float64)
+    images = images[images[:, 1].sum(-1) > 0]
+    count = len(images)
+    if count < 2:
+        return None
+    hits, truth, found = np.moveaxis(images.sum(0) - images, 1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        without = [_mean(iou) for iou in hits / (truth + found - hits)]
+    return float(np.sqrt((count - 1) * np.var(without)))
 
 
 def _mean(values: np.ndarray) -> float:

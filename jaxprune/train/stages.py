@@ -30,8 +30,8 @@ from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.compare import Contender
 from jaxprune.train.config import Config, Scale, check, differences
-from jaxprune.train.loop import Job, Splits, confusion_of, train
-from jaxprune.train.metrics import measures
+from jaxprune.train.loop import Job, Splits, counts_of, train
+from jaxprune.train.metrics import judged
 from jaxprune.train.progress import Progress
 
 _SPLITS = ("train", "val", "test")
@@ -130,7 +130,8 @@ def _stages(
 def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
     """The pruned network of a finished run on one split of its data set.
 
-    Returns miou, global_accuracy, class_accuracy, per_class_iou and confusion. Raises
+    Returns miou, global_accuracy, class_accuracy, per_class_iou, miou_error (mIoU's
+    standard error over images, or None) and confusion. Raises
     ConfigError for a split of another name, and ConfigError or CheckpointError for a
     folder that holds no finished run.
     """
@@ -140,8 +141,7 @@ def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
     found = load_split(config, split, evaluated=True)
     judge = jax.jit(steps.make_evaluate(pruned.apply, found.classes.ignore))
     variables = layouts.put(steps.layout_of(Scale()), pruned.variables)
-    matrix = confusion_of(judge, variables, found, config.evaluate.batch)
-    return {**measures(matrix), "confusion": matrix.tolist()}
+    return judged(counts_of(judge, variables, found, config.evaluate.batch))
 
 
 def check_budgets(configs: Sequence[Config], classes: int) -> None:

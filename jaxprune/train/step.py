@@ -15,7 +15,7 @@ from jaxprune.base import Apply, PyTree
 from jaxprune.train import layout as layouts
 from jaxprune.train.config import Distill, Fit, Scale
 from jaxprune.train.layout import Layout
-from jaxprune.train.metrics import confusion
+from jaxprune.train.metrics import counts
 
 
 class State(NamedTuple):
@@ -291,12 +291,13 @@ def accumulated(
 def make_evaluate(
     apply: Apply, ignore: int, layout: Layout | None = None
 ) -> Callable[[PyTree, Any], Any]:
-    """evaluate(variables, batch) -> confusion matrix [K, K], to be jitted."""
+    """evaluate(variables, batch) -> its Counts, on every device; to be jitted."""
 
     def evaluate(variables: PyTree, batch: Any) -> Any:
         variables = layouts.whole(layout, variables)
         logits = apply(variables, scaled(batch["image"]), train=False)
-        return confusion(logits, batch["label"], ignore)
+        found = counts(logits, batch["label"], ignore)
+        return jax.lax.with_sharding_constraint(found, replicated(make_mesh()))
 
     return evaluate
 

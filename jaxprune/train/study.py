@@ -54,6 +54,11 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in get_args(LowRank)},
 }
 
+_LEGEND = """\
+±: the deviation over seeds or, of one seed, the standard error over images. ms: of one
+image. speed-up: over the dense network, timed in turns with it.
+"""
+
 
 def study(
     config: Config,
@@ -185,66 +190,85 @@ def _copy(first: Path, folder: Path, plan: Config) -> None:
 
 
 def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and budget, with the mean and deviation over seeds."""
-    runs: dict[tuple[str, float], list[Any]] = {}
+    """A row for each method and budget: means over seeds, and how sure they are.
+
+    'val_error' is the standard error over images, 'val_deviation' over seeds, where
+    there are several; 'speedup' is of the dense network of the same run.
+    """
+    runs: dict[tuple[str, float], list[tuple[int, Any, Any]]] = {}
     for run in found:
-        runs.setdefault(("dense", 1.0), []).append(run["dense"])
-        runs.setdefault((run["method"], run["budget"]), []).append(run["pruned"])
+        seed, dense = run["seed"], run["dense"]
+        runs.setdefault(("dense", 1.0), []).append((seed, dense, dense))
+        mine = runs.setdefault((run["method"], run["budget"]), [])
+        mine.append((seed, run["pruned"], dense))
         if "scratch" in run:
-            runs.setdefault(("from scratch", run["budget"]), []).append(run["scratch"])
-    dense = runs["dense", 1.0]
+            fresh = runs.setdefault(("from scratch", run["budget"]), [])
+            fresh.append((seed, run["scratch"], dense))
+    whole = runs["dense", 1.0][0][1]["cost"]
     rows = []
-    for (method, budget), networks in runs.items():
-        # The dense network of a seed is in each of its runs.
-        unique = list({json.dumps(n, sort_keys=True): n for n in networks}.values())
+    for (method, budget), mine in runs.items():
+        # The dense network of a seed is in each of its runs, and timed in each.
+        unique = list({seed: network for seed, network, _ in mine}.values())
         row: dict[str, Any] = {"method": method, "budget": budget}
         row["seeds"] = len(unique)
         for field in ("flops", "params"):
-            share = [n["cost"][field] / dense[0]["cost"][field] for n in unique]
-            row[field] = statistics.fmean(share)
+            row[field] = _mean(n["cost"][field] / whole[field] for n in unique)
         left = [n["nonzero"]["flops"] for n in unique if "nonzero" in n]
-        whole = dense[0]["cost"]["flops"]
-        row["nonzero"] = statistics.fmean(left) / whole if left else None
+        row["nonzero"] = _mean(flops / whole["flops"] for flops in left)
         for split in ("val", "test"):
             scores = [n["splits"][split]["miou"] for n in unique]
-            row[split] = statistics.fmean(scores)
-            row[f"{split}_deviation"] = (
-                statistics.stdev(scores) if len(scores) > 1 else None
-            )
-        ms = [n["latency_ms"]["1"] for n in unique if n["latency_ms"]["1"] is not None]
-        row["ms"] = statistics.fmean(ms) if ms else None
-        row["epochs"] = statistics.fmean(n["epochs"] for n in unique)
+            errors = [n["splits"][split].get("miou_error") for n in unique]
+            several = len(scores) > 1
+            row[split] = _mean(scores)
+            row[f"{split}_deviation"] = statistics.stdev(scores) if several else None
+            row[f"{split}_error"] = _mean(e for e in errors if e is not None)
+        times = [(n["latency_ms"]["1"], d["latency_ms"]["1"]) for _, n, d in mine]
+        row["ms"] = _mean(ms for ms, _ in times if ms is not None)
+        row["speedup"] = _mean(d / ms for ms, d in times if ms and d)
+        row["epochs"] = _mean(n["epochs"] for n in unique)
         rows.append(row)
     return sorted(rows, key=lambda r: (-r["budget"], -r["val"]))
 
 
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return statistics.fmean(known) if known else None
+
+
+def margin(row: Mapping[str, Any], split: str) -> float | None:
+    """The deviation over seeds; of one seed, the standard error over images, if any."""
+    spread = row[f"{split}_deviation"]
+    return row[f"{split}_error"] if spread is None else spread
+
+
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table; deviations over seeds behind ±."""
+    """The table; `margin` behind ±."""
 
     def score(row: Mapping[str, Any], split: str) -> str:
-        spread = row[f"{split}_deviation"]
+        spread = margin(row, split)
         return f"{row[split]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
-    zeros = any(row.get("nonzero") is not None for row in rows)
-    lines = [
-        "| method | budget | FLOPs | parameters | mIoU val | mIoU test | ms | epochs |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    if zeros:
-        lines = [lines[0] + " FLOPs, zeros skipped |", lines[1] + " ---: |"]
-    for row in rows:
-        cells = [
-            row["method"],
-            f"{row['budget']:.0%}",
-            f"{row['flops']:.1%}",
-            f"{row['params']:.1%}",
-            score(row, "val"),
-            score(row, "test"),
-            "" if row["ms"] is None else f"{row['ms']:.1f}",
-            f"{row['epochs']:g}",
-        ]
-        if zeros:
-            left = row.get("nonzero")
-            cells.append("" if left is None else f"{left:.1%}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    columns = {
+        "method": lambda r: r["method"],
+        "budget": lambda r: f"{r['budget']:.0%}",
+        "FLOPs": lambda r: f"{r['flops']:.1%}",
+        "parameters": lambda r: f"{r['params']:.1%}",
+        "mIoU val": lambda r: score(r, "val"),
+        "mIoU test": lambda r: score(r, "test"),
+        "ms": lambda r: _shown(r["ms"], "{:.1f}"),
+        "speed-up": lambda r: _shown(r["speedup"], "{:.2f}"),
+        "epochs": lambda r: f"{r['epochs']:g}",
+    }
+    if any(row["seeds"] > 1 for row in rows):
+        columns["seeds"] = lambda r: str(r["seeds"])
+    if any(row["nonzero"] is not None for row in rows):
+        columns["FLOPs, zeros skipped"] = lambda r: _shown(r["nonzero"], "{:.1%}")
+    cells = [[show(row) for show in columns.values()] for row in rows]
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    table = [list(columns), rule, *cells]
+    lines = [f"| {' | '.join(line)} |" for line in table]
+    return "\n".join([*lines, "", _LEGEND])
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
