@@ -53,6 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "gates": {"method": "gates"},
     **{name: {"method": name} for name in get_args(LowRank)},
 }
+# What widths that are multiples of a number add to those of a penalty, about.
+_ROOM = 0.95
 
 _LEGEND = """\
 ±: the deviation over seeds or, of one seed, the standard error over images. ms: of one
@@ -69,10 +71,11 @@ def study(
 ) -> list[dict[str, Any]]:
     """Run all, and write comparison.json and comparison.md; the table's rows.
 
-    Methods that train under a penalty before the cut retrain that much shorter. Where
-    the config asks for a network from scratch, it is of the first method's widths. Of
-    'weights', the budget is the share of FLOPs or parameters that are not of zeros; its
-    rows tell the cost on hardware for dense products, and that share beside it.
+    Methods that train under a penalty are steered to the budget, cut once, and retrain
+    that much shorter. Where the config asks for a network from scratch, it is of the
+    first method's widths. Of 'weights', the budget is the share of FLOPs or parameters
+    that are not of zeros; its rows tell the cost on hardware for dense products, and
+    that share beside it.
     Raises ConfigError for an unknown method, BudgetError for a budget that no network
     meets, before any work, and what `run` does.
     """
@@ -117,13 +120,20 @@ def planned(
     prune = _without_others(dataclasses.replace(prune, **METHODS[method]))
     retrain = config.retrain
     if prune.sparse:
-        spent = min(prune.lasso_epochs, retrain.epochs)
-        retrain = dataclasses.replace(
-            retrain,
-            epochs=retrain.epochs - spent,
-            warmup=min(retrain.warmup, retrain.epochs - spent),
+        # Steered to the budget, with room for zeros that stay, and cut once.
+        more = prune.recovery_epochs * (prune.rounds - 1)
+        rest = max(retrain.epochs + more - prune.lasso_epochs, 0.0)
+        spent = retrain.epochs + more - rest
+        prune = dataclasses.replace(
+            prune,
+            lasso_epochs=spent,
+            target=_ROOM * budget,
+            rounds=1,
+            carry_optimizer=False,
         )
-        prune = dataclasses.replace(prune, carry_optimizer=False)
+        retrain = dataclasses.replace(
+            retrain, epochs=rest, warmup=min(retrain.warmup, rest)
+        )
     if prune.irregular and prune.rounds == 1:
         # Han et al. cut again and again: three cuts share the retraining.
         each = retrain.epochs / 3
