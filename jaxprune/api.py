@@ -31,6 +31,7 @@ from jaxprune.gates import (
 from jaxprune.int8 import Quantized, quantize_weights
 from jaxprune.keeps import compose
 from jaxprune.latency import Timings, latency, timings
+from jaxprune.layerwise import lasso_select
 from jaxprune.lowrank import Factorized, factorize, factorized
 from jaxprune.measures import (
     bn_scale,
@@ -112,6 +113,7 @@ __all__ = [
     "init_gates",
     "keep_zeros",
     "lamp",
+    "lasso_select",
     "latency",
     "load",
     "load_export",

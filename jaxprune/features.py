@@ -97,9 +97,8 @@ def reconstruction(positions: int = 128, steps: int = 48) -> Criterion:
     channel to a thousandth of it. The score is the share of them at which beta[c] is
     not 0, plus a thousandth of its mean size there, which settles ties. It ranks the
     channels of a group; for ratios by group take select's scope='local'. Keeps [C, C]
-    numbers a group. Channels are chosen by what the given network reads, all groups at
-    once, where the source chooses layer by layer; behind it, `jaxprune.reconstruct`
-    refits the readers one after the other, by what the cut network reads.
+    numbers a group. Channels are ranked by what the given network reads, all groups at
+    once; the source chooses layer by layer, as `jaxprune.lasso_select` does.
 
     Raises ConfigError for a missing loss, batch or key, or numbers under 1; GraphError
     naming the groups that no convolution or matrix product reads plainly.
@@ -112,7 +111,7 @@ def reconstruction(positions: int = 128, steps: int = 48) -> Criterion:
             f"reconstruction(positions={positions!r}, steps={steps!r}): at least 1, 2"
         )
 
-    return _of_gram("reconstruction", positions, lambda gram: _lasting(gram, steps))
+    return _of_gram("reconstruction", positions, lambda gram: lasting(gram, steps))
 
 
 def reconstruction_error(positions: int = 128) -> Criterion:
@@ -187,19 +186,23 @@ def _added(reading: Reading, axis: int, positions: int, key: Any) -> jax.Array:
     return jnp.einsum("nck,cko->nco", rows[:, order], reading.matrix(kernel)[order])
 
 
-def _lasting(gram: jax.Array, steps: int) -> jax.Array:
-    betas = lasso_path(gram, steps)
+def lasting(gram: jax.Array, steps: int, wanted: jax.Array | None = None) -> jax.Array:
+    """[C]: how long each lasts along `lasso_path`, its size there settling ties."""
+    betas = lasso_path(gram, steps, wanted=wanted)
     size = jnp.abs(betas).mean(axis=0)
     return (betas != 0).mean(axis=0) + 1e-3 * size / (1 + size)
 
 
-def lasso_path(gram: jax.Array, steps: int, sweeps: int = 100) -> jax.Array:
-    """beta[steps, C] of (1 - beta)' G (1 - beta) / 2 + lambda[s] ||beta||_1.
+def lasso_path(
+    gram: jax.Array, steps: int, sweeps: int = 100, wanted: jax.Array | None = None
+) -> jax.Array:
+    """beta[steps, C] of beta' G beta / 2 - beta' b + lambda[s] ||beta||_1.
 
-    lambda falls from max |G 1| to a thousandth of it, the largest excluded; by
-    coordinate descent (Friedman et al., 2010), each from the solution before.
+    b: `wanted`, [C]; by default G 1, so that beta = 1 is without an error. lambda falls
+    from max |b| to a thousandth of it, the largest excluded; by coordinate descent
+    (Friedman et al., 2010), each from the solution before.
     """
-    whole = gram.sum(axis=1)
+    whole = gram.sum(axis=1) if wanted is None else wanted
     diagonal = jnp.diagonal(gram)
     safe = jnp.where(diagonal > 0, diagonal, 1)
     top = jnp.maximum(jnp.abs(whole).max(), jnp.finfo(gram.dtype).tiny)

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,66 +65,118 @@ def reconstruct(
     if not ridge >= 0:
         raise ConfigError(f"reconstruct: ridge={ridge!r} must not be negative")
     keep = keeps.check_keep(graph, keep, concrete=True)
-    given = [b if isinstance(b, tuple) else (b,) for b in batches]
-    if not given:
-        raise DataError("reconstruct: batches is empty (or was used up before)")
+    given = check_batches("reconstruct", batches)
     masked = trees.mask(graph, keep, variables)
     if all(k.all() for k in keep.values()):
         return masked
-    wanted = _consumers(graph, keep)
-    order: dict[Path, Reading] = {}  # as the program reads them
-
-    @jax.jit
-    def collect(tree: PyTree, inputs: Any, key: Any) -> dict[str, Any]:
-        def look(reading: Reading) -> Any:
-            if reading.path not in wanted:
-                return None
-            own = jax.random.fold_in(key, wanted.index(reading.path))
-            abstract = jax.ShapeDtypeStruct(reading.kernel.shape, reading.kernel.dtype)
-            order.setdefault(
-                reading.path, reading._replace(features=None, kernel=abstract)
-            )
-            return reading.rows(positions, own)
-
-        _, seen = taps(apply, look)(tree, *inputs, **kwargs)
-        return {path_str(path): jnp.concatenate(x) for path, x in seen.items()}
-
-    keys = jax.random.split(jax.random.key(seed), len(given))
-    dense = {path_str(p): np.asarray(x, np.float64) for p, x in _leaves(variables)}
-    targets: dict[str, list[np.ndarray]] = {}
-    for inputs, key in zip(given, keys, strict=True):
-        for name, x in collect(variables, inputs, key).items():
-            reading = next(r for p, r in order.items() if path_str(p) == name)
-            made = np.asarray(x, np.float64) @ reading.matrix(dense[name])
-            targets.setdefault(name, []).append(made)
-    if not targets:
+    wanted = consumers(graph, keep)
+    seen = sampled(apply, variables, wanted, given, positions, seed, kwargs)
+    if not seen.readings:
         raise GraphError(
             "reconstruct: what is cut is read by loops, branches, grouped convolutions "
             "or products of features alone; none of them can be refitted"
         )
-    stays = {
-        p: np.asarray(x) > 0
-        for p, x in _leaves(trees.mask(graph, keep, jax.tree.map(np.ones_like, masked)))
-    }
-    for path, reading in order.items():
-        name = path_str(path)
-        read = [collect(masked, i, k)[name] for i, k in zip(given, keys, strict=True)]
-        x = np.concatenate([np.asarray(r, np.float64) for r in read])
-        y = np.concatenate(targets[name])
-        bias = (*path[:-1], "bias")
-        biased = path[-1] == "kernel" and dense.get(path_str(bias), x).ndim == 1
-        alive = reading.matrix(stays[path])
-        old = reading.matrix(dense[name]) * alive
-        new = _refitted(x, y, old, alive, ridge, centred=biased)
-        changed = {path: reading.kernel_of(new)}
-        if biased:
-            moved = (y.mean(axis=0) - x.mean(axis=0) @ new) * stays[bias]
-            changed[bias] = dense[path_str(bias)] + moved
-        masked = _replaced(masked, changed)
+    stays = trees.mask(graph, keep, jax.tree.map(np.ones_like, variables))
+    for path in seen.readings:
+        read = seen.rows(masked, [path])[path]
+        masked = replaced(masked, seen.refitted(path, read, stays, ridge))
     return masked
 
 
-def _consumers(graph: Graph, keep: Keep) -> list[Path]:
+class Seen(NamedTuple):
+    """What kernels read at sampled positions of batches.
+
+    readings: by path, in the order in which the program reads. dense: the variables as
+    float64, by path. answers: float64[n, made] of each, the dense network's outputs.
+    rows(variables, paths): float64[n, read] of some of them.
+    """
+
+    readings: Mapping[Path, Reading]
+    dense: Mapping[Path, np.ndarray]
+    answers: Mapping[Path, np.ndarray]
+    rows: Callable[[PyTree, Collection[Path]], dict[Path, np.ndarray]]
+
+    def refitted(
+        self, path: Path, read: np.ndarray, stays: PyTree, ridge: float
+    ) -> dict[Path, np.ndarray]:
+        """The kernel at a path, and its bias, by least squares of what it reads.
+
+        read: of the network as it is. stays: variables, more than 0 where they stay.
+        """
+        reading, bias = self.readings[path], (*path[:-1], "bias")
+        left = {
+            p: np.asarray(x) > 0
+            for p, x in leaves_of(stays).items()
+            if p in (path, bias)
+        }
+        biased = path[-1] == "kernel" and bias in left and left[bias].ndim == 1
+        alive = reading.matrix(left[path])
+        old, y = reading.matrix(self.dense[path]) * alive, self.answers[path]
+        new = _refitted(read, y, old, alive, ridge, centred=biased)
+        changed = {path: reading.kernel_of(new)}
+        if biased:
+            moved = (y.mean(axis=0) - read.mean(axis=0) @ new) * left[bias]
+            changed[bias] = self.dense[bias] + moved
+        return changed
+
+
+def sampled(
+    apply: Apply,
+    variables: PyTree,
+    wanted: Sequence[Path],
+    given: Sequence[tuple[Any, ...]],
+    positions: int | None,
+    seed: int,
+    kwargs: Mapping[str, Any],
+) -> Seen:
+    """What the kernels at `wanted` read; see `reconstruct` for the other arguments."""
+    readings: dict[Path, Reading] = {}
+
+    @jax.jit
+    def collect(tree: PyTree, inputs: Any, key: Any) -> dict[str, Any]:
+        def rows(reading: Reading) -> Any:
+            if reading.path not in wanted:
+                return None
+            own = jax.random.fold_in(key, wanted.index(reading.path))
+            abstract = jax.ShapeDtypeStruct(reading.kernel.shape, reading.kernel.dtype)
+            bare = reading._replace(features=None, kernel=abstract)
+            readings.setdefault(reading.path, bare)
+            return reading.rows(positions, own)
+
+        _, seen = taps(apply, rows)(tree, *inputs, **kwargs)
+        return {path_str(path): jnp.concatenate(x) for path, x in seen.items()}
+
+    keys = jax.random.split(jax.random.key(seed), len(given))
+    dense = {p: np.asarray(x, np.float64) for p, x in leaves_of(variables).items()}
+
+    def rows(
+        tree: PyTree, paths: Collection[Path], then: Callable[..., Any] = lambda p, x: x
+    ) -> dict[Path, np.ndarray]:
+        found: dict[Path, list[np.ndarray]] = {}
+        for inputs, key in zip(given, keys, strict=True):
+            new = collect(tree, inputs, key)
+            for path in paths:
+                read = np.asarray(new[path_str(path)], np.float64)
+                found.setdefault(path, []).append(then(path, read))
+        return {path: np.concatenate(parts) for path, parts in found.items()}
+
+    # Readings are found as the network is traced.
+    jax.eval_shape(collect, variables, given[0], keys[0])
+    answers = rows(
+        variables, list(readings), lambda p, x: x @ readings[p].matrix(dense[p])
+    )
+    return Seen(readings, dense, answers, rows)
+
+
+def check_batches(name: str, batches: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """The inputs of each batch. Raises DataError where there are none."""
+    given = [b if isinstance(b, tuple) else (b,) for b in batches]
+    if not given:
+        raise DataError(f"{name}: batches is empty (or was used up before)")
+    return given
+
+
+def consumers(graph: Graph, keep: Keep) -> list[Path]:
     """The leaves that read a group of which something is cut, in the graph's order."""
     return list(
         dict.fromkeys(
@@ -160,12 +212,13 @@ def _refitted(
     return new * alive
 
 
-def _leaves(tree: PyTree) -> list[tuple[Path, Any]]:
+def leaves_of(tree: PyTree) -> dict[Path, Any]:
+    """The leaves by their key paths."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(key_path(keys), x) for keys, x in flat]
+    return {key_path(keys): x for keys, x in flat}
 
 
-def _replaced(tree: PyTree, changed: dict[Path, np.ndarray]) -> PyTree:
+def replaced(tree: PyTree, changed: dict[Path, np.ndarray]) -> PyTree:
     """The tree with new numbers at some key paths, of the leaves' own dtypes."""
 
     def of(keys: Any, x: Any) -> Any:

@@ -120,6 +120,8 @@ def test_gates_carry_no_optimiser(empty):
     ):
         with pytest.raises(ConfigError, match=match):
             configs.load_config(empty, ["prune.method=weights", setting])
+    with pytest.raises(ConfigError, match="prune.reconstruct = 0: .*'layerwise'"):
+        configs.load_config(empty, ["prune.method=layerwise"])
     with pytest.raises(ConfigError, match="prune.stages = 9: must be from 1 to"):
         configs.load_config(empty, ["prune.trials=8", "prune.stages=9"])
     with pytest.raises(ConfigError, match="carry_optimizer = True.*false.*'gates'"):

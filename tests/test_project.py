@@ -47,7 +47,7 @@ LAYERS = (
     "cost budget latency criteria measures features select",
     "pricing steering sparsity gates metric",
     "steps path path_io risks weakest search weights pruned prune "
-    "reconstruct responses ranks lowrank int8",
+    "reconstruct layerwise responses ranks lowrank int8",
     "integrity remote leaves storage store checkpoint export onnx_export bench",
     "data models",
     "train",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
-import scipy.optimize
+from solvers import by_bounded_descent
 
 import jaxprune as jp
 from jaxprune.base import ConfigError, DataError, GraphError
@@ -236,27 +236,6 @@ def test_the_lasso_path_meets_its_subgradient_conditions() -> None:
         np.testing.assert_allclose(
             slope[on], strength * np.sign(beta[on]), atol=2e-3 * top
         )
-
-
-def by_bounded_descent(gram: np.ndarray, strength: float) -> np.ndarray:
-    """The lasso's beta as the difference of two vectors that are not negative."""
-    c = len(gram)
-
-    def value(parts: np.ndarray) -> tuple[float, np.ndarray]:
-        rest = 1 - parts[:c] + parts[c:]
-        slope = gram @ rest
-        return rest @ slope / 2 + strength * parts.sum(), strength + np.concatenate(
-            [-slope, slope]
-        )
-
-    found = scipy.optimize.minimize(
-        value,
-        np.zeros(2 * c),
-        jac=True,
-        bounds=[(0, None)] * (2 * c),
-        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 5000},
-    )
-    return found.x[:c] - found.x[c:]
 
 
 def test_the_lasso_path_is_another_solvers() -> None:

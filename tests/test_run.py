@@ -247,6 +247,7 @@ STEERED = {
         {"criterion": "apoz"},
         {"criterion": "reconstruction", "reconstruct": 2},
         {"criterion": "random", "scope": "local"},
+        {"method": "layerwise", "reconstruct": 2},
         {"method": "random_masks", "trials": 3},
         {"method": "particles", "trials": 6, "stages": 2},
         {"method": "path", "block": 0.1},

@@ -17,7 +17,8 @@ from jaxprune.train import choose, cut, loop, run, stages, study
 from jaxprune.train import step as steps
 from jaxprune.train.progress import Progress
 
-METHODS = ["criterion", "lasso", "gates", "path", "random_masks", "particles"]
+METHODS = ["criterion", "layerwise", "lasso", "gates", "path"]
+METHODS += ["random_masks", "particles"]
 
 
 @pytest.mark.parametrize("method", METHODS)

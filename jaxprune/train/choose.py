@@ -28,6 +28,7 @@ from jaxprune.budget import Budget
 from jaxprune.cost import cost
 from jaxprune.criteria import Criterion, score
 from jaxprune.latency import timings
+from jaxprune.layerwise import lasso_select
 from jaxprune.select import allowed_counts, select
 from jaxprune.train import layout as layouts
 from jaxprune.train import metrics, points
@@ -52,6 +53,8 @@ def choose(
     prune = job.config.prune
     if prune.method == "path":
         return _walk(job, graph, variables, budget, progress, number)
+    if prune.method == "layerwise":
+        return _layerwise(job, graph, variables, budget), None
     if prune.method in ("random_masks", "particles"):
         return _tried(job, graph, variables, budget, progress), None
     scores = _scores(job, graph, variables, budget.kind)
@@ -119,6 +122,29 @@ def estimates(job: Job, count: int) -> list[Any]:
         job.splits.train, batch=job.fit.batch, seed=job.config.seed, augment=how
     )
     return list(itertools.islice(batches, count))
+
+
+def images(job: Job, count: int) -> list[Any]:
+    """The images of `estimates`, as the network takes them."""
+    return [steps.scaled(batch["image"]) for batch in estimates(job, count)]
+
+
+def _layerwise(
+    job: Job, graph: Graph, variables: PyTree, budget: Budget
+) -> dict[str, np.ndarray]:
+    """Chosen by the LASSO. Behind the cut, `reconstruct` makes these refits again."""
+    prune = job.config.prune
+    keep, _ = lasso_select(
+        job.apply,
+        graph,
+        variables,
+        images(job, prune.reconstruct),
+        budget,
+        multiple_of=prune.multiple_of,
+        min_channels=prune.min_channels,
+        train=False,
+    )
+    return keep
 
 
 def _tried(

@@ -236,6 +236,11 @@ def _check_prune(prune: Prune) -> None:
             not (prune.irregular and prune.reconstruct),
             "0 where the method is 'weights'",
         ),
+        (
+            "reconstruct",
+            prune.method != "layerwise" or prune.reconstruct > 0,
+            "the number of batches to refit to, where the method is 'layerwise'",
+        ),
         ("statistics", prune.statistics >= 0, "0 or more"),
         ("carry_optimizer", not carried, "false where the method is 'gates'"),
     ]

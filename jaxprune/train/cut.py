@@ -220,7 +220,7 @@ def _refitted(job: Job, graph: Graph, keep: Keep, variables: PyTree) -> PyTree:
     count = job.config.prune.reconstruct
     if not count or all(k.all() for k in keep.values()):
         return variables
-    images = [steps.scaled(b["image"]) for b in choose.estimates(job, count)]
+    images = choose.images(job, count)
     return reconstruct(job.apply, graph, keep, variables, images, train=False)
 
 

@@ -80,7 +80,14 @@ class Fit:
 
 
 Method = Literal[
-    "criterion", "path", "lasso", "gates", "random_masks", "particles", "weights"
+    "criterion",
+    "path",
+    "layerwise",
+    "lasso",
+    "gates",
+    "random_masks",
+    "particles",
+    "weights",
 ]
 Criterion = Literal[
     "magnitude",
@@ -105,6 +112,8 @@ class Prune:
 
     method: 'criterion' scores and selects; 'path' cuts back by cost complexity, `block`
     of the cost at a time, and takes the step that `choose` says (`Path.select`);
+    'layerwise' cuts every group alike, by the LASSO, one behind the other, refitting
+    what reads them to `reconstruct` batches (`jaxprune.lasso_select`);
     'lasso' first trains on for `lasso_epochs` with proximal steps of `strength` times
     the learning rate, and cuts what is 0 then, or the least where that is over the
     budget; 'gates' does the same to one trained number per channel, and folds those

@@ -39,11 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "geometric_median": {"criterion": "geometric_median"},
     "activation": {"criterion": "activation"},
     "apoz": {"criterion": "apoz"},
-    "reconstruction": {
-        "criterion": "reconstruction",
-        "scope": "local",
-        "reconstruct": 8,
-    },
+    "reconstruction": {"method": "layerwise", "reconstruct": 8},
     "lamp": {"criterion": "lamp", "normalize": "none"},
     "random": {"criterion": "random"},
     "random_masks": {"method": "random_masks"},

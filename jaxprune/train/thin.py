@@ -69,7 +69,7 @@ def thin_stage(
 def _thinned(job: Job, graph: Graph, variables: PyTree, progress: Progress) -> Pruned:
     config, prune = job.config, job.config.prune
     images = cut.images_of(config)
-    seen = [steps.scaled(b["image"]) for b in choose.estimates(job, prune.batches)]
+    seen = choose.images(job, prune.batches)
     found = factorize(
         job.apply,
         graph,
