@@ -47,7 +47,7 @@ from jaxprune.metric import adam_steps, preconditioned
 from jaxprune.modules import to_nnx
 from jaxprune.onnx_export import export_onnx
 from jaxprune.path import prune_path
-from jaxprune.pricing import flops_weights, repriced
+from jaxprune.pricing import adaptive, flops_weights, repriced
 from jaxprune.prune import prune
 from jaxprune.reconstruct import reconstruct
 from jaxprune.rules import register_rule
@@ -85,6 +85,7 @@ __all__ = [
     "accelerated_gates",
     "activation",
     "adam_steps",
+    "adaptive",
     "base",
     "bench",
     "best_of",

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import budget, trees
-from jaxprune.base import Extent, Graph, GraphError, Role
+from jaxprune.base import ConfigError, Extent, Graph, GraphError, Role, Scores
 from jaxprune.cost import parameter_extents, summands
+from jaxprune.criteria import check_scores
 
 Counts = Mapping[str, Any]
 Repriced = Callable[[Counts], Mapping[str, Any]]
@@ -77,6 +78,47 @@ def repriced(
         return {n: jnp.sqrt(entries[n]) * p for n, p in zip(graph.groups, price)}
 
     return weights
+
+
+def adaptive(
+    graph: Graph,
+    scores: Scores,
+    weights: Weights | None = None,
+    *,
+    power: float = 1.0,
+    roles: tuple[Role, ...] = BOTH,
+) -> Weights:
+    """Weights of the adaptive lasso: those given, over importance^power.
+
+    A lasso that kills most channels shrinks those that stay nearly as much. With
+    `scores` that rank the dense network's channels, such as `score(taylor(), ...)`,
+    what matters is penalised little, and what does not fades while the rest adapts.
+    With weights paid in FLOPs, channels die in the order of importance by cost, as
+    links of the path do. Scores count relative to their mean over all channels, those
+    under a millionth of it as that. weights: sqrt of the number of entries by default;
+    of `repriced`, what follows the live channels still does. power 0 changes nothing.
+
+    Raises GraphError for scores that do not fit the graph, are not finite, negative, or
+    all 0; ConfigError for a negative power.
+
+    Source: Zou, "The adaptive lasso and its oracle properties", 2006, eq. 4; of groups:
+    Wang & Leng, "A note on adaptive group lasso", 2008.
+    """
+    if not power >= 0:
+        raise ConfigError(f"adaptive: power={power!r} must not be negative")
+    scores = check_scores(graph, scores)
+    every = np.concatenate([np.float64(s) for s in scores.values()])
+    if (every < 0).any() or not every.any():
+        raise GraphError("adaptive: scores must not be negative, nor all 0")
+    factors = {
+        n: np.maximum(np.float64(s) / every.mean(), 1e-6) ** -power
+        for n, s in scores.items()
+    }
+    if callable(weights):
+        later = weights
+        return lambda live: {n: w * factors[n] for n, w in later(live).items()}
+    own = resolved(graph, weights, roles, dict)
+    return {n: w * factors[n] for n, w in own.items()}
 
 
 def live_cost(

@@ -137,6 +137,24 @@ def proximal(
     return optax.GradientTransformation(init, update)
 
 
+def deaths(
+    graph: Graph,
+    variables: PyTree,
+    weights: Weights | None = None,
+    *,
+    roles: tuple[Role, ...] = BOTH,
+) -> dict[str, jax.Array]:
+    """{group: float[C]}: the strengths s at which a step of `proximal` makes them 0.
+
+    ||theta[g,c]|| / w[g,c]; infinite where there is no penalty. weights: as for
+    `proximal`.
+    """
+    squares = channel_squares(graph, variables, roles)
+    own = resolved(graph, weights, roles, lambda: counted(graph, squares, roles))
+    norms = {n: root(s) for n, s in squares.items()}
+    return trained_deaths(graph, norms, own, roles)
+
+
 def live(
     graph: Graph, variables: PyTree, *, roles: tuple[Role, ...] = BOTH
 ) -> dict[str, jax.Array]:

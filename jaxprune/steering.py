@@ -121,6 +121,36 @@ def steer(
     return Steering(init, update)
 
 
+def even_start(
+    graph: Graph,
+    deaths: Deaths,
+    target: float,
+    total: float,
+    kind: budget.Kind = "flops",
+) -> float:
+    """A lambda to start from: it reaches the target by degrees, if nothing resists.
+
+    Each proximal step takes as much off the norms, so that a channel has died when the
+    strengths add up to what would kill it at once.
+
+    Args:
+      deaths: {group: float[C]}, the strengths at which the channels die now; see
+        `jaxprune.sparsity.deaths`.
+      target, kind: as of `steer`.
+      total: the sum of the learning rates by when the target is to be met.
+
+    Raises what `steer` does.
+    """
+    check_target(graph, target, kind)
+    cost = live_cost(graph, kind)
+
+    def after(strength: Any) -> jax.Array:
+        return cost({n: _count(jnp.asarray(d) > strength) for n, d in deaths.items()})
+
+    least = _landing(after, 1.01 * _last(deaths), target)
+    return float(least) / total
+
+
 def begun(strength: Strength) -> ProximalState | SteeredState:
     """The state before the first step."""
     if isinstance(strength, Steering):

@@ -144,7 +144,6 @@ def test_gates_carry_no_optimiser(empty):
         (["prune.method=path", "prune.target=0.4"], "target = 0.4: must be 0 where"),
         (["prune.cuts_in_training=2"], "cuts_in_training = 2: must be 0 where"),
         (["prune.repriced=true"], "repriced = True: must be false where"),
-        (["prune.target=0.4", "prune.strength=0"], "strength.*positive with a target"),
     ],
 )
 def test_penalties_that_cannot_be(empty, overrides, words):

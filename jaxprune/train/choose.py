@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -177,9 +178,23 @@ def _scores(
 ) -> dict[str, np.ndarray]:
     prune = job.config.prune
     name = "magnitude" if prune.sparse else prune.criterion
+    return _scored(job, graph, variables, name, _criterion(prune, name, kind))
+
+
+def importance(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
+    """The scores of the config's criterion as they are, of an adaptive penalty."""
+    name = job.config.prune.criterion
+    plain = dataclasses.replace(job.config.prune, normalize="none", per_cost=False)
+    return _scored(job, graph, variables, name, _criterion(plain, name, "flops"))
+
+
+def _scored(
+    job: Job, graph: Graph, variables: PyTree, name: str, criterion: Criterion
+) -> dict[str, np.ndarray]:
+    prune = job.config.prune
     looks = name in ("taylor", "fisher", "activation", "apoz", "reconstruction")
     return score(
-        _criterion(prune, name, kind),
+        criterion,
         graph,
         variables,
         loss=_loss(job) if looks else None,

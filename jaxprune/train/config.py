@@ -223,7 +223,6 @@ def _check_prune(prune: Prune) -> None:
         ("recovery_epochs", prune.recovery_epochs >= 0, "0 or more"),
         ("lasso_epochs", prune.lasso_epochs >= 0, "0 or more"),
         ("strength", prune.strength >= 0, "0 or more"),
-        ("strength", prune.strength > 0 or not prune.target, "positive with a target"),
         ("gates_lr", prune.gates_lr > 0, "positive"),
         ("target", 0 <= prune.target <= 1, "in [0, 1]; 0: none"),
         ("cuts_in_training", prune.cuts_in_training >= 0, "0 or more"),
@@ -258,6 +257,8 @@ def _penalty_rules(prune: Prune) -> list[tuple[str, bool, str]]:
         ("metric", lasso or prune.metric == "plain", f"'plain' {off} 'lasso'"),
         ("accelerated", gates or not prune.accelerated, f"false {off} 'gates'"),
         ("repriced", prune.sparse or not prune.repriced, f"false {own}"),
+        ("adaptive", prune.adaptive >= 0, "0 or more"),
+        ("adaptive", prune.sparse or not prune.adaptive, f"0 {own}"),
         ("target", prune.sparse or not prune.target, f"0 {own}"),
         ("cuts_in_training", prune.sparse or not prune.cuts_in_training, f"0 {own}"),
     ]

@@ -130,11 +130,14 @@ class Prune:
     ranks.
     Of 'lasso' and 'gates' alone, weights: of the penalty, sqrt of a channel's number of
     weights ('size'), times the FLOPs or the measured milliseconds that it carries;
-    repriced: of what is live at each step, not of the dense network. metric:
+    repriced: of what is live at each step, not of the dense network. adaptive: the
+    power of the scores of `criterion`, not normalised, that divides the weights
+    (`jaxprune.adaptive`), estimated anew at each of cuts_in_training; 0: the weights
+    are of the size and the cost alone. metric:
     'optimizer' takes the proximal step of 'lasso' in Adam's own metric. accelerated:
     'gates' learn by accelerated proximal gradients, at rates up to `gates_lr`, not by
-    the optimiser. target: the strength,
-    from `strength` on, is steered to leave this fraction of the budget's kind of cost,
+    the optimiser. target: the strength, from `strength` on (0: from one that gets there
+    at an even pace), is steered to leave this fraction of the budget's kind of cost,
     along a line that ends at 0.7 of those epochs; 0: it is not. cuts_in_training: what
     is 0 is cut at so many ends of epochs on the way already, evenly spread.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
@@ -165,6 +168,7 @@ class Prune:
     strength: float = 0.01
     weights: Literal["size", "flops", "latency"] = "flops"
     repriced: bool = False
+    adaptive: float = 0.0
     metric: Literal["plain", "optimizer"] = "plain"
     accelerated: bool = False
     gates_lr: float = 0.1

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxprune import gates, metric, pricing, sparsity, steering
-from jaxprune.base import Apply, Graph, Keep, PyTree, key_path
+from jaxprune.base import Apply, Graph, Keep, PyTree, Scores, key_path
 from jaxprune.budget import measure, sizes
 from jaxprune.keeps import compose
 from jaxprune.slim import slim
@@ -39,7 +40,7 @@ def sparsify(
     that was cut on the way.
     """
     prune, fit = job.config.prune, job.config.train
-    fit = dataclasses.replace(fit, epochs=prune.lasso_epochs, lr=fit.lr / 4, warmup=0.0)
+    fit = dataclasses.replace(fit, epochs=prune.lasso_epochs, lr=fit.lr / 2, warmup=0.0)
     carried = dense.opt_state if prune.carry_optimizer else None
     job = dataclasses.replace(job, fit=fit, teacher=None, carried=carried)
     gated = prune.method == "gates"
@@ -51,11 +52,17 @@ def sparsify(
         """The state at the end of a part, of the network as `keep` has left it."""
         smaller = shrink_graph(graph, keep)
         apply = slim(job.apply, graph, keep) if number else job.apply
+        scores = None
+        if prune.adaptive:
+            now = dense.average if begun is None else begun.average
+            now = _folded(smaller, now) if gated and begun is not None else now
+            bare = dataclasses.replace(job, apply=apply)
+            scores = _grown(keep, choose.importance(bare, smaller, now))
         here = dataclasses.replace(
             job,
             stage=f"{prune.method}{number or ''}",
             apply=_gated(apply, smaller) if gated else apply,
-            around=penalty(smaller, keep),
+            around=penalty(smaller, keep, scores),
             begun=begun,
             until=end,
         )
@@ -137,8 +144,8 @@ def _tell(
 
 def _penalty(
     job: Job, graph: Graph, variables: PyTree
-) -> Callable[[Graph, Keep], steps.Around]:
-    """(smaller graph, its keep) -> what puts the method's step behind an optimiser.
+) -> Callable[[Graph, Keep, Scores | None], steps.Around]:
+    """(smaller graph, its keep, importance) -> the method's step behind an optimiser.
 
     Costs and plans are of the dense graph, and functions of live counts: what is cut
     changes neither.
@@ -155,12 +162,13 @@ def _penalty(
         weights = pricing.flops_weights(graph, paid)
     own = dataclasses.replace(job.fit, lr=prune.gates_lr)
     _, rate = steps.optimizer(own if prune.accelerated else job.fit, job.total)
-    strength = _strength(job, graph, variables, rate)
 
-    def around(smaller: Graph, keep: Keep) -> steps.Around:
-        mine = weights
-        if not callable(weights):
-            mine = {n: np.asarray(w)[keep[n]] for n, w in weights.items()}
+    def around(smaller: Graph, keep: Keep, scores: Scores | None) -> steps.Around:
+        paying = weights
+        if scores is not None:
+            paying = pricing.adaptive(graph, scores, weights, power=prune.adaptive)
+        strength = _strength(job, graph, variables, paying, rate)
+        mine = _left(paying, keep)
         if prune.method == "gates" and prune.accelerated:
             chain = optax.chain(
                 optax.scale_by_learning_rate(rate),
@@ -181,16 +189,56 @@ def _penalty(
     return around
 
 
+def _grown(keep: Keep, scores: Scores) -> dict[str, np.ndarray]:
+    """Scores of what is left, at the dense network's sizes; their mean for the rest."""
+    mean = np.concatenate([np.asarray(s, float) for s in scores.values()]).mean()
+    grown = {n: np.full(len(k), mean) for n, k in keep.items()}
+    for name, score in scores.items():
+        grown[name][keep[name]] = score
+    return grown
+
+
+def _left(weights: pricing.Weights, keep: Keep) -> pricing.Weights:
+    """The weights of the channels that are left."""
+    if callable(weights):
+        later = weights
+        return lambda live: _left(later(live), keep)  # type: ignore[return-value]
+    return {n: w[keep[n]] if np.ndim(w) else w for n, w in weights.items()}
+
+
 def _strength(
-    job: Job, graph: Graph, variables: PyTree, rate: optax.Schedule
+    job: Job,
+    graph: Graph,
+    variables: PyTree,
+    weights: pricing.Weights,
+    rate: optax.Schedule,
 ) -> steering.Strength:
     prune = job.config.prune
     if not prune.target:
         return lambda n: prune.strength * rate(n)
-    plan = optax.linear_schedule(1.0, prune.target, max(1, round(0.7 * job.total)))
+    length = max(1, round(0.7 * job.total))
+    plan = optax.linear_schedule(1.0, prune.target, length)
     kind = choose.kind_of(job, graph, variables, prune.budget)
     steering.check_target(graph, prune.target, kind)
-    return steering.steer(graph, plan, kind=kind, rate=rate, start=prune.strength)
+    start = prune.strength
+    if not start:
+        total = float(jnp.sum(jax.vmap(rate)(jnp.arange(length))))
+        now = _deaths(prune, graph, variables, weights)
+        start = steering.even_start(graph, now, prune.target, total, kind) or 1e-3
+    return steering.steer(graph, plan, kind=kind, rate=rate, start=start)
+
+
+def _deaths(
+    prune: Prune, graph: Graph, variables: PyTree, weights: pricing.Weights
+) -> dict[str, Any]:
+    """The strengths at which the channels, or their gates of 1, would die at once."""
+    if prune.method == "lasso":
+        return dict(sparsity.deaths(graph, variables, weights))
+    sizes = {n: jnp.ones(g.size) for n, g in graph.groups.items()}
+    own = pricing.resolved(
+        graph, weights, pricing.BOTH, lambda: {n: len(x) for n, x in sizes.items()}
+    )
+    return steering.deaths_of(sizes, own)
 
 
 # Gates are trained among the params: {'network': params, 'gates': {group: float[C]}}.

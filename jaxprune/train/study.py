@@ -27,6 +27,8 @@ from jaxprune.train import stages
 from jaxprune.train.config import Config, Prune, check, to_json
 from jaxprune.train.folder import CONFIG, write_json, write_text
 
+# Prices that are estimated anew as channels go: fixed ones empty whole layers.
+_STEERED = {"strength": 0.0, "adaptive": 1.0, "cuts_in_training": 7}
 # What of `Prune` makes a method; its other fields are the config's.
 METHODS: dict[str, dict[str, Any]] = {
     "path": {"method": "path", "estimate": "taylor"},
@@ -45,8 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "random_masks": {"method": "random_masks"},
     "particles": {"method": "particles"},
     "weights": {"method": "weights"},
-    "lasso": {"method": "lasso"},
-    "gates": {"method": "gates"},
+    "lasso": {"method": "lasso", **_STEERED},
+    "gates": {"method": "gates", **_STEERED},
     **{name: {"method": name} for name in get_args(LowRank)},
 }
 # What widths that are multiples of a number add to those of a penalty, about.
@@ -158,7 +160,12 @@ def _without_others(prune: Prune) -> Prune:
     """Without what the config says of another method of the study."""
     off: dict[str, Any] = {}
     if not prune.sparse:
-        off |= {"repriced": False, "target": 0.0, "cuts_in_training": 0}
+        off |= {
+            "repriced": False,
+            "target": 0.0,
+            "cuts_in_training": 0,
+            "adaptive": 0.0,
+        }
     if prune.method != "lasso":
         off["metric"] = "plain"
     if prune.method != "gates":
