@@ -19,7 +19,8 @@ import tinyrun
 import toygraphs
 
 import jaxprune as jp
-from jaxprune.train import loop, sparsify
+from jaxprune import pricing
+from jaxprune.train import choose, loop, sparsify
 from jaxprune.train import step as steps
 from jaxprune.train.config import Prune
 from jaxprune.train.progress import Progress
@@ -219,6 +220,13 @@ FORMS = {
         "gates_lr": 0.02,
         "lasso_epochs": 3.0,
     },
+    "adaptive": {"adaptive": 1.0, "batches": 1},
+    "adaptive gates": {
+        "method": "gates",
+        "adaptive": 0.5,
+        "repriced": True,
+        "batches": 1,
+    },
 }
 STEERED = {
     "target": 0.5,
@@ -240,7 +248,14 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("form", "killed"),
-    [("lasso", 4), ("lasso", "cut"), ("lasso", "begin"), ("gates", 10)],
+    [
+        ("lasso", 4),
+        ("lasso", "cut"),
+        ("lasso", "begin"),
+        ("gates", 10),
+        ("adaptive", "begin"),
+        ("adaptive gates", 7),
+    ],
 )
 def test_killed_anywhere_it_goes_on_to_the_same(
     whole, tmp_path, monkeypatch, form, killed
@@ -286,6 +301,33 @@ def test_the_target_is_met_in_a_run(whole):
     for _, variables in whole.values():
         keep = jp.dead(graph, variables)
         assert keep["first"].sum() == 3
+
+
+def test_importance_is_estimated_anew_at_each_cut(tmp_path, monkeypatch):
+    """Of what is left, as it is by then; what is gone is paid for at the mean."""
+    asked, paid = [], []
+    importance, adaptive = choose.importance, pricing.adaptive
+
+    def estimated(job, graph, variables):
+        asked.append(importance(job, graph, variables))
+        return asked[-1]
+
+    def weighted(graph, scores, weights, **more):
+        paid.append(scores)
+        return adaptive(graph, scores, weights, **more)
+
+    monkeypatch.setattr(choose, "importance", estimated)
+    monkeypatch.setattr(pricing, "adaptive", weighted)
+    fields = {**STEERED, **FORMS["adaptive"]}
+    graph, variables = sparsified(tmp_path, **fields)
+    first, second = (a["first"] for a in asked)
+    left = len(second)
+    assert len(first) == 6 and 3 <= left < 6
+    np.testing.assert_array_equal(paid[0]["first"], first)
+    dead = ~np.isin(paid[1]["first"], second)
+    assert dead.sum() == 6 - left
+    np.testing.assert_allclose(paid[1]["first"][dead], second.mean(), rtol=1e-6)
+    assert jp.dead(graph, variables)["first"].sum() == 3
 
 
 def test_weights_in_milliseconds_are_measured(tmp_path, monkeypatch):

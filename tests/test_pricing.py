@@ -10,7 +10,7 @@ import toygraphs
 
 import jaxprune as jp
 from jaxprune import pricing
-from jaxprune.base import BudgetError
+from jaxprune.base import BudgetError, ConfigError, GraphError
 from jaxprune.latency import Product
 
 
@@ -112,3 +112,39 @@ def test_a_cost_that_there_is_none_of():
     graph, _, _ = toygraphs.frozen_backbone()
     with pytest.raises(BudgetError, match="has no flops"):
         pricing.live_cost(graph, "flops")
+
+
+def test_adaptive_weights_by_hand():
+    """Zou (2006), eq. 4: w over |beta|^gamma, |beta| here relative to its mean."""
+    graph = toygraphs.chain(4, 2)
+    scores = {"l0": np.array([1.0, 2.0, 4.0, 0.0]), "l1": np.array([0.5, 4.5])}
+    weights = {"l0": 3.0, "l1": np.array([1.0, 2.0])}
+    found = jp.adaptive(graph, scores, weights, power=0.5)
+    np.testing.assert_allclose(found["l0"], 3 / np.sqrt([0.5, 1, 2, 1e-6]))
+    np.testing.assert_allclose(found["l1"], [1 / np.sqrt(0.25), 2 / np.sqrt(2.25)])
+    plain = jp.adaptive(graph, scores, power=0)
+    for name, count in jp.trees.channel_count(graph).items():
+        np.testing.assert_allclose(plain[name], np.sqrt(count))
+    later = jp.adaptive(graph, scores, jp.repriced(graph))
+    live = {"l0": 2, "l1": 1}
+    for name, price in jp.repriced(graph)(live).items():
+        np.testing.assert_allclose(
+            later(live)[name],
+            price / np.maximum(scores[name] / 2, 1e-6),
+            rtol=1e-6,
+        )
+
+
+@pytest.mark.parametrize(
+    ("scores", "more", "error", "match"),
+    [
+        ({"l0": [1, -1], "l1": [1]}, {}, GraphError, "must not be negative"),
+        ({"l0": [0, 0], "l1": [0]}, {}, GraphError, "all 0"),
+        ({"l0": [1, 1]}, {}, GraphError, "lack group 'l1'"),
+        ({"l0": [1, 1], "l1": [1]}, {"power": -1}, ConfigError, "power=-1"),
+    ],
+)
+def test_what_cannot_be_an_importance_is_told(scores, more, error, match):
+    scores = {n: np.asarray(s, float) for n, s in scores.items()}
+    with pytest.raises(error, match=match):
+        jp.adaptive(toygraphs.chain(2, 1), scores, **more)

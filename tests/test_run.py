@@ -257,6 +257,7 @@ STEERED = {
         {"criterion": "magnitude", "rounds": 2, "recovery_epochs": 1 / 3},
         {**STEERED, "method": "lasso", "metric": "optimizer", "carry_optimizer": True},
         {**STEERED, "method": "gates", "accelerated": True},
+        {**STEERED, "method": "lasso", "adaptive": 1.0, "strength": 0.0},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )

@@ -10,6 +10,7 @@ import pytest
 import toygraphs
 
 import jaxprune as jp
+from jaxprune import steering
 from jaxprune.base import BudgetError, ConfigError
 from jaxprune.steering import SteeredState
 
@@ -129,3 +130,39 @@ def test_it_stays_in_the_graph_and_is_traced_once():
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_an_even_start_gets_there_if_nothing_resists():
+    """Steps of `proximal` alone, as many as were counted on: not one less will do."""
+    variables, steps = toygraphs.variables(WIDE), 40
+    rate = optax.cosine_decay_schedule(0.1, 50)
+    total = sum(float(rate(n)) for n in range(steps))
+    # Kernels lie between groups, and what both shrink falls faster: one is penalised.
+    weights = {**jp.flops_weights(WIDE), "l1": np.zeros(16)}
+    deaths = jp.sparsity.deaths(WIDE, variables, weights)
+    start = steering.even_start(WIDE, deaths, 0.5, total)
+    tx = jp.proximal(WIDE, lambda n: start * rate(n), weights)
+    state, zeros = tx.init(variables), jax.tree.map(jnp.zeros_like, variables)
+    costs = []
+    for _ in range(steps):
+        updates, state = tx.update(zeros, state, variables)
+        variables = optax.apply_updates(variables, updates)
+        costs.append(fraction(jp.dead(WIDE, variables)))
+    assert costs[-1] <= 0.5 < costs[-2]
+    with pytest.raises(BudgetError, match="target=0.01"):
+        steering.even_start(WIDE, deaths, 0.01, total)
+
+
+def test_deaths_are_the_least_strengths_that_make_zeros():
+    variables, weights = toygraphs.variables(WIDE), jp.flops_weights(WIDE)
+    deaths = jp.sparsity.deaths(WIDE, variables, weights)
+    zeros = jax.tree.map(jnp.zeros_like, variables)
+    every = np.concatenate(list(deaths.values()))
+    for strength in np.quantile(every, [0.2, 0.7]) * [1 - 1e-4, 1 + 1e-4]:
+        tx = jp.proximal(WIDE, float(strength), weights)
+        updates, _ = tx.update(zeros, tx.init(variables), variables)
+        keep = jp.dead(WIDE, optax.apply_updates(variables, updates))
+        for name, at in deaths.items():
+            lives = np.asarray(at) > strength
+            lives |= ~lives.any() & (at == at.max())  # none is emptied
+            np.testing.assert_array_equal(keep[name], lives)
