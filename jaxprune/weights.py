@@ -66,33 +66,21 @@ def prune_weights(
     """
     if scope not in ("global", "local"):
         raise ConfigError(f"scope={scope!r}: scope is 'global' or 'local'")
-    if budget.kind not in ("flops", "params"):
-        raise BudgetError(
-            f"prune_weights: zeros among the weights save no {budget.kind}; ask for "
-            "flops(r) or params(r)"
-        )
     graph = trace(apply, variables, *inputs, **kwargs)
     kernels = _kernels(graph, variables)
     uses = _uses(apply, variables, inputs, kwargs)
+    kind = _check(graph, budget, uses)
     dense, now = cost(graph), _nonzero(graph, kernels, uses)
-    saves = {p: uses.get(p, 0) if budget.kind == "flops" else 1 for p in kernels}
+    saves = {p: uses.get(p, 0) if kind == "flops" else 1 for p in kernels}
     kernels = {p: w for p, w in kernels.items() if saves[p]}
-    limit = getattr(dense, budget.kind) * budget.ratio * (1 + 1e-12)
-    excess = getattr(now, budget.kind) - limit
+    limit = getattr(dense, kind) * budget.ratio * (1 + 1e-12)
+    excess = getattr(now, kind) - limit
     if excess <= 0:
         return variables
     rank = np.concatenate([np.zeros(0), *(_rank(w, scope) for w in kernels.values())])
     saved = [(w != 0).ravel() * np.int64(saves[p]) for p, w in kernels.items()]
     order = np.argsort(rank, kind="stable")
     total = np.concatenate([np.zeros(0, np.int64), *saved])[order].cumsum()
-    if sum(map(np.sum, saved)) < excess:
-        left = getattr(now, budget.kind) - sum(map(np.sum, saved))
-        least = left / getattr(dense, budget.kind)
-        raise BudgetError(
-            f"{budget.kind}({budget.ratio}) cannot be met: what is no kernel's weight "
-            f"has {rounded_up(least)} of the dense network's {budget.kind}. Ask for "
-            f"{budget.kind}({rounded_up(least)}) or more"
-        )
     stays = np.ones(len(order), bool)
     stays[order[: np.searchsorted(total, excess) + 1]] = False
     ends = np.cumsum([w.size for w in kernels.values()])[:-1]
@@ -106,6 +94,21 @@ def prune_weights(
         return where(part.reshape(x.shape), x, np.zeros((), x.dtype))
 
     return jax.tree_util.tree_map_with_path(cut, variables)
+
+
+def check_reachable(
+    apply: Apply,
+    graph: Graph,
+    variables: PyTree,
+    *inputs: Any,
+    budget: Budget,
+    **kwargs: Any,
+) -> None:
+    """Raise BudgetError, telling the least, where no zeros meet the budget.
+
+    graph: of all the others. variables: their shapes count, ShapeDtypeStructs will do.
+    """
+    _check(graph, budget, _uses(apply, variables, inputs, kwargs))
 
 
 def nonzero_cost(apply: Apply, variables: PyTree, *inputs: Any, **kwargs: Any) -> Cost:
@@ -144,6 +147,27 @@ def keep_zeros() -> optax.GradientTransformation:
     return optax.stateless(held)
 
 
+def _check(graph: Graph, budget: Budget, uses: Mapping[Path, int]) -> str:
+    """The budget's kind. Raises BudgetError for another one, or one out of reach."""
+    kind = budget.kind
+    if kind != "flops" and kind != "params":
+        raise BudgetError(
+            f"prune_weights: zeros among the weights save no {kind}; ask for flops(r) "
+            "or params(r)"
+        )
+    sizes = {p: math.prod(shape) for p, shape in _shapes(graph).items()}
+    each = {p: uses.get(p, 0) if kind == "flops" else 1 for p in sizes}
+    saved = sum(n * each[p] for p, n in sizes.items())
+    whole = getattr(cost(graph), kind)
+    if whole - saved > whole * budget.ratio * (1 + 1e-12):
+        least = rounded_up((whole - saved) / whole)
+        raise BudgetError(
+            f"{kind}({budget.ratio}) cannot be met: what is no kernel's weight has "
+            f"{least} of the dense network's {kind}. Ask for {kind}({least}) or more"
+        )
+    return kind
+
+
 def _is_kernel(path: Path, ndim: int) -> bool:
     """Biases and scales of stacked layers have two axes, too."""
     return ndim > 1 and path[-1] not in ("bias", "scale")
@@ -151,11 +175,7 @@ def _is_kernel(path: Path, ndim: int) -> bool:
 
 def _kernels(graph: Graph, variables: PyTree) -> dict[Path, np.ndarray]:
     """The kernels by key path, as NumPy arrays, finite."""
-    trained = {
-        leaf.path
-        for leaf in graph.leaves
-        if leaf.trained and _is_kernel(leaf.path, len(leaf.shape))
-    }
+    trained = _shapes(graph)
     flat = jax.tree_util.tree_flatten_with_path(variables)[0]
     found = {
         path: np.asarray(x)
@@ -168,6 +188,15 @@ def _kernels(graph: Graph, variables: PyTree) -> dict[Path, np.ndarray]:
         if not np.isfinite(kernel.astype(np.float32)).all():
             raise GraphError(f"{path_str(path)} holds numbers that are not finite")
     return found
+
+
+def _shapes(graph: Graph) -> dict[Path, tuple[int, ...]]:
+    """The kernels' shapes by key path."""
+    return {
+        leaf.path: leaf.shape
+        for leaf in graph.leaves
+        if leaf.trained and _is_kernel(leaf.path, len(leaf.shape))
+    }
 
 
 def _uses(

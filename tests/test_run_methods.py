@@ -42,6 +42,26 @@ def test_a_target_out_of_reach_is_told_before_any_work(method, tmp_path):
         cut.check_reachable(job.config.prune, graph)
 
 
+def test_zeros_out_of_reach_are_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prune = dataclasses.replace(
+        CONFIG.prune, method="weights", budget="params", ratio=1e-6
+    )
+    config = dataclasses.replace(CONFIG, prune=prune, scratch=False)
+    with pytest.raises(BudgetError, match=r"what is no kernel's weight has 0\.\d+ of"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_milliseconds_out_of_reach_are_told_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys.modules["jaxprune.latency"], "_timed", lambda *_: 1.0)
+    monkeypatch.setattr(stages, "train", lambda *_: pytest.fail("trained"))
+    prune = dataclasses.replace(CONFIG.prune, budget="latency", ratio=1e-3)
+    with pytest.raises(BudgetError, match=r"cannot be met: what must stay has 0\.\d+"):
+        run(dataclasses.replace(CONFIG, prune=prune), tmp_path / "run")
+
+
 def test_all_processes_cut_by_the_milliseconds_of_the_first(tmp_path, monkeypatch):
     clock = iter(range(1, 100))
     monkeypatch.setattr(

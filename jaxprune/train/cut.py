@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import optax
 
-from jaxprune import checkpoint, formats, graph_io, peers, steering
+from jaxprune import checkpoint, formats, graph_io, peers, steering, weights
 from jaxprune.base import (
     EDGES,
+    Apply,
     CheckpointError,
     Cost,
     Graph,
@@ -57,16 +58,40 @@ class Cut(NamedTuple):
 def check_reachable(prune: Prune, graph: Graph) -> None:
     """Raise BudgetError, telling the least, where no keep of the dense graph meets it.
 
-    Nor the target of the training under a penalty. Milliseconds, and zeros among the
-    weights, are told of when they are counted.
+    Nor the target of the training under a penalty. Of milliseconds, `check_latency`
+    tells.
     """
-    free = prune.method == "path" and prune.choose != "budget"
-    if free or prune.irregular or prune.budget == "latency":
-        return
-    budget = Budget(prune.budget, prune.ratio)
-    check_budget(graph, budget, prune.multiple_of, prune.min_channels)
+    if prune.budget != "latency":
+        _check_kind(prune, graph, prune.budget)
+
+
+def check_weights(
+    config: Config, apply: Apply, graph: Graph, variables: PyTree
+) -> None:
+    """Raise BudgetError, telling the least, where no zeros among weights meet it."""
+    budget = Budget(config.prune.budget, config.prune.ratio)  # type: ignore[arg-type]
+    images = images_of(config)
+    weights.check_reachable(apply, graph, variables, images, budget=budget, train=False)
+
+
+def check_latency(job: Job, graph: Graph, variables: PyTree) -> None:
+    """Measure milliseconds before any training, where the config asks for them.
+
+    Raise BudgetError, telling the least, where no keep of the dense graph meets them.
+    variables: of the dense network, `job.apply`; their shapes count.
+    """
+    prune = job.config.prune
+    if prune.budget == "latency":
+        kind = choose.kind_of(job, graph, variables, "latency")
+        _check_kind(prune, graph, kind)
+
+
+def _check_kind(prune: Prune, graph: Graph, kind: Kind) -> None:
+    if prune.method != "path" or prune.choose == "budget":
+        budget = Budget(kind, prune.ratio)
+        check_budget(graph, budget, prune.multiple_of, prune.min_channels)
     if prune.target:
-        steering.check_target(graph, prune.target, prune.budget)
+        steering.check_target(graph, prune.target, kind)
 
 
 def prune_stage(job: Job, graph: Graph, dense: steps.State, progress: Progress) -> Cut:

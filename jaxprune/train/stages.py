@@ -95,6 +95,7 @@ def _stages(
     job = Job("train", net.apply, config.train, config, splits, workdir)
     key = jax.random.key(config.seed)
     start = models.init(net, key, config.data.size)
+    cut.check_latency(job, graph, start)
     if config.network.encoder:
         start = models.import_encoder(net, start, config.network.encoder)
     dense = train(job, start, progress)
@@ -155,6 +156,8 @@ def check_budgets(configs: Sequence[Config], classes: int) -> None:
     for config in configs:
         if config.prune.low_rank:
             thin.check_budget(config, net.apply, graph, variables)
+        elif config.prune.irregular:
+            cut.check_weights(config, net.apply, graph, variables)
         else:
             cut.check_reachable(config.prune, graph)
 
