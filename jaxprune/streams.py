@@ -92,8 +92,6 @@ def write(
     first, second = tee(_until_damaged(source, damage))
     found = predict.predict(pruned, (f.image for f in first), size=size, batch=batch)
     seen: set[str] = set()
-    if isinstance(out, Path):
-        out.mkdir(parents=True, exist_ok=True)
     for frame, answer in zip(second, found, strict=True):
         picture = report.overlay(frame.image, answer, colors, opacity=opacity)
         if not isinstance(out, Path):
@@ -108,6 +106,7 @@ def write(
                 "predict them in two calls with different --out folders"
             )
         seen.add(frame.name)
+        out.mkdir(parents=True, exist_ok=True)
         target = out / f"{frame.name}_overlay.png"
         report.save_png(target, report.with_legend(picture, names, colors))
         if labels:

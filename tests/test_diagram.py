@@ -52,11 +52,16 @@ def test_a_document_with_a_box_a_group(tmp_path, capsys):
 
 
 def test_every_network_can_be_drawn():
+    told = []
     for net in networks.LINEN:
         apply, variables, x = networks.linen(net, 0, (2, 8, 8, 3))
         graph = jp.trace(apply, variables, x)
         root = ElementTree.fromstring(diagram.svg(graph))
         boxes = root.findall(f"{SVG}g")
         assert len(boxes) == len(graph.groups)
+        dashed = any(p.get("stroke-dasharray") for p in root.iter(f"{SVG}path"))
+        told.append(any("dashed" in (t.text or "") for t in root.iter(f"{SVG}text")))
+        assert told[-1] == dashed
         numbers = [float(r.get("width")) for r in root.iter(f"{SVG}rect") if r.get("x")]
         assert np.isfinite(numbers).all()
+    assert set(told) == {True, False}

@@ -18,6 +18,7 @@ from jaxprune.report import words
 SOURCE, SINK, STUCK = "input", "output", "frozen"
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 210, 36, 30, 34, 20
 INK, LINE, FULL, KEPT = "#202020", "#777777", "#E4E4E4", "#8FC1E3"
+_DASHED = ' stroke-dasharray="4 3"'
 
 Edges = dict[tuple[str, str], list[Path]]
 
@@ -39,6 +40,12 @@ def svg(graph: Graph, keep: Keep | None = None) -> str:
     edges = dependencies(graph)
     boxes, width, height = _layout(graph, edges)
     parts = [_line(edge, weights, boxes) for edge, weights in edges.items()]
+    if any(part and _DASHED in part for part in parts):
+        parts.append(
+            f'<text x="{MARGIN}" y="{height}" fill="{LINE}">dashed: back to a group '
+            "that was read before</text>"
+        )
+        height += MARGIN
     for name, box in boxes.items():
         group = graph.groups.get(name)
         kept = int(np.sum(keep[name])) if group and keep is not None else None
@@ -125,7 +132,7 @@ def _line(
         y, v = a.y + HEIGHT / 2, b.y + HEIGHT / 2
         away = min(24 + 9 * abs(b.row - a.row), 170) * (-1 if back else 1)
         shape = f"M{x:.0f} {y} C{x + away:.0f} {y} {u + away:.0f} {v} {u:.0f} {v}"
-    dash = ' stroke-dasharray="4 3"' if back else ""
+    dash = _DASHED if back else ""
     return (
         f'<path d="{shape}" fill="none" stroke="{LINE}" '
         f'stroke-width="1.3"{dash}>{title}</path>'
