@@ -143,6 +143,12 @@ def test_frames_before_a_damaged_one_are_written(tmp_path: Any) -> None:
     ]
 
 
+def test_an_input_without_a_frame_leaves_no_folder(tmp_path: Any) -> None:
+    with pytest.raises(DataError, match="standard input is empty"):
+        list(streams.write(NET, streams.frames(["-"], None, Pipe(b"")), tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "PPM"])
 def test_damage_is_named_with_the_frame(kind: str) -> None:
     good, bad = (encoded(x, kind) for x in images(2, 30, 20))
