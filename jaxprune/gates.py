@@ -168,6 +168,32 @@ def gates_to_keep(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {n: sparsity.never_empty(g != 0, np.abs(g)) for n, g in found.items()}
 
 
+def deaths(
+    gates: Mapping[str, Any], weights: Weights | None = None
+) -> dict[str, jax.Array]:
+    """{group: float[C]}: the strengths s at which `proximal_gates` makes them 0.
+
+    |z[g,c]| / w[g,c]; infinite where there is no penalty. weights: as of
+    `proximal_gates`.
+    """
+    return steering.deaths_of(*_penalised(weights, gates, gates))
+
+
+def _penalised(
+    weights: Weights | None, before: Mapping[str, Any], z: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(sizes, weights) of the gates z, the weights being those of `before`."""
+    if callable(weights):
+        weights = weights(
+            {n: jnp.maximum(jnp.sum(g != 0), 1) for n, g in before.items()}
+        )
+    counts = {n: np.size(g) for n, g in z.items()}
+    own = fitting(
+        counts, dict.fromkeys(z, 1.0) if weights is None else weights, "weights"
+    )
+    return {n: jnp.abs(g) for n, g in z.items()}, own
+
+
 def _thresholded(
     strength: Strength,
     weights: Weights | None,
@@ -176,17 +202,7 @@ def _thresholded(
     state: Any,
 ) -> tuple[dict[str, Any], Any]:
     """(S(z), the state behind it), weights being those of the gates before."""
-    sizes = {n: np.size(g) for n, g in z.items()}
-    if callable(weights):
-        weights = weights(
-            {n: jnp.maximum(jnp.sum(g != 0), 1) for n, g in before.items()}
-        )
-    own = fitting(
-        sizes, dict.fromkeys(z, 1.0) if weights is None else weights, "weights"
-    )
-    sizes_of = {n: jnp.abs(g) for n, g in z.items()}
-    s, state = steering.stepped(
-        strength, state, lambda: steering.deaths_of(sizes_of, own)
-    )
-    shrunk = {n: g * sparsity.shrinkage(sizes_of[n], s * own[n]) for n, g in z.items()}
+    sizes, own = _penalised(weights, before, z)
+    s, state = steering.stepped(strength, state, lambda: steering.deaths_of(sizes, own))
+    shrunk = {n: g * sparsity.shrinkage(sizes[n], s * own[n]) for n, g in z.items()}
     return shrunk, state

@@ -43,7 +43,7 @@ def lasso_select(
     *,
     multiple_of: MultipleOf = 1,
     min_channels: int = 1,
-    positions: int = 256,
+    positions: int | None = 256,
     steps: int = 48,
     ridge: float = 1e-4,
     seed: int = 0,
@@ -74,7 +74,8 @@ def lasso_select(
     Source: He et al., "Channel pruning for accelerating very deep neural networks",
     2017, eq. 2 and section 3.1, for any graph of layers.
     """
-    if positions < 1 or steps < 2 or not ridge >= 0:
+    some = positions is None or positions > 0
+    if not some or steps < 2 or not ridge >= 0:
         raise ConfigError(
             f"lasso_select(positions={positions!r}, steps={steps!r}, ridge={ridge!r}): "
             "at least 1, 2 and 0"
@@ -110,11 +111,12 @@ def lasso_select(
         for name in undecided:
             scores = _scores(seen, readers[name], rows, masked, steps)
             keep[name][np.argsort(-scores, kind="stable")[counts[name] :]] = False
-        masked = trees.mask(graph, keep, masked)
+        read = rows[path]
+        if undecided:  # a norm in between may have read what went just now
+            masked = trees.mask(graph, keep, masked)
+            read = seen.rows(masked, [path])[path]
         stays = trees.mask(graph, keep, jax.tree.map(np.ones_like, variables))
-        # Channels that went just now are 0 in the kernel; what it read of them no
-        # longer matters.
-        masked = replaced(masked, seen.refitted(path, rows[path], stays, ridge))
+        masked = replaced(masked, seen.refitted(path, read, stays, ridge))
     return keep, masked
 
 

@@ -93,19 +93,20 @@ def adaptive(
     A lasso that kills most channels shrinks those that stay nearly as much. With
     `scores` that rank the dense network's channels, such as `score(taylor(), ...)`,
     what matters is penalised little, and what does not fades while the rest adapts.
-    With weights paid in FLOPs, channels die in the order of importance by cost, as
-    links of the path do. Scores count relative to their mean over all channels, those
-    under a millionth of it as that. weights: sqrt of the number of entries by default;
-    of `repriced`, what follows the live channels still does. power 0 changes nothing.
+    With weights paid in FLOPs, a channel dies at a strength of (its weights' root mean
+    square) * importance / cost, much as links of the path go. Scores count relative to
+    their mean over all channels, those under a millionth of it as that. weights: sqrt
+    of the number of entries by default; of `repriced`, what follows the live channels
+    still does. power 0 changes nothing.
 
     Raises GraphError for scores that do not fit the graph, are not finite, negative, or
-    all 0; ConfigError for a negative power.
+    all 0; ConfigError for a power that is not in [0, 4].
 
     Source: Zou, "The adaptive lasso and its oracle properties", 2006, eq. 4; of groups:
     Wang & Leng, "A note on adaptive group lasso", 2008.
     """
-    if not power >= 0:
-        raise ConfigError(f"adaptive: power={power!r} must not be negative")
+    if not 0 <= power <= 4:
+        raise ConfigError(f"adaptive: power={power!r} must be in [0, 4]")
     scores = check_scores(graph, scores)
     every = np.concatenate([np.float64(s) for s in scores.values()])
     if (every < 0).any() or not every.any():

@@ -116,7 +116,7 @@ class Seen(NamedTuple):
         changed = {path: reading.kernel_of(new)}
         if biased:
             moved = (y.mean(axis=0) - read.mean(axis=0) @ new) * left[bias]
-            changed[bias] = self.dense[bias] + moved
+            changed[bias] = self.dense[bias] * left[bias] + moved
         return changed
 
 

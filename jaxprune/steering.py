@@ -102,9 +102,7 @@ def steer(
         steps = state.steps
         plan = target(steps) if callable(target) else target
 
-        def after(strength: Any) -> jax.Array:
-            return cost({n: _count(d > strength) for n, d in deaths.items()})
-
+        after = _behind(cost, deaths)
         wanted = state.level * (rate(steps) if callable(rate) else rate)
         # Above the strength that leaves nothing there is nothing to look for.
         wanted = jnp.minimum(wanted, 1.01 * _last(deaths))
@@ -142,11 +140,7 @@ def even_start(
     Raises what `steer` does.
     """
     check_target(graph, target, kind)
-    cost = live_cost(graph, kind)
-
-    def after(strength: Any) -> jax.Array:
-        return cost({n: _count(jnp.asarray(d) > strength) for n, d in deaths.items()})
-
+    after = _behind(live_cost(graph, kind), deaths)
     least = _landing(after, 1.01 * _last(deaths), target)
     return float(least) / total
 
@@ -186,6 +180,11 @@ def check_strength(strength: Strength) -> None:
 
 def _next(steps: jax.Array) -> jax.Array:
     return jnp.where(steps < jnp.iinfo(steps.dtype).max, steps + 1, steps)
+
+
+def _behind(cost: Callable[[Any], jax.Array], deaths: Deaths) -> Callable[..., Any]:
+    """strength -> the cost of what it leaves."""
+    return lambda s: cost({n: _count(jnp.asarray(d) > s) for n, d in deaths.items()})
 
 
 def _count(alive: jax.Array) -> jax.Array:

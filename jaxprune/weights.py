@@ -106,7 +106,8 @@ def check_reachable(
 ) -> None:
     """Raise BudgetError, telling the least, where no zeros meet the budget.
 
-    graph: of all the others. variables: their shapes count, ShapeDtypeStructs will do.
+    graph: of the apply, the variables and the inputs, see `trace`. variables: their
+    shapes count; jax.ShapeDtypeStruct will do.
     """
     _check(graph, budget, _uses(apply, variables, inputs, kwargs))
 

@@ -144,8 +144,13 @@ def test_gates_carry_no_optimiser(empty):
         (["prune.method=path", "prune.target=0.4"], "target = 0.4: must be 0 where"),
         (["prune.cuts_in_training=2"], "cuts_in_training = 2: must be 0 where"),
         (["prune.repriced=true"], "repriced = True: must be false where"),
+        (
+            ["prune.method=gates", "prune.accelerated=true", "prune.strength=0"]
+            + ["prune.target=0.4"],
+            "strength = 0.*: must be positive with a target where",
+        ),
         (["prune.adaptive=1"], "adaptive = 1.*: must be 0 where"),
-        (["prune.method=lasso", "prune.adaptive=-1"], "adaptive = -1.*0 or more"),
+        (["prune.method=lasso", "prune.adaptive=-1"], "adaptive = -1.*in .0, 4."),
     ],
 )
 def test_penalties_that_cannot_be(empty, overrides, words):

@@ -20,7 +20,8 @@ import toygraphs
 
 import jaxprune as jp
 from jaxprune import pricing
-from jaxprune.train import choose, loop, sparsify
+from jaxprune.base import CheckpointError
+from jaxprune.train import choose, loop, penalty, sparsify
 from jaxprune.train import step as steps
 from jaxprune.train.config import Prune
 from jaxprune.train.progress import Progress
@@ -103,8 +104,8 @@ def test_gates_are_cut_along(accelerated):
             own = optax.chain(
                 optax.scale_by_learning_rate(0.05), jp.accelerated_gates(1e-3)
             )
-            return sparsify._apart(optax.sgd(0.02), own)
-        last = sparsify._on_gates(jp.proximal_gates(1e-3))
+            return penalty.apart(optax.sgd(0.02), own)
+        last = penalty.on_gates(jp.proximal_gates(1e-3))
         return optax.chain(optax.adam(0.02), last)
 
     def function(graph):
@@ -328,6 +329,18 @@ def test_importance_is_estimated_anew_at_each_cut(tmp_path, monkeypatch):
     assert dead.sum() == 6 - left
     np.testing.assert_allclose(paid[1]["first"][dead], second.mean(), rtol=1e-6)
     assert jp.dead(graph, variables)["first"].sum() == 3
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"first": [1, 2]}', '{"first": null}'])
+def test_importance_is_kept_and_its_damage_is_named(tmp_path, monkeypatch, text):
+    fields = {**STEERED, **FORMS["adaptive"], "lasso_epochs": 1.0}
+    sparsified(tmp_path, **fields)
+    monkeypatch.setattr(choose, "importance", lambda *_: pytest.fail("again"))
+    sparsified(tmp_path, **fields)
+    file = tmp_path / "importance" / "0.json"
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match=f"{file} is damaged .*; delete it to"):
+        sparsified(tmp_path, **fields)
 
 
 def test_weights_in_milliseconds_are_measured(tmp_path, monkeypatch):

@@ -90,6 +90,34 @@ class Joined(nn.Module):
         return nn.Dense(4, name="four")(y.mean(axis=(1, 2)))
 
 
+class Normed(nn.Module):
+    """A norm over channels, which reads what goes before the next layer does."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.LayerNorm()(nn.Dense(12, name="one")(x))
+        x = nn.LayerNorm()(nn.Dense(10, name="two")(nn.relu(x)))
+        return nn.Dense(3, name="three")(nn.relu(x))
+
+
+def test_refits_are_of_what_the_cut_network_reads_behind_a_norm() -> None:
+    """The same as `reconstruct` makes of that keep; what is cut is 0, biases too."""
+    x = normal(64, 5)
+    variables = Normed().init(jax.random.key(0), x)
+    rng = np.random.default_rng(3)
+    variables = jax.tree.map(
+        lambda v: v + 0.3 * rng.normal(size=v.shape).astype(np.float32), variables
+    )
+    graph = jp.trace(Normed().apply, variables, x)
+    given = Normed().apply, graph, variables, [x]
+    keep, found = jp.lasso_select(*given, jp.channels(0.5), positions=None)
+    again = jp.reconstruct(*given[:2], keep, *given[2:], positions=None)
+    jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, atol=1e-3), found, again)
+    for tree in (found, again):
+        masked = jp.mask(graph, keep, tree)
+        jax.tree.map(np.testing.assert_array_equal, tree, masked)
+
+
 def test_what_others_stand_in_for_goes_from_all_readers() -> None:
     x = normal(8, 6, 6, 3)
     variables = Joined().init(jax.random.key(0), x)

@@ -141,7 +141,7 @@ def test_adaptive_weights_by_hand():
         ({"l0": [1, -1], "l1": [1]}, {}, GraphError, "must not be negative"),
         ({"l0": [0, 0], "l1": [0]}, {}, GraphError, "all 0"),
         ({"l0": [1, 1]}, {}, GraphError, "lack group 'l1'"),
-        ({"l0": [1, 1], "l1": [1]}, {"power": -1}, ConfigError, "power=-1"),
+        ({"l0": [1, 1], "l1": [1]}, {"power": -1}, ConfigError, "power=-1 must be in"),
     ],
 )
 def test_what_cannot_be_an_importance_is_told(scores, more, error, match):

@@ -258,6 +258,7 @@ STEERED = {
         {**STEERED, "method": "lasso", "metric": "optimizer", "carry_optimizer": True},
         {**STEERED, "method": "gates", "accelerated": True},
         {**STEERED, "method": "lasso", "adaptive": 1.0, "strength": 0.0},
+        {**STEERED, "method": "gates", "adaptive": 1.0, "strength": 0.0},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )

@@ -212,7 +212,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
             ax.errorbar(
                 [scale * r[field] for r in mine],
                 [r["test"] for r in mine],
-                [r["test_deviation"] or r["test_error"] or 0.0 for r in mine],
+                [r["test_margin"] or 0.0 for r in mine],
                 marker=markers[i % len(markers)],
                 markersize=5,
                 capsize=2,

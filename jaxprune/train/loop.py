@@ -348,7 +348,7 @@ def counts_of(
             beat(one)
     if pending is not None:
         take(pending)
-    return Counts(matrix, np.concatenate(images)[: len(split)])
+    return Counts(matrix, np.concatenate(images))
 
 
 def _own_rows(batch: Any) -> Any:

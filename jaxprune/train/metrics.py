@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures of segmentation, all from one confusion matrix of a whole split."""
+"""Measures of segmentation, from one confusion matrix of a whole split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Counts(NamedTuple):
     """Pixels of a batch or a split, as integers.
 
     confusion: [K, K], rows = truth. images: [N, 3, K], of each image the pixels of a
-    class that are found, that are in the truth, and that are predicted.
+    class that are found, that are in the truth, and that are predicted; all 0 of the
+    images that fill a batch up.
     """
 
     confusion: Any

@@ -48,7 +48,8 @@ def run(
 
     Raises, before any work, ConfigError for a bad config, or a folder that another
     config made, another run is using, or that began with other data; BudgetError for a
-    budget that no network meets; DataError for data that is missing or damaged. Raises
+    budget that no network meets (of milliseconds, once they are measured, before any
+    training); DataError for data that is missing or damaged. Raises
     NonFinite for a diverged run, DiskError for a disk that is full or read-only, and
     PeerError where another process of the run is lost.
     SIGTERM saves and exits with 75; a kill loses the steps since the last save.

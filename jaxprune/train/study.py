@@ -28,7 +28,7 @@ from jaxprune.train.config import Config, Prune, check, to_json
 from jaxprune.train.folder import CONFIG, write_json, write_text
 
 # Prices that are estimated anew as channels go: fixed ones empty whole layers.
-_STEERED = {"strength": 0.0, "adaptive": 1.0, "cuts_in_training": 7}
+_STEERED = {"adaptive": 1.0, "criterion": "taylor", "cuts_in_training": 7}
 # What of `Prune` makes a method; its other fields are the config's.
 METHODS: dict[str, dict[str, Any]] = {
     "path": {"method": "path", "estimate": "taylor"},
@@ -75,7 +75,8 @@ def study(
     that are not of zeros; its rows tell the cost on hardware for dense products, and
     that share beside it.
     Raises ConfigError for an unknown method, BudgetError for a budget that no network
-    meets, before any work, and what `run` does.
+    meets, before any work (of milliseconds, before the training of each run), and what
+    `run` does.
     """
     workdir = Path(os.path.abspath(workdir))
     plans = [
@@ -126,6 +127,7 @@ def planned(
             prune,
             lasso_epochs=spent,
             target=_ROOM * budget,
+            strength=prune.strength if prune.scaled else 0.0,
             rounds=1,
             carry_optimizer=False,
         )
@@ -205,8 +207,9 @@ def _copy(first: Path, folder: Path, plan: Config) -> None:
 def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each method and budget: means over seeds, and how sure they are.
 
-    'val_error' is the standard error over images, 'val_deviation' over seeds, where
-    there are several; 'speedup' is of the dense network of the same run.
+    'val_error' is the standard error over images, 'val_deviation' that over seeds,
+    'val_margin' the latter where there are several; 'speedup' is over the dense network
+    of the same run.
     """
     runs: dict[tuple[str, float], list[tuple[int, Any, Any]]] = {}
     for run in found:
@@ -235,6 +238,8 @@ def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row[split] = _mean(scores)
             row[f"{split}_deviation"] = statistics.stdev(scores) if several else None
             row[f"{split}_error"] = _mean(e for e in errors if e is not None)
+            which = "deviation" if several else "error"
+            row[f"{split}_margin"] = row[f"{split}_{which}"]
         times = [(n["latency_ms"]["1"], d["latency_ms"]["1"]) for _, n, d in mine]
         row["ms"] = _mean(ms for ms, _ in times if ms is not None)
         row["speedup"] = _mean(d / ms for ms, d in times if ms and d)
@@ -248,17 +253,11 @@ def _mean(values: Iterable[float]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def margin(row: Mapping[str, Any], split: str) -> float | None:
-    """The deviation over seeds; of one seed, the standard error over images, if any."""
-    spread = row[f"{split}_deviation"]
-    return row[f"{split}_error"] if spread is None else spread
-
-
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table; `margin` behind ±."""
+    """The table; behind ± each score's margin."""
 
     def score(row: Mapping[str, Any], split: str) -> str:
-        spread = margin(row, split)
+        spread = row[f"{split}_margin"]
         return f"{row[split]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
     columns = {
