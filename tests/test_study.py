@@ -24,7 +24,7 @@ CONFIG = train.Config(
     ),
     retrain=FIT,
     scratch=True,
-    evaluate=train.Evaluate(repeats=0, samples=1),
+    evaluate=train.Evaluate(repeats=1, samples=1),
 )
 
 
@@ -72,14 +72,13 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
         study.planned(CONFIG, "tailor", 0.5, 0, "l1")
 
 
-def network(val, test, flops, ms, error=None):
+def network(val, test, flops, error=None):
     return {
         "splits": {
             "val": {"miou": val, "miou_error": error},
             "test": {"miou": test, "miou_error": error},
         },
         "cost": {"flops": flops, "params": flops},
-        "latency_ms": {"1": ms},
         "epochs": 2.0,
     }
 
@@ -90,27 +89,31 @@ def test_the_table_is_of_means_and_deviations():
             "method": "l1",
             "budget": 0.5,
             "seed": seed,
-            "dense": network(0.5 + seed / 10, 0.4, 100, 8.0),
-            "pruned": network(0.3 + seed / 10, 0.2, 50, 4.0),
+            "dense": network(0.5 + seed / 10, 0.4, 100),
+            "pruned": network(0.3 + seed / 10, 0.2, 50),
         }
         for seed in (0, 2)
     ]
-    # The first seed's dense network, timed again on a machine that is slower by now.
     again = {
         "method": "path",
         "budget": 0.5,
         "seed": 0,
-        "dense": network(0.5, 0.4, 100, 12.0),
-        "pruned": network(0.45, 0.3, 49, 4.0, error=0.01),
+        "dense": network(0.5, 0.4, 100),
+        "pruned": network(0.45, 0.3, 49, error=0.01),
+        "scratch": network(0.44, 0.3, 49),
     }
-    dense, path, l1 = study.table([*found, again])
+    names = ("dense", "l1-0.5-seed0", "l1-0.5-seed2", "path-0.5-seed0")
+    times = dict(zip(names, (12.0, 5.0, 7.0, 4.0), strict=True))
+    dense, path, scratch, l1 = study.table([*found, again], times)
+    assert scratch["method"] == "from scratch" and scratch["ms"] == path["ms"]
     assert [r["method"] for r in (dense, path, l1)] == ["dense", "path", "l1"]
     assert (dense["seeds"], path["seeds"], l1["seeds"]) == (2, 1, 2)
     np.testing.assert_allclose([dense["val"], l1["val"]], [0.6, 0.4])
     np.testing.assert_allclose(l1["val_deviation"], np.std([0.3, 0.5], ddof=1))
     assert (l1["val_error"], path["val_deviation"]) == (None, None)
     np.testing.assert_allclose([r["speedup"] for r in (dense, path, l1)], [1, 3, 2])
-    np.testing.assert_allclose(dense["ms"], (8 + 8 + 12) / 3)
+    bare = study.table(found, {})
+    assert {(r["ms"], r["speedup"]) for r in bare} == {(None, None)}
     text = study.as_markdown([dense, path, l1])
     assert "| l1 | 50% | 50.0% | 50.0% | 0.400 ± 0.141 | 0.200 ± 0.000 |" in text
     assert "| path | 50% | 49.0% | 49.0% | 0.450 ± 0.010 | 0.300 ± 0.010 |" in text
@@ -123,15 +126,16 @@ def test_zeros_are_told_of_beside_the_dense_cost():
             "method": method,
             "budget": 0.5,
             "seed": 0,
-            "dense": network(0.5, 0.4, 100, 8.0),
-            "pruned": {**network(0.4, 0.3, flops, 8.0), **more},
+            "dense": network(0.5, 0.4, 100),
+            "pruned": {**network(0.4, 0.3, flops), **more},
         }
         for method, flops, more in (
             ("l1", 48, {}),
             ("weights", 100, {"nonzero": {"flops": 49, "params": 30}}),
         )
     ]
-    text = study.as_markdown(study.table(found))
+    names = ("dense", "l1-0.5-seed0", "weights-0.5-seed0")
+    text = study.as_markdown(study.table(found, dict.fromkeys(names, 8.0)))
     assert "| epochs | FLOPs, zeros skipped |" in text
     same = "0.400 | 0.300 | 8.0 | 1.00 | 2"
     assert f"| weights | 50% | 100.0% | 100.0% | {same} | 49.0% |" in text
@@ -151,7 +155,9 @@ def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
     rows = json.loads((folder / "comparison.json").read_text())["rows"]
     assert {r["method"] for r in rows} == {"dense", "l1", "lasso", "from scratch"}
     assert all(r["flops"] <= 0.6 for r in rows if r["method"] != "dense")
-    assert {r["ms"] for r in rows} == {None}  # evaluate.repeats = 0
+    assert all(r["ms"] > 0 and r["speedup"] > 0 for r in rows)
+    times = json.loads((folder / "latencies.json").read_text())
+    assert set(times) == {"dense", "l1-0.6-seed0", "lasso-0.6-seed0"}
     assert (folder / "comparison.md").read_text().count("\n|") == 5
     assert (folder / "frontier.png").stat().st_size > 10_000
     one, other = (folder / f"{m}-0.6-seed0" for m in ("l1", "lasso"))
@@ -170,6 +176,12 @@ def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
     assert cli.main([*command, "--methods", "l1,lasso,random"]) == 0
     new = [(where, stage) for where, stage in trained if where.startswith("random")]
     assert new == [("random-0.6-seed0", "train"), ("random-0.6-seed0", "retrain")]
+    again = json.loads((folder / "latencies.json").read_text())
+    assert set(again) == {*times, "random-0.6-seed0"}
+    monkeypatch.setattr(study, "bench", lambda *a, **k: pytest.fail("timed again"))
+    assert cli.main([*command, "--methods", "l1,random"]) == 0
+    (folder / "latencies.json").write_text('{"dense": "fast"}')
+    assert cli.main([*command, "--methods", "l1"]) == 2
     rows = (folder / "random-0.6-seed0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(r)["stage"] for r in rows].count("train") >= 1
 

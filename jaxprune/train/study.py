@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
+import numpy as np
 
-from jaxprune import disk, peers
-from jaxprune.base import ConfigError
+from jaxprune import checkpoint, disk, formats, peers
+from jaxprune.base import CheckpointError, ConfigError
+from jaxprune.bench import bench
 from jaxprune.lowrank import Method as LowRank
 from jaxprune.train import stages
 from jaxprune.train.config import Config, Prune, check, to_json
@@ -54,9 +56,10 @@ METHODS: dict[str, dict[str, Any]] = {
 # What widths that are multiples of a number add to those of a penalty, about.
 _ROOM = 0.95
 
+_LATENCIES = "latencies.json"
 _LEGEND = """\
 ±: the deviation over seeds or, of one seed, the standard error over images. ms: of one
-image. speed-up: over the dense network, timed in turns with it.
+image, all networks in turns. speed-up: over the dense network.
 """
 
 
@@ -67,7 +70,7 @@ def study(
     budgets: Sequence[float],
     seeds: Sequence[int] = (0,),
 ) -> list[dict[str, Any]]:
-    """Run all, and write comparison.json and comparison.md; the table's rows.
+    """Run all, time their networks, and write comparison.json and .md; the rows.
 
     Methods that train under a penalty are steered to the budget, cut once, and retrain
     that much shorter. Where the config asks for a network from scratch, it is of the
@@ -93,16 +96,59 @@ def study(
     stages.check_budgets([plan for *_, plan in plans], len(classes))
     found = []
     for method, budget, seed, plan in plans:
-        folder = workdir / f"{method}-{budget:g}-seed{seed}"
-        first = workdir / f"{methods[0]}-{budgets[0]:g}-seed{seed}"
+        folder = workdir / _name(method, budget, seed)
+        first = workdir / _name(methods[0], budgets[0], seed)
         if folder != first:
             _take_over(first, folder, plan)
         networks = stages.run(plan, folder)["networks"]
         found.append({"method": method, "budget": budget, "seed": seed, **networks})
-    rows = table(found)
+    times = timed(config, workdir, [_name(m, b, s) for m, b, s, _ in plans])
+    rows = table(found, times)
     write_json(workdir / "comparison.json", {"rows": rows})
     write_text(workdir / "comparison.md", as_markdown(rows))
     return rows
+
+
+def _name(method: str, budget: float, seed: int) -> str:
+    """The folder of a run, within the study's."""
+    return f"{method}-{budget:g}-seed{seed}"
+
+
+def timed(config: Config, workdir: Path, names: Sequence[str]) -> dict[str, float]:
+    """Median milliseconds of one image: of the runs' networks, and of 'dense'.
+
+    All in turns, on the first process, at the end: runs end hours apart, and a machine
+    is not the same then. Kept in latencies.json; of one more run, all are timed anew.
+    Nothing where the config asks for no repeats.
+    """
+    if not config.evaluate.repeats:
+        return {}
+    file = workdir / _LATENCIES
+    if jax.process_index() == 0 and not set(names) <= set(_known(file)):
+        finals = {name: workdir / name / "final" for name in names}
+        one = finals[names[0]]
+        dense = checkpoint.dense_network(one, checkpoint.load(one).info)
+        image = np.random.default_rng(0).random((1, *config.data.size, 3), np.float32)
+        networks = {"dense": (dense.apply, dense.init(jax.random.key(0), image))}
+        for name, final in finals.items():
+            pruned = checkpoint.load(final)
+            networks[name] = pruned.apply, pruned.variables
+        print(f"timing {len(networks)} networks in turns", flush=True)
+        speeds = bench(networks, image, repeats=config.evaluate.repeats, train=False)
+        write_json(file, {name: s.percentile(50) for name, s in speeds.items()})
+    with peers.patience(peers.MOST):  # as long as that takes
+        peers.barrier("jaxprune latencies")
+    return _known(file)
+
+
+def _known(file: Path) -> dict[str, float]:
+    try:
+        found = formats.parse(formats.read_text(file)) if file.exists() else {}
+        return {name: float(ms) for name, ms in found.items()}
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}); delete it to time again"
+        ) from error
 
 
 def planned(
@@ -204,27 +250,29 @@ def _copy(first: Path, folder: Path, plan: Config) -> None:
     partial.rename(folder / "checkpoints" / "train")
 
 
-def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def table(
+    found: Iterable[Mapping[str, Any]], times: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """A row for each method and budget: means over seeds, and how sure they are.
 
-    'val_error' is the standard error over images, 'val_deviation' that over seeds,
-    'val_margin' the latter where there are several; 'speedup' is over the dense network
-    of the same run.
+    times: as of `timed`. 'val_error' is the standard error over images, 'val_deviation'
+    that over seeds, 'val_margin' the latter where there are several; 'speedup' is over
+    the dense network.
     """
-    runs: dict[tuple[str, float], list[tuple[int, Any, Any]]] = {}
+    runs: dict[tuple[str, float], dict[int, tuple[Any, str]]] = {}
     for run in found:
-        seed, dense = run["seed"], run["dense"]
-        runs.setdefault(("dense", 1.0), []).append((seed, dense, dense))
-        mine = runs.setdefault((run["method"], run["budget"]), [])
-        mine.append((seed, run["pruned"], dense))
-        if "scratch" in run:
-            fresh = runs.setdefault(("from scratch", run["budget"]), [])
-            fresh.append((seed, run["scratch"], dense))
-    whole = runs["dense", 1.0][0][1]["cost"]
+        seed, method, budget = run["seed"], run["method"], run["budget"]
+        name = _name(method, budget, seed)
+        # The dense network of a seed is in each of its runs.
+        runs.setdefault(("dense", 1.0), {})[seed] = run["dense"], "dense"
+        runs.setdefault((method, budget), {})[seed] = run["pruned"], name
+        if "scratch" in run:  # of the same widths
+            fresh = runs.setdefault(("from scratch", budget), {})
+            fresh[seed] = run["scratch"], name
+    whole = next(iter(runs["dense", 1.0].values()))[0]["cost"]
     rows = []
     for (method, budget), mine in runs.items():
-        # The dense network of a seed is in each of its runs, and timed in each.
-        unique = list({seed: network for seed, network, _ in mine}.values())
+        unique = [network for network, _ in mine.values()]
         row: dict[str, Any] = {"method": method, "budget": budget}
         row["seeds"] = len(unique)
         for field in ("flops", "params"):
@@ -240,9 +288,9 @@ def table(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row[f"{split}_error"] = _mean(e for e in errors if e is not None)
             which = "deviation" if several else "error"
             row[f"{split}_margin"] = row[f"{split}_{which}"]
-        times = [(n["latency_ms"]["1"], d["latency_ms"]["1"]) for _, n, d in mine]
-        row["ms"] = _mean(ms for ms, _ in times if ms is not None)
-        row["speedup"] = _mean(d / ms for ms, d in times if ms and d)
+        ms = _mean(times[name] for _, name in mine.values() if name in times)
+        row["ms"] = ms
+        row["speedup"] = times["dense"] / ms if ms else None
         row["epochs"] = _mean(n["epochs"] for n in unique)
         rows.append(row)
     return sorted(rows, key=lambda r: (-r["budget"], -r["val"]))
