@@ -7,7 +7,7 @@ convolutions are not looked into: what only those read has no score, which is an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -247,10 +247,15 @@ def _readers(
         ]
         for group in graph.groups.values()
     }
+    check_read(name, readers)
+    return readers
+
+
+def check_read(name: str, readers: Mapping[str, Sequence[Any]]) -> None:
+    """Raise GraphError for groups without a reader, for what `name` stands for."""
     bare = [n for n, found in readers.items() if not found]
     if bare:
         raise GraphError(
             f"{name}: nothing reads {', '.join(map(repr, bare))} but loops, branches, "
             "grouped convolutions or products of features; take another criterion"
         )
-    return readers

@@ -15,13 +15,12 @@ from jaxprune.base import (
     Apply,
     ConfigError,
     Graph,
-    GraphError,
     Path,
     PyTree,
     Slot,
 )
 from jaxprune.budget import Budget
-from jaxprune.features import lasting
+from jaxprune.features import check_read, lasting
 from jaxprune.reconstruct import (
     Seen,
     check_batches,
@@ -132,13 +131,7 @@ def _readers(graph: Graph, tight: Any, seen: Seen) -> dict[str, list[Slot]]:
         for name, group in graph.groups.items()
         if not tight[name].all()
     }
-    bare = [name for name, found in readers.items() if not found]
-    if bare:
-        raise GraphError(
-            f"lasso_select: nothing reads {', '.join(map(repr, bare))} but loops, "
-            "branches, grouped convolutions or products of features; select by another "
-            "criterion"
-        )
+    check_read("lasso_select", readers)
     return readers
 
 
