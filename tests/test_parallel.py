@@ -22,7 +22,7 @@ import optax
 import jaxprune as jp
 from jaxprune import models
 from jaxprune.train import step as steps
-from jaxprune.train.sparsify import _on_gates
+from jaxprune.train.penalty import on_gates
 
 net = models.build("segnet", {"num_classes": 3, "widths": [4, 4, 4, 4, 4]})
 variables = models.init(net, jax.random.key(0), (16, 16))
@@ -73,7 +73,7 @@ for name, apply, tx in (
     ("lasso", net.apply, optax.chain(Penalised, optax.adam(1e-3))),
     ("proximal", net.apply, chained(jp.proximal(graph, 1e-3))),
     ("mask", masked, chained(jp.proximal(graph, 1e-3))),
-    ("gates", gated, chained(_on_gates(jp.proximal_gates(1e-3)))),
+    ("gates", gated, chained(on_gates(jp.proximal_gates(1e-3)))),
 )[: None if jax.device_count() > 1 else 1]:
     step = steps.make_step(apply, tx, target)
     start = {**variables, "params": folded} if name == "gates" else variables
