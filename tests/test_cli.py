@@ -169,8 +169,9 @@ def test_eval_measures_what_the_run_did(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert cli.main(["eval", str(folder), "--split", "val"]) == 0
     shown = capsys.readouterr().out
-    miou = evaluation["networks"]["pruned"]["splits"]["val"]["miou"]
-    assert re.search(rf"^mIoU +{miou:.4f}$", shown, re.MULTILINE)
+    val = evaluation["networks"]["pruned"]["splits"]["val"]
+    score = rf"^mIoU +{val['miou']:.4f} ± {val['miou_error']:.4f}$"
+    assert re.search(score, shown, re.MULTILINE)
     for name in evaluation["classes"]:
         assert f"IoU {name}" in shown
 
