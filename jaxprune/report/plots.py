@@ -221,6 +221,9 @@ def frontier(rows: Sequence[Mapping[str, Any]], file: Path) -> Path:
             )
         if dense is not None:
             ax.axhline(dense["test"], color=GREY, linestyle="--", label="dense")
+            ax.plot(scale * (dense[field] or 0), dense["test"], "o", color=GREY)
+        # In full: of one budget, all have the same cost but for a trifle.
+        ax.set_xlim(left=0)
         ax.set_xlabel(label)
         ax.set_ylabel("test mIoU")
     lines = axes[0].get_legend_handles_labels()
