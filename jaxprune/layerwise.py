@@ -15,6 +15,7 @@ from jaxprune.base import (
     Apply,
     ConfigError,
     Graph,
+    Keep,
     Path,
     PyTree,
     Slot,
@@ -91,14 +92,13 @@ def lasso_select(
     counts = {name: int(k.sum()) for name, k in widths.items()}
     given = check_batches("lasso_select", batches)
     keep = graph.full()
-    tight = {n: np.arange(g.size) < counts[n] for n, g in graph.groups.items()}
-    if all(k.all() for k in tight.values()):
+    if all(k.all() for k in widths.values()):
         return keep, variables
     seen = sampled(
-        apply, variables, consumers(graph, tight), given, positions, seed, kwargs
+        apply, variables, consumers(graph, widths), given, positions, seed, kwargs
     )
-    readers = _readers(graph, tight, seen)
-    masked = variables
+    readers = _readers(graph, widths, seen)
+    masked, stays = variables, jax.tree.map(np.ones_like, variables)
     for path in seen.readings:
         undecided = [
             name
@@ -112,14 +112,13 @@ def lasso_select(
             keep[name][np.argsort(-scores, kind="stable")[counts[name] :]] = False
         read = rows[path]
         if undecided:  # a norm in between may have read what went just now
-            masked = trees.mask(graph, keep, masked)
+            masked, stays = trees.mask(graph, keep, (masked, stays))
             read = seen.rows(masked, [path])[path]
-        stays = trees.mask(graph, keep, jax.tree.map(np.ones_like, variables))
         masked = replaced(masked, seen.refitted(path, read, stays, ridge))
     return keep, masked
 
 
-def _readers(graph: Graph, tight: Any, seen: Seen) -> dict[str, list[Slot]]:
+def _readers(graph: Graph, widths: Keep, seen: Seen) -> dict[str, list[Slot]]:
     """Of each group that is to be cut, the slots of kernels that read it plainly."""
     readers = {
         name: [
@@ -129,7 +128,7 @@ def _readers(graph: Graph, tight: Any, seen: Seen) -> dict[str, list[Slot]]:
             and slot.axis in dict(seen.readings[slot.path].pairs)
         ]
         for name, group in graph.groups.items()
-        if not tight[name].all()
+        if not widths[name].all()
     }
     check_read("lasso_select", readers)
     return readers

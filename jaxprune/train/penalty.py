@@ -75,16 +75,13 @@ def penalty(job: Job, graph: Graph, variables: PyTree) -> Penalty:
 
 def importance(
     job: Job, graph: Graph, keep: Keep, variables: PyTree, number: int
-) -> dict[str, np.ndarray] | None:
+) -> dict[str, np.ndarray]:
     """Scores at the dense network's sizes, for the part `number` of the training.
 
     Of what `keep` has left, the network `job.apply`, `graph`; what is gone counts as
     their mean. Estimated once, and kept in the work folder: processes round
-    differently, and all must train alike, also behind a kill. None where the penalty
-    is not adaptive.
+    differently, and all must train alike, also behind a kill.
     """
-    if not job.config.prune.adaptive:
-        return None
     file = job.workdir / "importance" / f"{number}.json"
     if not peers.first_says(file.exists()):
         found = check_scores(graph, choose.importance(job, graph, variables))

@@ -49,11 +49,13 @@ def sparsify(
         """The state at the end of a part, of the network as `keep` has left it."""
         smaller = shrink_graph(graph, keep)
         apply = slim(job.apply, graph, keep) if number else job.apply
-        now = dense.average
-        if begun is not None:
-            now = _folded(smaller, begun.average) if gated else begun.average
-        bare = dataclasses.replace(job, apply=apply)
-        scores = penalty.importance(bare, smaller, keep, now, number)
+        scores = None
+        if prune.adaptive:
+            now = dense.average if begun is None else begun.average
+            if gated and begun is not None:
+                now = _folded(smaller, now)
+            bare = dataclasses.replace(job, apply=apply)
+            scores = penalty.importance(bare, smaller, keep, now, number)
         here = dataclasses.replace(
             job,
             stage=f"{prune.method}{number or ''}",
