@@ -133,7 +133,7 @@ def _compare(args: argparse.Namespace) -> int:
     import jax
 
     from jaxprune import peers, report
-    from jaxprune.train import config, study
+    from jaxprune.train import config, study, tabulate
 
     settings = config.load_config(args.config, args.settings)
     if args.distributed:
@@ -144,7 +144,7 @@ def _compare(args: argparse.Namespace) -> int:
     methods = [m.strip() for m in args.methods.split(",") if m.strip()]
     rows = study.study(settings, workdir, methods, budgets, range(args.seeds))
     if jax.process_index() == 0:
-        print(study.as_markdown(rows))
+        print(tabulate.as_markdown(rows))
         print(f"plot: {report.frontier(rows, workdir / 'frontier.png')}")
     return 0
 

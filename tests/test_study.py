@@ -11,7 +11,7 @@ import tinyrun
 
 from jaxprune import cli, peers, train
 from jaxprune.base import ConfigError
-from jaxprune.train import study
+from jaxprune.train import study, tabulate
 from jaxprune.train.config import Config
 
 FIT = train.Fit(epochs=1, batch=8, ema=0.5)
@@ -89,6 +89,7 @@ def test_the_table_is_of_means_and_deviations():
             "method": "l1",
             "budget": 0.5,
             "seed": seed,
+            "name": f"l1-{seed}",
             "dense": network(0.5 + seed / 10, 0.4, 100),
             "pruned": network(0.3 + seed / 10, 0.2, 50),
         }
@@ -98,13 +99,15 @@ def test_the_table_is_of_means_and_deviations():
         "method": "path",
         "budget": 0.5,
         "seed": 0,
+        "name": "path-0",
         "dense": network(0.5, 0.4, 100),
         "pruned": network(0.45, 0.3, 49, error=0.01),
         "scratch": network(0.44, 0.3, 49),
     }
-    names = ("dense", "l1-0.5-seed0", "l1-0.5-seed2", "path-0.5-seed0")
-    times = dict(zip(names, (12.0, 5.0, 7.0, 4.0), strict=True))
-    dense, path, scratch, l1 = study.table([*found, again], times)
+    times = {"dense": 12.0, "l1-0": 5.0, "l1-2": 7.0, "path-0": 4.0}
+    runs = tabulate.scores([*found, again], times)
+    assert [(r["method"], r["seed"]) for r in runs].count(("dense", 0)) == 1
+    dense, path, scratch, l1 = tabulate.table(runs)
     assert scratch["method"] == "from scratch" and scratch["ms"] == path["ms"]
     assert [r["method"] for r in (dense, path, l1)] == ["dense", "path", "l1"]
     assert (dense["seeds"], path["seeds"], l1["seeds"]) == (2, 1, 2)
@@ -112,9 +115,9 @@ def test_the_table_is_of_means_and_deviations():
     np.testing.assert_allclose(l1["val_deviation"], np.std([0.3, 0.5], ddof=1))
     assert (l1["val_error"], path["val_deviation"]) == (None, None)
     np.testing.assert_allclose([r["speedup"] for r in (dense, path, l1)], [1, 3, 2])
-    bare = study.table(found, {})
+    bare = tabulate.table(tabulate.scores(found, {}))
     assert {(r["ms"], r["speedup"]) for r in bare} == {(None, None)}
-    text = study.as_markdown([dense, path, l1])
+    text = tabulate.as_markdown([dense, path, l1])
     assert "| l1 | 50% | 50.0% | 50.0% | 0.400 ± 0.141 | 0.200 ± 0.000 |" in text
     assert "| path | 50% | 49.0% | 49.0% | 0.450 ± 0.010 | 0.300 ± 0.010 |" in text
     assert "| 4.0 | 3.00 | 2 | 1 |" in text
@@ -126,6 +129,7 @@ def test_zeros_are_told_of_beside_the_dense_cost():
             "method": method,
             "budget": 0.5,
             "seed": 0,
+            "name": method,
             "dense": network(0.5, 0.4, 100),
             "pruned": {**network(0.4, 0.3, flops), **more},
         }
@@ -134,8 +138,8 @@ def test_zeros_are_told_of_beside_the_dense_cost():
             ("weights", 100, {"nonzero": {"flops": 49, "params": 30}}),
         )
     ]
-    names = ("dense", "l1-0.5-seed0", "weights-0.5-seed0")
-    text = study.as_markdown(study.table(found, dict.fromkeys(names, 8.0)))
+    times = dict.fromkeys(("dense", "l1", "weights"), 8.0)
+    text = tabulate.as_markdown(tabulate.table(tabulate.scores(found, times)))
     assert "| epochs | FLOPs, zeros skipped |" in text
     same = "0.400 | 0.300 | 8.0 | 1.00 | 2"
     assert f"| weights | 50% | 100.0% | 100.0% | {same} | 49.0% |" in text
@@ -152,7 +156,9 @@ def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
     tinyrun.ship(monkeypatch, tinyrun.job(tmp_path / "data").splits)
     command = ["compare", str(config), "--workdir", str(folder), "--budgets", "0.6"]
     assert cli.main([*command, "--methods", "l1,lasso"]) == 0
-    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    written = json.loads((folder / "comparison.json").read_text())
+    assert tabulate.table(written["runs"]) == written["rows"]
+    rows = written["rows"]
     assert {r["method"] for r in rows} == {"dense", "l1", "lasso", "from scratch"}
     assert all(r["flops"] <= 0.6 for r in rows if r["method"] != "dense")
     assert all(r["ms"] > 0 and r["speedup"] > 0 for r in rows)

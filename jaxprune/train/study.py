@@ -13,8 +13,7 @@ import difflib
 import json
 import os
 import shutil
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +24,7 @@ from jaxprune import checkpoint, disk, formats, peers
 from jaxprune.base import CheckpointError, ConfigError
 from jaxprune.bench import bench
 from jaxprune.lowrank import Method as LowRank
-from jaxprune.train import stages
+from jaxprune.train import stages, tabulate
 from jaxprune.train.config import Config, Prune, check, to_json
 from jaxprune.train.folder import CONFIG, write_json, write_text
 
@@ -57,10 +56,6 @@ METHODS: dict[str, dict[str, Any]] = {
 _ROOM = 0.95
 
 _LATENCIES = "latencies.json"
-_LEGEND = """\
-±: the deviation over seeds or, of one seed, the standard error over images. ms: of one
-image, all networks in turns. speed-up: over the dense network.
-"""
 
 
 def study(
@@ -72,6 +67,7 @@ def study(
 ) -> list[dict[str, Any]]:
     """Run all, time their networks, and write comparison.json and .md; the rows.
 
+    The json holds each run's scores beside the rows, which are over seeds.
     Methods that train under a penalty are steered to the budget, cut once, and retrain
     that much shorter. Where the config asks for a network from scratch, it is of the
     first method's widths. Of 'weights', the budget is the share of FLOPs or parameters
@@ -101,11 +97,13 @@ def study(
         if folder != first:
             _take_over(first, folder, plan)
         networks = stages.run(plan, folder)["networks"]
-        found.append({"method": method, "budget": budget, "seed": seed, **networks})
-    times = timed(config, workdir, [_name(m, b, s) for m, b, s, _ in plans])
-    rows = table(found, times)
-    write_json(workdir / "comparison.json", {"rows": rows})
-    write_text(workdir / "comparison.md", as_markdown(rows))
+        which = {"method": method, "budget": budget, "seed": seed, "name": folder.name}
+        found.append({**which, **networks})
+    times = timed(config, workdir, [run["name"] for run in found])
+    runs = tabulate.scores(found, times)
+    rows = tabulate.table(runs)
+    write_json(workdir / "comparison.json", {"rows": rows, "runs": runs})
+    write_text(workdir / "comparison.md", tabulate.as_markdown(rows))
     return rows
 
 
@@ -248,87 +246,3 @@ def _copy(first: Path, folder: Path, plan: Config) -> None:
     write_text(folder / "metrics.jsonl", "".join(f"{row}\n" for row in mine))
     shutil.copytree(first / "checkpoints" / "train", partial)
     partial.rename(folder / "checkpoints" / "train")
-
-
-def table(
-    found: Iterable[Mapping[str, Any]], times: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """A row for each method and budget: means over seeds, and how sure they are.
-
-    times: as of `timed`. 'val_error' is the standard error over images, 'val_deviation'
-    that over seeds, 'val_margin' the latter where there are several; 'speedup' is over
-    the dense network.
-    """
-    runs: dict[tuple[str, float], dict[int, tuple[Any, str]]] = {}
-    for run in found:
-        seed, method, budget = run["seed"], run["method"], run["budget"]
-        name = _name(method, budget, seed)
-        # The dense network of a seed is in each of its runs.
-        runs.setdefault(("dense", 1.0), {})[seed] = run["dense"], "dense"
-        runs.setdefault((method, budget), {})[seed] = run["pruned"], name
-        if "scratch" in run:  # of the same widths
-            fresh = runs.setdefault(("from scratch", budget), {})
-            fresh[seed] = run["scratch"], name
-    whole = next(iter(runs["dense", 1.0].values()))[0]["cost"]
-    rows = []
-    for (method, budget), mine in runs.items():
-        unique = [network for network, _ in mine.values()]
-        row: dict[str, Any] = {"method": method, "budget": budget}
-        row["seeds"] = len(unique)
-        for field in ("flops", "params"):
-            row[field] = _mean(n["cost"][field] / whole[field] for n in unique)
-        left = [n["nonzero"]["flops"] for n in unique if "nonzero" in n]
-        row["nonzero"] = _mean(flops / whole["flops"] for flops in left)
-        for split in ("val", "test"):
-            scores = [n["splits"][split]["miou"] for n in unique]
-            errors = [n["splits"][split].get("miou_error") for n in unique]
-            several = len(scores) > 1
-            row[split] = _mean(scores)
-            row[f"{split}_deviation"] = statistics.stdev(scores) if several else None
-            row[f"{split}_error"] = _mean(e for e in errors if e is not None)
-            which = "deviation" if several else "error"
-            row[f"{split}_margin"] = row[f"{split}_{which}"]
-        ms = _mean(times[name] for _, name in mine.values() if name in times)
-        row["ms"] = ms
-        row["speedup"] = times["dense"] / ms if ms else None
-        row["epochs"] = _mean(n["epochs"] for n in unique)
-        rows.append(row)
-    return sorted(rows, key=lambda r: (-r["budget"], -r["val"]))
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return statistics.fmean(known) if known else None
-
-
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table; behind ± each score's margin."""
-
-    def score(row: Mapping[str, Any], split: str) -> str:
-        spread = row[f"{split}_margin"]
-        return f"{row[split]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
-
-    columns = {
-        "method": lambda r: r["method"],
-        "budget": lambda r: f"{r['budget']:.0%}",
-        "FLOPs": lambda r: f"{r['flops']:.1%}",
-        "parameters": lambda r: f"{r['params']:.1%}",
-        "mIoU val": lambda r: score(r, "val"),
-        "mIoU test": lambda r: score(r, "test"),
-        "ms": lambda r: _shown(r["ms"], "{:.1f}"),
-        "speed-up": lambda r: _shown(r["speedup"], "{:.2f}"),
-        "epochs": lambda r: f"{r['epochs']:g}",
-    }
-    if any(row["seeds"] > 1 for row in rows):
-        columns["seeds"] = lambda r: str(r["seeds"])
-    if any(row["nonzero"] is not None for row in rows):
-        columns["FLOPs, zeros skipped"] = lambda r: _shown(r["nonzero"], "{:.1%}")
-    cells = [[show(row) for show in columns.values()] for row in rows]
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    table = [list(columns), rule, *cells]
-    lines = [f"| {' | '.join(line)} |" for line in table]
-    return "\n".join([*lines, "", _LEGEND])
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
