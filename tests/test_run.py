@@ -258,6 +258,7 @@ STEERED = {
         {**STEERED, "method": "lasso", "metric": "optimizer", "carry_optimizer": True},
         {**STEERED, "method": "gates", "accelerated": True},
         {**STEERED, "method": "lasso", "adaptive": 1.0, "strength": 0.0},
+        {**STEERED, "method": "lasso_then_path", "block": 0.1},
         {**STEERED, "method": "gates", "adaptive": 1.0, "strength": 0.0},
     ],
     ids=lambda fields: "-".join(map(str, fields.values())),
@@ -272,7 +273,7 @@ def test_every_method_meets_the_budget_and_resumes(tmp_path, fields):
     (row,) = read(tmp_path, "prune.json")["groups"]
     assert (row["before"], row["after"]) == (6, kept["first"])
     path = read(tmp_path, "prune.json")["path"]
-    if fields.get("method") == "path":
+    if job.config.prune.walked:
         assert [s["flops"] for s in path] == sorted(s["flops"] for s in path)[::-1]
         assert sum(s["chosen"] for s in path) == 1 and path[0]["miou"] > 0
     else:

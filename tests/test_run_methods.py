@@ -17,7 +17,7 @@ from jaxprune.train import choose, cut, loop, run, stages, study
 from jaxprune.train import step as steps
 from jaxprune.train.progress import Progress
 
-METHODS = ["criterion", "layerwise", "lasso", "gates", "path"]
+METHODS = ["criterion", "layerwise", "lasso", "lasso_then_path", "gates", "path"]
 METHODS += ["random_masks", "particles"]
 
 
@@ -29,11 +29,11 @@ def test_a_budget_that_cannot_be_met_is_told_before_any_work(method, tmp_path):
     ):
         cut.check_reachable(job.config.prune, graph)
     free = dataclasses.replace(job.config.prune, choose="1se")
-    if method == "path":
+    if job.config.prune.walked:
         cut.check_reachable(free, graph)
 
 
-@pytest.mark.parametrize("method", ["lasso", "gates"])
+@pytest.mark.parametrize("method", ["lasso", "lasso_then_path", "gates"])
 def test_a_target_out_of_reach_is_told_before_any_work(method, tmp_path):
     job, graph, _ = prepared(tmp_path, method=method, target=0.1)
     with pytest.raises(

@@ -58,9 +58,10 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
     steered = dataclasses.replace(CONFIG, prune=steered)
     for method in study.METHODS:
         plan = train.config.check(study.planned(steered, method, 0.5, 3, "l1"))
-        sparse = method in ("lasso", "gates")
-        # Steered to the study's budget, not to what the config says for its own.
-        assert plan.prune.target == (0.95 * 0.5 if sparse else 0.0)
+        # Steered to the study's budget, not to what the config says for its own; where
+        # the path goes the rest, to half of the way, in factors.
+        wanted = {"lasso": 0.5, "gates": 0.5, "lasso_then_path": 0.5**0.5}
+        np.testing.assert_allclose(plan.prune.target, 0.95 * wanted.get(method, 0.0))
     rounds = dataclasses.replace(CONFIG.prune, rounds=3, recovery_epochs=0.25)
     rounds = dataclasses.replace(CONFIG, prune=rounds)
     for method in study.METHODS:
@@ -68,6 +69,8 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
         assert train.stages.pruned_epochs(plan) == 2.5
     lasso = study.planned(rounds, "lasso", 0.5, 3, "l1")
     assert (lasso.prune.rounds, lasso.retrain.epochs) == (1, 1.0)
+    both = study.planned(rounds, "lasso_then_path", 0.5, 3, "l1")
+    assert (both.prune.rounds, both.retrain.epochs) == (2, 0.75)
     with pytest.raises(ConfigError, match="no method 'tailor'; is 'taylor' meant"):
         study.planned(CONFIG, "tailor", 0.5, 0, "l1")
 

@@ -52,7 +52,7 @@ def choose(
     number: of the round; a path is kept in its file, and goes on from there.
     """
     prune = job.config.prune
-    if prune.method == "path":
+    if prune.walked:
         return _walk(job, graph, variables, budget, progress, number)
     if prune.method == "layerwise":
         return _layerwise(job, graph, variables, budget), None

@@ -256,10 +256,15 @@ def _check_prune(prune: Prune) -> None:
 def _penalty_rules(prune: Prune) -> list[tuple[str, bool, str]]:
     """What other methods would pass over is refused."""
     off = "where the method is not"
-    own = "where the method is neither 'lasso' nor 'gates'"
-    lasso, gates = prune.method == "lasso", prune.method == "gates"
+    own = "where the method trains under no penalty"
+    gates = prune.method == "gates"
+    lasso = prune.sparse and not gates
     return [
-        ("metric", lasso or prune.metric == "plain", f"'plain' {off} 'lasso'"),
+        (
+            "metric",
+            lasso or prune.metric == "plain",
+            "'plain' where the method penalises no weights",
+        ),
         ("accelerated", gates or not prune.accelerated, f"false {off} 'gates'"),
         ("repriced", prune.sparse or not prune.repriced, f"false {own}"),
         ("adaptive", 0 <= prune.adaptive <= 4, "in [0, 4]"),

@@ -87,7 +87,7 @@ def check_latency(job: Job, graph: Graph, variables: PyTree) -> None:
 
 
 def _check_kind(prune: Prune, graph: Graph, kind: Kind) -> None:
-    if prune.method != "path" or prune.choose == "budget":
+    if not prune.walked or prune.choose == "budget":
         budget = Budget(kind, prune.ratio)
         check_budget(graph, budget, prune.multiple_of, prune.min_channels)
     if prune.target:

@@ -84,6 +84,7 @@ Method = Literal[
     "path",
     "layerwise",
     "lasso",
+    "lasso_then_path",
     "gates",
     "random_masks",
     "particles",
@@ -116,8 +117,9 @@ class Prune:
     what reads them to `reconstruct` batches (`jaxprune.lasso_select`);
     'lasso' first trains on for `lasso_epochs` with proximal steps of `strength` times
     the learning rate, and cuts what is 0 then, or the least where that is over the
-    budget; 'gates' does the same to one trained number per channel, and folds those
-    that stay into the weights; 'random_masks' takes the best of `trials` random masks
+    budget; 'lasso_then_path' does so, and walks the path from there; 'gates' does the
+    same as 'lasso' to one trained number per channel, and folds those that stay into
+    the weights; 'random_masks' takes the best of `trials` random masks
     by the loss on the validation split; 'particles' cuts, weighs and resamples trials /
     stages of them in `stages`; 'weights' cuts no channel but single weights, and holds
     them at 0 in retraining: the budget then counts what a machine that skips zeros
@@ -128,14 +130,13 @@ class Prune:
     'taylor1' first order, 'fisher' second; 'reconstruction': the relative error of what
     reads; 'measured': the loss itself without each group's next unit, which 'taylor'
     ranks.
-    Of 'lasso' and 'gates' alone, weights: of the penalty, sqrt of a channel's number of
-    weights ('size'), times the FLOPs or the measured milliseconds that it carries;
-    repriced: of what is live at each step, not of the dense network. adaptive: the
-    power of the scores of `criterion`, not normalised, that divides the weights
-    (`jaxprune.adaptive`), estimated anew at each of cuts_in_training; 0: the weights
-    are of the size and the cost alone. metric:
-    'optimizer' takes the proximal step of 'lasso' in Adam's own metric. accelerated:
-    'gates' learn by accelerated proximal gradients, at rates up to `gates_lr`, not by
+    Of methods that train under a penalty alone, weights: of the penalty, sqrt of a
+    channel's number of weights ('size'), times the FLOPs or the measured milliseconds
+    that it carries; repriced: of what is live at each step, not of the dense network.
+    adaptive: the power of the scores of `criterion`, not normalised, that divides the
+    weights (`jaxprune.adaptive`), estimated anew at each of cuts_in_training; 0: the
+    weights are of the size and the cost alone. metric: 'optimizer' takes the proximal
+    step of weights in Adam's own metric. accelerated: 'gates' learn by accelerated proximal gradients, at rates up to `gates_lr`, not by
     the optimiser. target: the strength, from `strength` on (0: from one that gets there
     at an even pace, of plain steps), is steered to leave this fraction of the budget's
     kind of cost, along a line that ends at 0.7 of those epochs; 0: it is not.
@@ -194,7 +195,12 @@ class Prune:
     @property
     def sparse(self) -> bool:
         """Whether the network is trained on under a penalty before it is cut."""
-        return self.method in ("lasso", "gates")
+        return self.method in ("lasso", "lasso_then_path", "gates")
+
+    @property
+    def walked(self) -> bool:
+        """Whether what stays is a step of a cost-complexity path."""
+        return self.method in ("path", "lasso_then_path")
 
     @property
     def scaled(self) -> bool:

@@ -140,9 +140,9 @@ def _deaths(
     job: Job, graph: Graph, variables: PyTree, weights: pricing.Weights
 ) -> dict[str, Any]:
     """The strengths at which the channels, or their gates, would die at once."""
-    if job.config.prune.method == "lasso":
-        return sparsity.deaths(graph, variables, weights)
-    return gates.deaths(gates.init_gates(graph), weights)
+    if job.config.prune.method == "gates":
+        return gates.deaths(gates.init_gates(graph), weights)
+    return sparsity.deaths(graph, variables, weights)
 
 
 # Gates are trained among the params: {'network': params, 'gates': {group: float[C]}}.

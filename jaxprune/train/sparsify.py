@@ -41,6 +41,7 @@ def sparsify(
     carried = dense.opt_state if prune.carry_optimizer else None
     job = dataclasses.replace(job, fit=fit, teacher=None, carried=carried)
     gated = prune.method == "gates"
+    stage = "gates" if gated else "lasso"
     around = penalty.penalty(job, graph, dense.average)
     start = _with_gates(graph, dense.average) if gated else dense.average
     keep: dict[str, np.ndarray] = graph.full()
@@ -58,7 +59,7 @@ def sparsify(
             scores = penalty.importance(bare, smaller, keep, now, number)
         here = dataclasses.replace(
             job,
-            stage=f"{prune.method}{number or ''}",
+            stage=f"{stage}{number or ''}",
             apply=_gated(apply, smaller) if gated else apply,
             around=around(smaller, keep, scores),
             begun=begun,
@@ -72,7 +73,7 @@ def sparsify(
         smaller = shrink_graph(graph, keep)
         more = _wide(prune, graph, keep, alive(smaller, state.variables))
         keep = compose(keep, more)
-        _tell(prune, graph, keep, int(state.step), progress)
+        _tell(stage, graph, keep, int(state.step), progress)
         state = trained(number, end, cut_state(smaller, more, state))
     return _dense(graph, keep, state, gated)
 
@@ -132,12 +133,10 @@ def _wide(prune: Prune, graph: Graph, keep: Keep, more: Keep) -> Keep:
     return {n: wide[n][keep[n]] for n in wide}
 
 
-def _tell(
-    prune: Prune, graph: Graph, keep: Keep, step: int, progress: Progress
-) -> None:
+def _tell(stage: str, graph: Graph, keep: Keep, step: int, progress: Progress) -> None:
     now = measure(graph, "flops", np.array([k.sum() for k in keep.values()]))
     share = now / max(measure(graph, "flops", sizes(graph)), 1)
-    progress.note(f"{prune.method}: cut to {share:.1%} of the FLOPs at step {step}")
+    progress.note(f"{stage}: cut to {share:.1%} of the FLOPs at step {step}")
 
 
 # Of gates among the params, see `penalty`.

@@ -201,7 +201,7 @@ def load_split(config: Config, name: str, *, evaluated: bool = False) -> data.Sp
 
 def _check_choice(config: Config, val: data.Split) -> None:
     """Raise ConfigError where the 1-SE rule would find no standard error."""
-    if config.prune.method != "path" or config.prune.choose != "1se":
+    if not config.prune.walked or config.prune.choose != "1se":
         return
     counted = sum(bool((label != val.classes.ignore).any()) for label in val.labels)
     if counted < 2:

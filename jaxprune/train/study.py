@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "particles": {"method": "particles"},
     "weights": {"method": "weights"},
     "lasso": {"method": "lasso", **_STEERED},
+    "lasso_then_path": {"method": "lasso_then_path", **_STEERED},
     "gates": {"method": "gates", **_STEERED},
     **{name: {"method": name} for name in get_args(LowRank)},
 }
@@ -163,16 +165,19 @@ def planned(
     prune = _without_others(dataclasses.replace(prune, **METHODS[method]))
     retrain = config.retrain
     if prune.sparse:
-        # Steered to the budget, with room for zeros that stay, and cut once.
-        more = prune.recovery_epochs * (prune.rounds - 1)
-        rest = max(retrain.epochs + more - prune.lasso_epochs, 0.0)
-        spent = retrain.epochs + more - rest
+        # Steered to the budget, with room for zeros that stay, and cut once; or half of
+        # the way, and the other half along the path.
+        total = retrain.epochs + prune.recovery_epochs * (prune.rounds - 1)
+        spent = min(prune.lasso_epochs, total)
+        recovery = min(prune.recovery_epochs, total - spent) if prune.walked else 0.0
+        rest = total - spent - recovery
         prune = dataclasses.replace(
             prune,
             lasso_epochs=spent,
-            target=_ROOM * budget,
+            target=_ROOM * (math.sqrt(budget) if prune.walked else budget),
             strength=prune.strength if prune.scaled else 0.0,
-            rounds=1,
+            rounds=2 if prune.walked else 1,
+            recovery_epochs=recovery,
             carry_optimizer=False,
         )
         retrain = dataclasses.replace(
@@ -212,7 +217,7 @@ def _without_others(prune: Prune) -> Prune:
             "cuts_in_training": 0,
             "adaptive": 0.0,
         }
-    if prune.method != "lasso":
+    if not prune.sparse or prune.method == "gates":
         off["metric"] = "plain"
     if prune.method != "gates":
         off["accelerated"] = False
