@@ -136,12 +136,12 @@ class Prune:
     adaptive: the power of the scores of `criterion`, not normalised, that divides the
     weights (`jaxprune.adaptive`), estimated anew at each of cuts_in_training; 0: the
     weights are of the size and the cost alone. metric: 'optimizer' takes the proximal
-    step of weights in Adam's own metric. accelerated: 'gates' learn by accelerated proximal gradients, at rates up to `gates_lr`, not by
-    the optimiser. target: the strength, from `strength` on (0: from one that gets there
-    at an even pace, of plain steps), is steered to leave this fraction of the budget's
-    kind of cost, along a line that ends at 0.7 of those epochs; 0: it is not.
-    cuts_in_training: what is 0 is cut at so many ends of epochs on the way already,
-    evenly spread.
+    step of weights in Adam's own metric. accelerated: 'gates' learn by accelerated
+    proximal gradients, at rates up to `gates_lr`, not by the optimiser. target: the
+    strength, from `strength` on (0: from one that gets there at an even pace, of plain
+    steps), is steered to leave this fraction of the budget's kind of cost, along a line
+    that ends at 0.7 of those epochs; 0: it is not. cuts_in_training: what is 0 is cut
+    at so many ends of epochs on the way already, evenly spread.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
     divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
     costs. multiple_of, min_channels: of a group such a number of channels stays, or all
