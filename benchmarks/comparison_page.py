@@ -32,7 +32,7 @@ def merged(studies):
         for run in runs:
             run["ms"] *= scale
             short = {
-                k: round(v, 4) if isinstance(v, float) else v for k, v in run.items()
+                k: round(v, 6) if isinstance(v, float) else v for k, v in run.items()
             }
             rows[run["method"], run["budget"], run["seed"]] = short
     return sorted(rows.values(), key=lambda r: (-r["budget"], r["method"], r["seed"]))
