@@ -30,11 +30,10 @@ def merged(studies):
     for runs in studies:
         scale = whole / dense_ms(runs)
         for run in runs:
-            run["ms"] *= scale
-            short = {
-                k: round(v, 6) if isinstance(v, float) else v for k, v in run.items()
+            row = {**run, "ms": run["ms"] * scale}
+            rows[run["method"], run["budget"], run["seed"]] = {
+                k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()
             }
-            rows[run["method"], run["budget"], run["seed"]] = short
     return sorted(rows.values(), key=lambda r: (-r["budget"], r["method"], r["seed"]))
 
 

@@ -226,7 +226,7 @@ def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
 
 def _magnitude(prune: Prune) -> Any:
     """Behind gates, of the weights that read a channel: they hold its gate."""
-    if prune.method == "gates":
+    if prune.gated:
         return functools.partial(measures.magnitude, roles=("in",))
     return measures.magnitude
 

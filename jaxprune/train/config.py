@@ -207,7 +207,7 @@ def _check_fit(where: str, fit: Fit) -> None:
 
 def _check_prune(prune: Prune) -> None:
     # The moments of a weight are not those of its product with a gate.
-    carried = prune.carry_optimizer and prune.method == "gates"
+    carried = prune.carry_optimizer and prune.gated
     counted = not prune.irregular or prune.budget in ("flops", "params")
     rules = [
         ("ratio", 0 < prune.ratio <= 1, "the fraction that stays, in (0, 1]"),
@@ -257,15 +257,14 @@ def _penalty_rules(prune: Prune) -> list[tuple[str, bool, str]]:
     """What other methods would pass over is refused."""
     off = "where the method is not"
     own = "where the method trains under no penalty"
-    gates = prune.method == "gates"
-    lasso = prune.sparse and not gates
+    weighs = prune.sparse and not prune.gated
     return [
         (
             "metric",
-            lasso or prune.metric == "plain",
+            weighs or prune.metric == "plain",
             "'plain' where the method penalises no weights",
         ),
-        ("accelerated", gates or not prune.accelerated, f"false {off} 'gates'"),
+        ("accelerated", prune.gated or not prune.accelerated, f"false {off} 'gates'"),
         ("repriced", prune.sparse or not prune.repriced, f"false {own}"),
         ("adaptive", 0 <= prune.adaptive <= 4, "in [0, 4]"),
         ("adaptive", prune.sparse or not prune.adaptive, f"0 {own}"),

@@ -198,6 +198,11 @@ class Prune:
         return self.method in ("lasso", "lasso_then_path", "gates")
 
     @property
+    def gated(self) -> bool:
+        """Whether that penalty is on gates, not on weights."""
+        return self.method == "gates"
+
+    @property
     def walked(self) -> bool:
         """Whether what stays is a step of a cost-complexity path."""
         return self.method in ("path", "lasso_then_path")

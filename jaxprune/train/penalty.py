@@ -53,13 +53,13 @@ def penalty(job: Job, graph: Graph, variables: PyTree) -> Penalty:
             paying = pricing.adaptive(graph, scores, weights, power=prune.adaptive)
         strength = steered(paying) if steered else lambda n: prune.strength * rate(n)
         mine = _left(paying, keep)
-        if prune.method == "gates" and prune.accelerated:
+        if prune.gated and prune.accelerated:
             chain = optax.chain(
                 optax.scale_by_learning_rate(rate),
                 gates.accelerated_gates(strength, mine),
             )
             return lambda tx: apart(tx, chain)
-        if prune.method == "gates":
+        if prune.gated:
             last = on_gates(gates.proximal_gates(strength, mine))
         elif prune.metric == "optimizer":
             d = metric.adam_steps()
@@ -140,7 +140,7 @@ def _deaths(
     job: Job, graph: Graph, variables: PyTree, weights: pricing.Weights
 ) -> dict[str, Any]:
     """The strengths at which the channels, or their gates, would die at once."""
-    if job.config.prune.method == "gates":
+    if job.config.prune.gated:
         return gates.deaths(gates.init_gates(graph), weights)
     return sparsity.deaths(graph, variables, weights)
 

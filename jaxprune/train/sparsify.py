@@ -40,7 +40,7 @@ def sparsify(
     fit = dataclasses.replace(fit, epochs=prune.lasso_epochs, lr=fit.lr / 2, warmup=0.0)
     carried = dense.opt_state if prune.carry_optimizer else None
     job = dataclasses.replace(job, fit=fit, teacher=None, carried=carried)
-    gated = prune.method == "gates"
+    gated = prune.gated
     stage = "gates" if gated else "lasso"
     around = penalty.penalty(job, graph, dense.average)
     start = _with_gates(graph, dense.average) if gated else dense.average

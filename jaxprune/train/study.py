@@ -169,14 +169,15 @@ def planned(
         # the way, and the other half along the path.
         total = retrain.epochs + prune.recovery_epochs * (prune.rounds - 1)
         spent = min(prune.lasso_epochs, total)
-        recovery = min(prune.recovery_epochs, total - spent) if prune.walked else 0.0
-        rest = total - spent - recovery
+        rounds = 2 if prune.walked else 1
+        recovery = min(prune.recovery_epochs, total - spent)
+        rest = total - spent - recovery * (rounds - 1)
         prune = dataclasses.replace(
             prune,
             lasso_epochs=spent,
             target=_ROOM * (math.sqrt(budget) if prune.walked else budget),
             strength=prune.strength if prune.scaled else 0.0,
-            rounds=2 if prune.walked else 1,
+            rounds=rounds,
             recovery_epochs=recovery,
             carry_optimizer=False,
         )
@@ -217,9 +218,9 @@ def _without_others(prune: Prune) -> Prune:
             "cuts_in_training": 0,
             "adaptive": 0.0,
         }
-    if not prune.sparse or prune.method == "gates":
+    if prune.gated or not prune.sparse:
         off["metric"] = "plain"
-    if prune.method != "gates":
+    if not prune.gated:
         off["accelerated"] = False
     if prune.irregular or prune.low_rank:
         off["reconstruct"] = 0
