@@ -260,14 +260,16 @@ def _run(
         settle()
         pending = done, loss
         last, stopping = done == job.end, stop.asked()
+        judged = last or done % every(job, job.config.evaluate.every) == 0
+        saved = stopping or last or done % every(job, job.config.save_every) == 0
+        if judged or saved:
+            settle()  # while there is a limit to waiting for it
         stop.rest()
-        if last or done % every(job, job.config.evaluate.every) == 0:
-            settle()
+        if judged:
             val = job.splits.val
             found = counts_of(evaluate, state.average, val, job.fit.batch)
             progress.row("val", done, measures(found.confusion))
-        if stopping or last or done % every(job, job.config.save_every) == 0:
-            settle()
+        if saved:
             _save(store, job, state, so_far)
         if stopping:
             _leave(job, done, progress, stop)
@@ -346,8 +348,8 @@ def counts_of(
                 take(pending)
             pending = new
             beat(one)
-    if pending is not None:
-        take(pending)
+        if pending is not None:
+            take(pending)
     return Counts(matrix, np.concatenate(images))
 
 
