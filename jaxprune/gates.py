@@ -36,7 +36,7 @@ def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
     graph.
 
     Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
-    networks", 2018.
+    networks", 2018. Theirs may leave 0 again; here 0 is final, as it is for `dead`.
     """
     gates = fitting({n: g.size for n, g in graph.groups.items()}, gates, "gates")
     counts = trees.channel_count(graph, roles=("in",))
@@ -78,8 +78,9 @@ def proximal_gates(
 
     z = gates + updates. `strength` and the last one of a group are as in `proximal`.
     `weights` {group: float or float[C]}: 1 by default, see also `flops_weights` and
-    `repriced`. Raises ConfigError for a negative strength, or where update is called
-    without the gates; GraphError for weights that do not fit the gates.
+    `repriced`, both with gates=True. Raises ConfigError for a negative strength, or
+    where update is called without the gates; GraphError for weights that do not fit the
+    gates.
     """
     steering.check_strength(strength)
 

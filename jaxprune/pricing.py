@@ -27,19 +27,25 @@ BOTH: tuple[Role, ...] = ("out", "in")
 
 
 def flops_weights(
-    graph: Graph, kind: budget.Kind = "flops", *, roles: tuple[Role, ...] = BOTH
+    graph: Graph,
+    kind: budget.Kind = "flops",
+    *,
+    roles: tuple[Role, ...] = BOTH,
+    gates: bool = False,
 ) -> dict[str, np.ndarray]:
     """Weights {group: float[C]} that make the penalty paid in FLOPs (or another cost).
 
     sqrt(entries in theta[g,c]) times the cost of a channel at the dense network, the
-    latter relative to its mean over all channels. kind: as of a budget, or what
-    `timings` measured, so that milliseconds pay. See `repriced` for the network as it
-    is by then. Raises BudgetError for an unknown kind, or one that the dense network
-    has nothing of.
+    latter relative to its mean over all channels. gates: the cost alone, for a gate is
+    one number. kind: as of a budget, or what `timings` measured, so that milliseconds
+    pay. See `repriced` for the network as it is by then. Raises BudgetError for an
+    unknown kind, or one that the dense network has nothing of.
     """
     share = budget.marginal(graph, kind)
     mean = share @ budget.sizes(graph) / max(graph.channels, 1)
     counts = trees.channel_count(graph, roles=roles)
+    if gates:
+        counts = {n: np.ones_like(count) for n, count in counts.items()}
     return {n: np.sqrt(counts[n]) * s / mean for n, s in zip(graph.groups, share)}
 
 
@@ -48,6 +54,7 @@ def repriced(
     kind: budget.Kind | None = "flops",
     *,
     roles: tuple[Role, ...] = BOTH,
+    gates: bool = False,
 ) -> Repriced:
     """Weights that follow the network as channels die, evaluated in the jitted step.
 
@@ -55,13 +62,17 @@ def repriced(
     live channels: sqrt(live entries in theta[g,c]) times what a channel costs *now*,
     relative to its mean over live channels. A channel gets cheaper as its neighbours
     die, and the penalty moves on to where the cost is. With kind None, sqrt(live
-    entries) alone.
+    entries) alone. gates: without the entries, as for `flops_weights`.
 
     Pass the result as `weights` of `group_lasso`, `proximal`, `proximal_gates`, .... A
     cost of one's own must be written in jax.numpy. Raises BudgetError as
     `flops_weights` does.
     """
-    size = _live_entries(graph, roles)
+    entries_of = _live_entries(graph, roles)
+
+    def size(live: Counts) -> Mapping[str, Any]:
+        return dict.fromkeys(graph.groups, 1.0) if gates else entries_of(live)
+
     if kind is None:
         return lambda live: {n: jnp.sqrt(s) for n, s in size(live).items()}
     budget.marginal(graph, kind)

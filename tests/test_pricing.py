@@ -81,6 +81,20 @@ def test_prices_by_hand():
     np.testing.assert_allclose(weights["l1"], np.sqrt(23) * 22 / mean, rtol=1e-6)
 
 
+def test_a_gate_pays_for_its_channel_and_not_for_its_number_of_weights():
+    graph = toygraphs.chain(5, 4, outputs=20)
+    weights = jp.repriced(graph, gates=True)({"l0": 2, "l1": 3})
+    mean = (2 * 6 + 3 * 22) / 5
+    np.testing.assert_allclose(weights["l0"], 6 / mean, rtol=1e-6)
+    np.testing.assert_allclose(weights["l1"], 22 / mean, rtol=1e-6)
+    alike = jp.repriced(graph, None, gates=True)({"l0": 2, "l1": 3})
+    assert [float(w) for w in alike.values()] == [1.0, 1.0]
+    dense = jp.flops_weights(graph, gates=True)
+    mean = (5 * (3 + 4) + 4 * (5 + 20)) / 9
+    np.testing.assert_allclose(dense["l0"], np.full(5, 7 / mean))
+    np.testing.assert_allclose(dense["l1"], np.full(4, 25 / mean))
+
+
 def test_a_penalty_that_is_repriced_follows_the_zeros():
     """A masked network is penalised as the cut one is, with no keep at hand."""
     graph, keep = chain()

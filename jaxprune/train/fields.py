@@ -131,12 +131,12 @@ class Prune:
     reads; 'measured': the loss itself without each group's next unit, which 'taylor'
     ranks.
     Of methods that train under a penalty alone, weights: of the penalty, sqrt of a
-    channel's number of weights ('size'), times the FLOPs or the measured milliseconds
-    that it carries; repriced: of what is live at each step, not of the dense network.
-    adaptive: the power of the scores of `criterion`, not normalised, that divides the
-    weights (`jaxprune.adaptive`), estimated anew at each of cuts_in_training; 0: the
-    weights are of the size and the cost alone. metric: 'optimizer' takes the proximal
-    step of weights in Adam's own metric. accelerated: 'gates' learn by accelerated
+    channel's number of weights ('size'), or 1 where it is on gates, times the FLOPs or
+    the measured milliseconds that the channel carries; repriced: of what is live at
+    each step, not of the dense network. adaptive: the power of the scores of
+    `criterion`, not normalised, that divides the weights (`jaxprune.adaptive`),
+    estimated anew at each of cuts_in_training; 0: the weights are of the size and the
+    cost alone. metric: 'optimizer' takes the proximal step of weights in Adam's own metric. accelerated: 'gates' learn by accelerated
     proximal gradients, at rates up to `gates_lr`, not by the optimiser. target: the
     strength, from `strength` on (0: from one that gets there at an even pace, of plain
     steps), is steered to leave this fraction of the budget's kind of cost, along a line

@@ -38,11 +38,13 @@ def penalty(job: Job, graph: Graph, variables: PyTree) -> Penalty:
     if prune.weights != "size":
         paid = choose.kind_of(job, graph, variables, prune.weights)
     if prune.repriced:
-        weights: pricing.Weights = pricing.repriced(graph, paid)
-    elif paid is None:
-        weights = {n: np.sqrt(c) for n, c in channel_count(graph).items()}
+        weights: pricing.Weights = pricing.repriced(graph, paid, gates=prune.gated)
+    elif paid is not None:
+        weights = pricing.flops_weights(graph, paid, gates=prune.gated)
+    elif prune.gated:
+        weights = dict.fromkeys(graph.groups, 1.0)
     else:
-        weights = pricing.flops_weights(graph, paid)
+        weights = {n: np.sqrt(c) for n, c in channel_count(graph).items()}
     own = dataclasses.replace(job.fit, lr=prune.gates_lr)
     _, rate = steps.optimizer(own if prune.accelerated else job.fit, job.total)
     steered = _steered(job, graph, variables, rate) if prune.target else None
