@@ -114,6 +114,29 @@ def scorer(
     return run
 
 
+def check_criterion(
+    criterion: Criterion,
+    graph: Graph,
+    variables: PyTree,
+    *,
+    loss: Loss | None = None,
+    batch: Any = None,
+    key: jax.Array | None = None,
+) -> None:
+    """Raise what `score` would of the graph or the program; nothing is computed.
+
+    variables, batch: arrays or their shapes.
+    """
+
+    def update(variables: PyTree, batch: Any, key: Any) -> Scores:
+        zeros = {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
+        state = criterion.init(graph, variables)
+        evidence = Evidence(graph, variables, loss, batch, key)
+        return criterion.update(zeros, state, evidence)[0]
+
+    jax.eval_shape(update, variables, batch, key)
+
+
 def _canonical(x: np.ndarray) -> np.ndarray:
     """In the type that JAX would have given it."""
     return x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False)

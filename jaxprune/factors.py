@@ -138,6 +138,7 @@ def by_cp(kernel: np.ndarray, rank: int, seed: int = 0) -> list[np.ndarray]:
     # The same size in each factor, so that training moves them alike.
     norms = [np.linalg.norm(p, axis=0) for p in parts]
     even = math.prod(norms) ** 0.25
+    norms = [np.where(n > 0, n, 1) for n in norms]
     kh, kw, read, out = (p / n * even for p, n in zip(parts, norms, strict=True))
     return [
         read[None, None],
@@ -161,7 +162,8 @@ def alternate(
             gram = math.prod(p.T @ p for p in others)
             spread = np.einsum("ar,br,cr->abcr", *others).reshape(-1, rank)
             # A little of ridge: columns that grow alike would cancel each other.
-            gram = gram + 1e-10 * np.trace(gram) / rank * np.eye(rank)
+            ridge = 1e-10 * np.trace(gram) / rank
+            gram = gram + (ridge or 1.0) * np.eye(rank)  # 1: of a kernel of zeros
             parts[axis] = np.linalg.solve(gram, (flat[axis] @ spread).T).T
         errors.append(float(np.sum((flat[3] - parts[3] @ spread.T) ** 2)))
         if errors[-2] - errors[-1] < 1e-7 * size:

@@ -41,17 +41,23 @@ _Shapes = Mapping[Path, tuple[int, ...]]
 
 def graph_to_json(graph: Graph) -> str:
     """The graph as JSON text, one group, leaf or term a line."""
+    head = [f'"version": {VERSION}', f'"jaxprune": "{formats.writer_here()}"']
+    return "{\n" + ",\n".join([*head, graph_body(graph)]) + "\n}\n"
+
+
+def graph_body(graph: Graph) -> str:
+    """What of that JSON is the graph's, the same whichever jaxprune writes it."""
     parts: dict[str, list[Any]] = {
         "leaves": [dataclasses.asdict(leaf) for leaf in graph.leaves],
         "groups": [_group_record(group) for group in graph.groups.values()],
         "frozen": [dataclasses.asdict(frozen) for frozen in graph.frozen],
         "terms": [term._asdict() for term in graph.terms],
     }
-    blocks = [f'"version": {VERSION}', f'"jaxprune": "{formats.writer_here()}"']
+    blocks = []
     for name, records in parts.items():
         lines = ",\n".join("  " + json.dumps(r, default=_integer) for r in records)
         blocks.append(f'"{name}": [\n{lines}\n]' if records else f'"{name}": []')
-    return "{\n" + ",\n".join(blocks) + "\n}\n"
+    return ",\n".join(blocks)
 
 
 def graph_from_json(text: str) -> Graph:

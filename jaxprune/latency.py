@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import formats
+from jaxprune import disk, formats
 from jaxprune import jaxpr as jx
 from jaxprune.base import Apply, BudgetError, Graph, GraphError, PyTree
 from jaxprune.base import Path as KeyPath
@@ -120,7 +120,7 @@ def timings(
     this kind of device, read and added to.
 
     Raises GraphError where there is nothing to measure, BudgetError for a cache that
-    cannot be read or written.
+    cannot be read, DiskError for one that cannot be written.
     """
     known = _Known(None if cache is None else Path(cache))
     products = []
@@ -238,13 +238,10 @@ class _Known:
     def write(self) -> None:
         if self.file is None or not self.new:
             return
-        partial = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        try:
+        text = json.dumps(self.found, indent=0, sort_keys=True)
+        with disk.writing(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.found, indent=0, sort_keys=True))
-            os.replace(partial, self.file)
-        except OSError as error:
-            raise BudgetError(f"{self.file}: cannot be written: {error}") from error
+        disk.write(self.file, text.encode())
 
 
 def _shapes(

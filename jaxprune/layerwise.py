@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from jaxprune.reconstruct import (
     sampled,
 )
 from jaxprune.select import MultipleOf, select
-from jaxprune.taps import Reading
+from jaxprune.taps import Reading, readings
 
 
 def lasso_select(
@@ -80,15 +80,7 @@ def lasso_select(
             f"lasso_select(positions={positions!r}, steps={steps!r}, ridge={ridge!r}): "
             "at least 1, 2 and 0"
         )
-    alike = {name: np.zeros(group.size) for name, group in graph.groups.items()}
-    widths = select(
-        graph,
-        alike,
-        budget,
-        multiple_of=multiple_of,
-        min_channels=min_channels,
-        scope="local",
-    )
+    widths = _widths(graph, budget, multiple_of, min_channels)
     counts = {name: int(k.sum()) for name, k in widths.items()}
     given = check_batches("lasso_select", batches)
     keep = graph.full()
@@ -97,7 +89,7 @@ def lasso_select(
     seen = sampled(
         apply, variables, consumers(graph, widths), given, positions, seed, kwargs
     )
-    readers = _readers(graph, widths, seen)
+    readers = _readers(graph, widths, seen.readings)
     masked, stays = variables, jax.tree.map(np.ones_like, variables)
     for path in seen.readings:
         undecided = [
@@ -118,14 +110,52 @@ def lasso_select(
     return keep, masked
 
 
-def _readers(graph: Graph, widths: Keep, seen: Seen) -> dict[str, list[Slot]]:
+def check_readers(
+    apply: Apply,
+    graph: Graph,
+    variables: PyTree,
+    inputs: Any,
+    budget: Budget,
+    *,
+    multiple_of: MultipleOf = 1,
+    min_channels: int = 1,
+    **kwargs: Any,
+) -> None:
+    """Raise what `lasso_select` would of the graph or the program, from shapes alone.
+
+    inputs: one batch of its `batches`.
+    """
+    widths = _widths(graph, budget, multiple_of, min_channels)
+    (given,) = check_batches("lasso_select", [inputs])
+    wanted = consumers(graph, widths)
+    found = {r.path: r for r in readings(apply, variables, given, kwargs)}
+    _readers(graph, widths, {p: r for p, r in found.items() if p in wanted})
+
+
+def _widths(
+    graph: Graph, budget: Budget, multiple_of: MultipleOf, min_channels: int
+) -> dict[str, np.ndarray]:
+    """A keep of as many channels of each group as the budget leaves it."""
+    alike = {name: np.zeros(group.size) for name, group in graph.groups.items()}
+    return select(
+        graph,
+        alike,
+        budget,
+        multiple_of=multiple_of,
+        min_channels=min_channels,
+        scope="local",
+    )
+
+
+def _readers(
+    graph: Graph, widths: Keep, known: Mapping[Path, Reading]
+) -> dict[str, list[Slot]]:
     """Of each group that is to be cut, the slots of kernels that read it plainly."""
     readers = {
         name: [
             slot
             for slot in group.slots
-            if slot.path in seen.readings
-            and slot.axis in dict(seen.readings[slot.path].pairs)
+            if slot.path in known and slot.axis in dict(known[slot.path].pairs)
         ]
         for name, group in graph.groups.items()
         if not widths[name].all()

@@ -30,6 +30,7 @@ from jaxprune.base import (
 )
 from jaxprune.budget import Budget
 from jaxprune.chains import factorized, is_plain
+from jaxprune.reconstruct import replaced
 from jaxprune.taps import Reading, taps
 from jaxprune.trace import struct
 
@@ -226,7 +227,7 @@ def _fitted(
         seen = own(path).answers
         if method.startswith("asymmetric"):
             before = np.asarray(chains.whole_kernel(parts))
-            tree = _replaced(tree, {path: before})
+            tree = replaced(tree, {path: before})
             seen = seen_by(tree)(path).answers
         biased = _biased(variables, path, kernel)
         new = responses.replacement(
@@ -242,9 +243,9 @@ def _fitted(
         if biased:
             bias = (*path[:-1], "bias")
             changed[bias] = biases[bias] = _float64(variables, bias) + new.bias
-        tree = _replaced(tree, changed)
+        tree = replaced(tree, changed)
         relu |= {path} if new.relu else set()
-    return made, _replaced(variables, biases), relu
+    return made, replaced(variables, biases), relu
 
 
 def _readings(
@@ -331,13 +332,3 @@ def _biased(variables: PyTree, path: Path, kernel: np.ndarray) -> bool:
     beside = _at(variables, path[:-1])
     shape = np.shape(beside["bias"]) if "bias" in beside else None
     return path[-1] == "kernel" and shape == kernel.shape[-1:]
-
-
-def _replaced(tree: PyTree, new: Mapping[Path, Any]) -> PyTree:
-    """The tree with new numbers at some key paths, of the leaves' own dtypes."""
-
-    def of(keys: Any, x: Any) -> Any:
-        found = new.get(key_path(keys))
-        return x if found is None else jnp.asarray(found, x.dtype)
-
-    return jax.tree_util.tree_map_with_path(of, tree)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The criteria that measure: from weights, gradients, or nothing at all."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -161,13 +162,16 @@ def taylor(
 ) -> Criterion:
     """|sum of gradient * weight| ** power: what the loss does without the channel.
 
-    The sum over theta[g,c] is the first-order change of a batch's loss when the channel
-    is masked; power=2 squares it. With `mean`, the mean over the batches so far;
-    without, the last batch's (for `ema`). Where the network is homogeneous (ReLU), the
-    weights that make a channel and those that read it sum to the same, so `roles`
-    changes scores by a factor only.
+    The sum is over theta[g,c], and over frozen weights of the channel, too; power=2
+    squares it. With `mean`, the mean over the batches so far; without, the last batch's
+    (for `ema`). The weights that read a channel sum to feature * d loss / d feature,
+    the first-order change of the loss without it; where the network is homogeneous
+    (ReLU), those that make it sum to the same. So the default is twice that change, and
+    roles=("in",) the change itself; a group that has one of the roles alone is scaled
+    to compare with the others.
 
-    Raises ConfigError for a missing loss or batch.
+    Raises ConfigError for a missing loss or batch, GraphError naming the groups that
+    have no weight in `roles`.
 
     Source: Molchanov et al., "Importance estimation for neural network pruning", 2019,
     eq. 8.
@@ -179,7 +183,7 @@ def taylor(
         del scores
         loss, batch = needed(evidence, "taylor")
         products = _gradient_times_weight(loss, evidence.variables, batch)
-        sums = trees.channel_sum(evidence.graph, products, roles=roles)
+        sums = _summed("taylor", evidence.graph, products, roles)
         return {n: jnp.abs(s) ** power for n, s in sums.items()}
 
     return _averaged(change) if mean else stateless(change)
@@ -188,13 +192,15 @@ def taylor(
 def fisher(*, roles: tuple[Role, ...] = ("out", "in")) -> Criterion:
     """Half the mean over images of (sum of gradient * weight)^2: Fisher pruning.
 
-    The loss's second-order change when the channel is masked, the Hessian taken to be
-    the Fisher information and the loss to be at a minimum. `taylor` squares the mean of
-    a batch, this one each image of it: batches are pytrees whose leaves have the images
-    as their first axis, and `loss` is called with one at a time. All images of all
-    batches count the same.
+    The loss's second-order change without the channel, the Hessian taken to be the
+    Fisher information and the loss to be at a minimum: with roles=("in",), and by
+    default four times of it, as for `taylor`. That one squares the mean of a batch,
+    this one each image of it: batches are pytrees whose leaves have the images as their
+    first axis, and `loss` is called with one at a time. All images of all batches count
+    the same.
 
-    Raises ConfigError for a missing loss or batch, or leaves of other first axes.
+    Raises ConfigError for a missing loss or batch, or leaves of other first axes,
+    GraphError as `taylor`.
 
     Source: Theis et al., "Faster gaze prediction with dense networks and Fisher
     pruning", 2018, eq. 8.
@@ -217,7 +223,7 @@ def fisher(*, roles: tuple[Role, ...] = ("out", "in")) -> Criterion:
         def squares(image: Any) -> Scores:
             one = jax.tree.map(lambda x: x[None], image)
             products = _gradient_times_weight(loss, evidence.variables, one)
-            sums = trees.channel_sum(evidence.graph, products, roles=roles)
+            sums = _summed("fisher", evidence.graph, products, roles)
             return {n: s**2 / 2 for n, s in sums.items()}
 
         each = jax.lax.map(squares, batch)
@@ -362,6 +368,31 @@ def _gradient_times_weight(loss: Any, variables: PyTree, batch: Any) -> PyTree:
             for x, s in zip(leaves, smooth)
         ],
     )
+
+
+def _summed(
+    name: str, graph: Graph, products: PyTree, roles: tuple[Role, ...]
+) -> dict[str, Any]:
+    """Products over the weights of each channel, frozen ones too, as if in all roles.
+
+    Batch statistics are no weights.
+    """
+
+    def weight(leaf: Leaf) -> bool:
+        return leaf.path[0] != "batch_stats" and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+    leaves = [dataclasses.replace(x, trained=weight(x)) for x in graph.leaves]
+    graph = dataclasses.replace(graph, leaves=tuple(leaves))
+    counts = [trees.channel_count(graph, roles=(role,)) for role in roles]
+    found = {n: sum(bool(c[n].any()) for c in counts) for n in graph.groups}
+    bare = [n for n, present in found.items() if not present]
+    if bare:
+        raise GraphError(
+            f"{name}: nothing of {', '.join(map(repr, bare))} is a weight in the roles "
+            f"{', '.join(roles)}; give select scores of your own for it"
+        )
+    sums = trees.channel_sum(graph, products, roles=roles)
+    return {n: s * (len(roles) / found[n]) for n, s in sums.items()}
 
 
 def random() -> Criterion:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxprune import budget as budgets
-from jaxprune import path_io, risks, weakest
+from jaxprune import graph_io, path_io, risks, weakest
 from jaxprune.base import ConfigError, DataError, Graph, GraphError, Keep, PyTree
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
@@ -239,7 +239,7 @@ def _described(walk: _Walk, variables: PyTree) -> dict[str, Any]:
     least = np.array([counts[0] for counts in walk.allowed.values()])
     allowed = {n: counts.tolist() for n, counts in walk.allowed.items()}
     return {
-        "graph": path_io.checksum(np.frombuffer(graph.to_json().encode(), np.uint8)),
+        "graph": _text_checksum(graph_io.graph_body(graph)),
         "variables": path_io.checksum(variables),
         "batches": path_io.checksum(walk.batches),
         "validation": path_io.checksum(walk.held),
@@ -248,10 +248,14 @@ def _described(walk: _Walk, variables: PyTree) -> dict[str, Any]:
         "kind": str(walk.kind) if isinstance(walk.kind, str) else "measured",
         "costs": [_dense(walk), float(budgets.measure(graph, walk.kind, least))],
         "until": None if until is None else budgets.limit(graph, until),
-        "widths": path_io.checksum(np.frombuffer(str(allowed).encode(), np.uint8)),
+        "widths": _text_checksum(str(allowed)),
         "measured": walk.measure is not None,
         "recover": walk.recover is not None,
     }
+
+
+def _text_checksum(text: str) -> int:
+    return path_io.checksum(np.frombuffer(text.encode(), np.uint8))
 
 
 def _finite(batches: Iterable[Any], what: str) -> list[Any]:

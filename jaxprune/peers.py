@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -164,11 +165,30 @@ def barrier(name: str) -> None:
             multihost_utils.sync_global_devices(name)
 
 
-def first_says(value: bool) -> bool:
-    """What the first process has for `value`, in all; PeerError where one is gone."""
+def first_says(tree: Any) -> Any:
+    """What the first process has for a tree of numbers and arrays, in all, bit by bit.
+
+    Arrays come back in NumPy, but for those that no process has whole, which stay as
+    they are: all compute them together. Shapes and dtypes must be the same in all.
+    Raises PeerError where a process is gone.
+    """
     if jax.process_count() == 1:
-        return value
+        return tree
     from jax.experimental import multihost_utils
 
+    leaves, treedef = jax.tree.flatten(tree)
+    whole = [getattr(x, "is_fully_addressable", True) for x in leaves]
+    own = [np.asarray(x) for x, w in zip(leaves, whole) if w]
+    if not own:
+        return tree
+    # As bytes, since a sum of floats would lose the sign of 0, and 64 bits.
+    content = np.frombuffer(b"".join(x.tobytes() for x in own), np.uint8)
     with told(), watched("word of the first process"):
-        return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+        content = np.asarray(multihost_utils.broadcast_one_to_all(content))
+    ends = np.cumsum([x.nbytes for x in own])[:-1]
+    said = iter(
+        np.frombuffer(part.tobytes(), x.dtype).reshape(x.shape)
+        for x, part in zip(own, np.split(content, ends), strict=True)
+    )
+    agreed = [next(said) if w else x for x, w in zip(leaves, whole)]
+    return jax.tree.unflatten(treedef, agreed)

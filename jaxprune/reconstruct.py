@@ -218,7 +218,7 @@ def leaves_of(tree: PyTree) -> dict[Path, Any]:
     return {key_path(keys): x for keys, x in flat}
 
 
-def replaced(tree: PyTree, changed: dict[Path, np.ndarray]) -> PyTree:
+def replaced(tree: PyTree, changed: Mapping[Path, Any]) -> PyTree:
     """The tree with new numbers at some key paths, of the leaves' own dtypes."""
 
     def of(keys: Any, x: Any) -> Any:

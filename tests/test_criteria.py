@@ -194,6 +194,59 @@ def test_taylor_predicts_a_small_change_of_the_loss():
         np.testing.assert_allclose(scores["l0"][c], change, rtol=0.1, atol=0.02)
 
 
+@pytest.mark.parametrize("makes", [(), ("a",), ("a", "b")])
+def test_taylor_and_fisher_are_of_features_also_of_frozen_layers(makes):
+    """Each reader alone tells feature * gradient, in a ReLU network each maker, too."""
+    graph, variables, _ = toygraphs.frozen_backbone()
+    # What makes some of the groups is no weight of the graph's: closed over, say.
+    gone = {("frozen", name, "kernel") for name in makes}
+    groups = {
+        name: dataclasses.replace(
+            group,
+            slots=tuple(s for s in group.slots if s.role == "in" or s.path not in gone),
+        )
+        for name, group in graph.groups.items()
+    }
+    graph = dataclasses.replace(graph, groups=groups)
+    images = jax.random.normal(jax.random.key(0), (6, 5))
+
+    def features(x, a=0.0, b=0.0):
+        one = jax.nn.relu(x @ variables["frozen"]["a"]["kernel"]) + a
+        two = jax.nn.relu(one @ variables["frozen"]["b"]["kernel"]) + b
+        return one, two, two @ variables["params"]["head"]["kernel"]
+
+    def of(variables, x):
+        one = jax.nn.relu(x @ variables["frozen"]["a"]["kernel"])
+        two = jax.nn.relu(one @ variables["frozen"]["b"]["kernel"])
+        return jnp.mean(jnp.sin(two @ variables["params"]["head"]["kernel"]))
+
+    def slopes(x):
+        def moved(a, b):
+            return jnp.mean(jnp.sin(features(x, a, b)[2]))
+
+        one, two, _ = features(x)
+        a, b = jax.grad(moved, (0, 1))(jnp.zeros_like(one), jnp.zeros_like(two))
+        return {"a": (one * a).sum(0), "b": (two * b).sum(0)}
+
+    whole = slopes(images)
+    each = [slopes(image[None]) for image in images]
+    for roles, factor in ((("in",), 1), (("out", "in"), 2)):
+        options = {"loss": of, "batches": [images]}
+        first = score(taylor(1, roles=roles), graph, variables, **options)
+        second = score(fisher(roles=roles), graph, variables, **options)
+        for name in "ab":
+            np.testing.assert_allclose(
+                first[name], factor * np.abs(whole[name]), rtol=1e-3, atol=1e-6
+            )
+            squares = np.mean([np.square(s[name]) for s in each], axis=0) / 2
+            np.testing.assert_allclose(
+                second[name], factor**2 * squares, rtol=1e-3, atol=1e-7
+            )
+    if makes:
+        with pytest.raises(GraphError, match=f"nothing of '{makes[0]}'.* roles out;"):
+            score(taylor(roles=("out",)), graph, variables, **options)
+
+
 def test_taylor_of_batch_statistics_and_counters(traced):
     net, variables, graph = traced
     variables = {**variables, "counters": {"steps": jnp.zeros((), jnp.int32)}}

@@ -15,7 +15,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import budget
-from jaxprune.base import BudgetError, GraphError
+from jaxprune.base import BudgetError, DiskError, GraphError
 from jaxprune.latency import Product
 
 
@@ -153,5 +153,7 @@ def test_what_cannot_be_measured_is_said(net, tmp_path) -> None:
     cache.write_text("[1, 2")
     with pytest.raises(BudgetError, match="no cache of timings"):
         jp.timings(apply, graph, variables, x, cache=cache)
+    with pytest.raises(DiskError, match="times.json/in: cannot be written"):
+        jp.timings(apply, graph, variables, x, cache=cache / "in")
     with pytest.raises(GraphError, match="is the graph this function's"):
         jp.timings(apply, other, variables, x)

@@ -15,6 +15,7 @@ from solvers import by_bounded_descent
 
 import jaxprune as jp
 from jaxprune.base import BudgetError, ConfigError, DataError, GraphError
+from jaxprune.layerwise import check_readers
 
 RNG = np.random.default_rng(7)
 
@@ -183,5 +184,9 @@ def test_what_is_asked_is_checked() -> None:
     def looped(variables: Any, x: Any) -> Any:
         return jax.lax.map(lambda row: apply(variables, row[None])[0], x)
 
+    shapes = jax.eval_shape(lambda: variables), jax.eval_shape(lambda: x)
+    with pytest.raises(GraphError, match=f"lasso_select: nothing reads '{name}'"):
+        check_readers(looped, jp.trace(looped, variables, x), *shapes, half)
+    check_readers(apply, graph, *shapes, half)
     with pytest.raises(GraphError, match=f"lasso_select: nothing reads '{name}'"):
         asked(looped)

@@ -131,6 +131,14 @@ def test_cp_finds_a_kernel_that_has_the_rank() -> None:
     ]
 
 
+@pytest.mark.parametrize("method", by.METHODS)
+def test_kernels_of_zeros_stay_zeros(method: str) -> None:
+    kernel = np.zeros((3, 3, 4, 5))
+    made = by.METHODS[method](kernel, 2, 0)
+    assert all(np.isfinite(factor).all() for factor in made)
+    assert any(not factor.any() for factor in made)
+
+
 def test_responses_of_low_rank_are_kept_whole() -> None:
     """Features in a plane have answers in one, though the kernel is of full rank."""
     x = (normal(2, 6, 6, 2) @ normal(2, 8) + normal(8)).astype(np.float32)

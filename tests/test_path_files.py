@@ -93,6 +93,15 @@ def test_a_stopped_walk_goes_on_to_the_same_path(tmp_path, recover):
         assert_same(walk(file, block=0.15, on_step=pytest.fail), whole)
 
 
+def test_a_walk_of_an_older_jaxprune_goes_on(tmp_path, monkeypatch):
+    file = tmp_path / "walk.jsonl"
+    with monkeypatch.context() as older:
+        older.setattr(jp, "__version__", "0.0.9")
+        whole = walk(file)
+    assert '"jaxprune": "0.0.9"' in file.read_text()
+    assert_same(walk(file, on_step=pytest.fail), whole)
+
+
 def test_draws_go_by_the_number_of_the_step():
     one, two = walk(block=0).steps[1:3]
     options = {"criterion": random(), "key": jax.random.key(3), "block": 0}

@@ -114,6 +114,16 @@ again = path_io.load_variables(graph, work / "path.jsonl", 1, step, v)
 np.testing.assert_array_equal(again["a"], v["a"][:, ::2])
 print("read", flush=True)
 
+first = number == 0
+own = {"f": np.float64([[-0.0, 1 / 3]]) if first else np.ones((1, 2)), "k": first}
+said = peers.first_says({**own, "n": np.int8([number]), "none": np.ones(0)})
+assert said["f"].tobytes() == np.float64([[-0.0, 1 / 3]]).tobytes()
+assert said["f"].shape == (1, 2) and said["k"] and not said["n"].any()
+assert peers.first_says(first) and not peers.first_says(not first)
+both = peers.first_says({"shares": shares["a"], "x": np.float32(number)})
+assert both["shares"] is shares["a"] and both["x"] == 0
+print("agreed", flush=True)
+
 if number == 1:  # dies once the arrays are written, and before it says so
     barrier = peers.barrier
     peers.barrier = lambda name: os._exit(9) if "wrote" in name else barrier(name)
@@ -136,6 +146,7 @@ def test_a_process_that_dies_in_a_save_is_a_lost_peer_and_no_bad_input(tmp_path)
             process.kill()
     assert [process.returncode for process in pair] == [75, 9], first + second
     assert "read" in first and "read" in second
+    assert "agreed" in first and "agreed" in second
     assert "PeerError another process of this run is lost" in first
     assert not (tmp_path / "step").exists()
 

@@ -8,13 +8,16 @@ import chex
 import jax
 import numpy as np
 import pytest
+import toygraphs
 from jax.experimental import multihost_utils
 from test_run import CONFIG, prepared
 
+import jaxprune as jp
 from jaxprune import peers
-from jaxprune.base import BudgetError
+from jaxprune.base import BudgetError, GraphError
 from jaxprune.train import choose, cut, loop, run, stages, study
 from jaxprune.train import step as steps
+from jaxprune.train.config import Network
 from jaxprune.train.progress import Progress
 
 METHODS = ["criterion", "layerwise", "lasso", "lasso_then_path", "gates", "path"]
@@ -28,9 +31,70 @@ def test_a_budget_that_cannot_be_met_is_told_before_any_work(method, tmp_path):
         BudgetError, match=r"has 0\.5000 of .* flops\(0\.5000\) or more"
     ):
         cut.check_reachable(job.config.prune, graph)
+
+
+def test_a_path_that_may_end_above_the_budget_is_walked_down_to_it(tmp_path):
+    job, graph, _ = prepared(tmp_path, method="path", ratio=0.3, multiple_of=3)
     free = dataclasses.replace(job.config.prune, choose="1se")
-    if method in ("path", "lasso_then_path"):
+    with pytest.raises(BudgetError, match=r"flops\(0\.5000\) or more"):
         cut.check_reachable(free, graph)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"criterion": "bn_scale"}, "bn_scale: no normalisation scale in 'l0'"),
+        (
+            {"criterion": "bn_scale", "method": "lasso", "adaptive": 1.0},
+            "bn_scale: no normalisation",
+        ),
+        ({"criterion": "activation"}, "activation: nothing reads 'l0'"),
+        ({"method": "layerwise", "reconstruct": 1}, "lasso_select: nothing reads 'l0'"),
+        (
+            {"method": "path", "estimate": "reconstruction"},
+            "reconstruction_error: nothing reads 'l0'",
+        ),
+        ({"method": "path"}, ""),
+        ({"criterion": "taylor", "per_cost": True}, ""),
+        ({"criterion": "fisher"}, ""),
+        ({"method": "gates"}, ""),
+    ],
+)
+def test_a_method_that_cannot_score_a_group_is_told_before_any_work(fields, words):
+    """Of a network without norms, whose layers are read in a loop only."""
+
+    def looped(variables, x, train):
+        del train
+        return jax.lax.map(lambda row: toygraphs.apply(variables, row[None])[0], x)
+
+    variables, x = toygraphs.variables(toygraphs.chain(6, 4)), np.ones((2, 3))
+    graph = jp.trace(looped, variables, x, train=False)
+    shapes = jax.eval_shape(lambda: variables)
+    prune = dataclasses.replace(CONFIG.prune, multiple_of=1, min_channels=1, **fields)
+    if not words:
+        return choose.check_method(prune, looped, graph, shapes, x)
+    with pytest.raises(GraphError, match=words):
+        choose.check_method(prune, looped, graph, shapes, x)
+
+
+def test_lamp_is_not_normalised_again():
+    graph = toygraphs.chain(6, 4)
+    variables = toygraphs.variables(graph)
+    assert CONFIG.prune.normalize == "mean"
+    scores = jp.score(
+        choose._criterion(CONFIG.prune, "lamp", "flops"), graph, variables
+    )
+    assert [s.max() for s in scores.values()] == [1.0, 1.0]
+
+
+def test_a_run_asks_whether_its_method_can_score_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "train", None)
+    network = Network("refinenet", widths=(4,) * 9)
+    prune = dataclasses.replace(CONFIG.prune, criterion="bn_scale", ratio=0.9)
+    config = dataclasses.replace(CONFIG, network=network, prune=prune)
+    with pytest.raises(GraphError, match="bn_scale: no normalisation scale in 'refine"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", ["lasso", "lasso_then_path", "gates"])

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import shutil
 import typing
 
 import chex
@@ -138,11 +139,25 @@ def test_every_estimate_of_a_config_is_known():
     assert set(rules) == {"budget", *points.RULES}
 
 
-@pytest.fixture(scope="module")
-def pruned_run(tmp_path_factory):
+WALKED = [
+    {"method": "path"},
+    {
+        "method": "lasso_then_path",
+        "lasso_epochs": 2.0,
+        "target": 0.8,
+        "strength": 0.0,
+        "adaptive": 1.0,
+        "cuts_in_training": 1,
+    },
+]
+
+
+@pytest.fixture(scope="module", params=WALKED, ids=lambda how: how["method"])
+def pruned_run(request, tmp_path_factory):
     """(folder, graph) of a run of two rounds whose prune stage has ended."""
     folder = tmp_path_factory.mktemp("work")
-    job, graph, dense = prepared(folder, rounds=2, recovery_epochs=1 / 3)
+    how = {**request.param, "rounds": 2, "recovery_epochs": 1 / 3}
+    job, graph, dense = prepared(folder, **how)
     progress = Progress(folder)
     trained = dataclasses.replace(job, stage="train")
     dense = loop.train(trained, dense.average, progress)
@@ -181,6 +196,17 @@ def test_a_point_is_cut_out_as_the_prune_stage_does(
     chex.assert_trees_all_equal(point.variables, tree["variables"])
     with pytest.raises(CheckpointError, match="exists; choose another"):
         cutout.cut_out(folder, place, out)
+
+
+def test_a_path_of_other_weights_is_not_cut_out(pruned_run, tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(pruned_run[0], folder)
+    file = points.file(folder, 1)
+    kept = path_io.read(file)
+    path_io.write(file, kept.steps, {**kept.walk, "variables": 1})
+    with pytest.raises(CheckpointError, match="walked from other weights than the che"):
+        cutout.cut_out(folder, 1, tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_points_are_found_by_rules_and_budgets(pruned_run):

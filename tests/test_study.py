@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tinyrun
 
-from jaxprune import cli, peers, train
+from jaxprune import checkpoint, cli, peers, train
 from jaxprune.base import ConfigError
 from jaxprune.train import study, tabulate
 from jaxprune.train.config import Config
@@ -37,7 +37,7 @@ def compiled(tmp_path_factory):
 
 
 def test_plans_differ_in_the_method_alone_and_train_as_long():
-    plans = {m: study.planned(CONFIG, m, 0.5, 3, "l1") for m in study.METHODS}
+    plans = {m: study.planned(CONFIG, m, 0.5, 3, ["l1"]) for m in study.METHODS}
     for method, plan in plans.items():
         assert plan.train == CONFIG.train
         assert plan.prune.ratio == 0.5
@@ -58,7 +58,7 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
     )
     steered = dataclasses.replace(CONFIG, prune=steered)
     for method in study.METHODS:
-        plan = train.config.check(study.planned(steered, method, 0.5, 3, "l1"))
+        plan = train.config.check(study.planned(steered, method, 0.5, 3, ["l1"]))
         # Steered to the study's budget, not to what the config says for its own; where
         # the path goes the rest, to half of the way, in factors.
         wanted = {"lasso": 0.5, "gates": 0.5, "lasso_then_path": math.sqrt(0.5)}
@@ -66,14 +66,14 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
     rounds = dataclasses.replace(CONFIG.prune, rounds=3, recovery_epochs=0.25)
     rounds = dataclasses.replace(CONFIG, prune=rounds)
     for method in study.METHODS:
-        plan = study.planned(rounds, method, 0.5, 3, "l1")
+        plan = study.planned(rounds, method, 0.5, 3, ["l1"])
         assert train.stages.pruned_epochs(plan) == 2.5
-    lasso = study.planned(rounds, "lasso", 0.5, 3, "l1")
+    lasso = study.planned(rounds, "lasso", 0.5, 3, ["l1"])
     assert (lasso.prune.rounds, lasso.retrain.epochs) == (1, 1.0)
-    both = study.planned(rounds, "lasso_then_path", 0.5, 3, "l1")
+    both = study.planned(rounds, "lasso_then_path", 0.5, 3, ["l1"])
     assert (both.prune.rounds, both.retrain.epochs) == (2, 0.75)
     with pytest.raises(ConfigError, match="no method 'tailor'; is 'taylor' meant"):
-        study.planned(CONFIG, "tailor", 0.5, 0, "l1")
+        study.planned(CONFIG, "tailor", 0.5, 0, ["l1"])
 
 
 def network(val, test, flops, error=None):
@@ -188,8 +188,31 @@ def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
     assert new == [("random-0.6-seed0", "train"), ("random-0.6-seed0", "retrain")]
     again = json.loads((folder / "latencies.json").read_text())
     assert set(again) == {*times, "random-0.6-seed0"}
+    bench = study.bench
     monkeypatch.setattr(study, "bench", lambda *a, **k: pytest.fail("timed again"))
-    assert cli.main([*command, "--methods", "l1,random"]) == 0
+    # In any order, and one of them alone: none is another's, nor trained anew.
+    saves = {p: p.stat().st_mtime_ns for p in folder.glob("*/checkpoints/*/*/*.json")}
+    assert cli.main([*command, "--methods", "random,l1"]) == 0
+    assert cli.main([*command, "--methods", "lasso"]) == 0
+    assert saves == {p: p.stat().st_mtime_ns for p in saves}
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    assert [r["method"] for r in rows] == ["dense", "lasso"]
+    # Of the other budgets each has one from scratch, and all have the dense network.
+    more = [*command[:-1], "0.7", "--methods", "random"]
+    monkeypatch.setattr(study, "bench", bench)
+    assert cli.main(more) == 0
+    assert json.loads((folder / "random-0.7-seed0" / "config.json").read_text())[
+        "scratch"
+    ]
+    store = checkpoint.open_store(folder / "random-0.7-seed0" / "checkpoints" / "train")
+    assert (store.directory / "3" / "manifest.sha256.json").read_bytes() == (
+        one / kept
+    ).read_bytes()
+    # Another config is refused before any of the runs goes on.
+    trained.clear()
+    changed = [*command, "--methods", "fisher,lasso", "--set", "retrain.lr=0.5"]
+    assert cli.main(changed) == 2
+    assert not trained and not (folder / "fisher-0.6-seed0").exists()
     (folder / "latencies.json").write_text('{"dense": "fast"}')
     assert cli.main([*command, "--methods", "l1"]) == 2
     rows = (folder / "random-0.6-seed0" / "metrics.jsonl").read_text().splitlines()

@@ -108,7 +108,7 @@ def test_a_comparison_trains_it_as_long_as_the_others():
     prune = Prune(rounds=3, recovery_epochs=2.0, reconstruct=4)
     base = dataclasses.replace(CONFIG, prune=prune, scratch=True)
     plans = [
-        configs.check(study.planned(base, m, 0.4, 0, "svd")) for m in ("svd", "l1")
+        configs.check(study.planned(base, m, 0.4, 0, ["svd"])) for m in ("svd", "l1")
     ]
     assert plans[0].prune.method == "svd" and not plans[0].scratch
     np.testing.assert_equal(*map(stages.pruned_epochs, plans))

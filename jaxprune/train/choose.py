@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -24,12 +24,12 @@ from jaxprune import (
     search,
     sparsity,
 )
-from jaxprune.base import Graph, Keep, PyTree, Scores
+from jaxprune.base import Apply, Graph, Keep, PyTree, Scores
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
-from jaxprune.criteria import Criterion, score
+from jaxprune.criteria import Criterion, check_criterion, score
 from jaxprune.latency import timings
-from jaxprune.layerwise import lasso_select
+from jaxprune.layerwise import check_readers, lasso_select
 from jaxprune.select import allowed_counts, select
 from jaxprune.train import layout as layouts
 from jaxprune.train import metrics, points
@@ -73,6 +73,53 @@ def choose(
         scope=prune.scope,
     )
     return keep, None
+
+
+def check_method(
+    prune: Prune, apply: Apply, graph: Graph, variables: PyTree, images: Any
+) -> None:
+    """Raise GraphError where the config's method can't score a group of the network.
+
+    From shapes alone. apply, graph, variables: of the dense network; images: float32
+    [B, H, W, 3]. Nothing is known of milliseconds yet.
+    """
+    kind = cast(budgets.Kind, "flops" if prune.budget == "latency" else prune.budget)
+    if prune.method == "layerwise":
+        check_readers(
+            apply,
+            graph,
+            variables,
+            images,
+            Budget(kind, prune.ratio),
+            multiple_of=prune.multiple_of,
+            min_channels=prune.min_channels,
+            train=False,
+        )
+
+    def loss(variables: PyTree, batch: Any) -> Any:
+        return jnp.sum(apply(variables, batch, train=False))
+
+    for criterion in _criteria(prune, kind):
+        check_criterion(
+            criterion,
+            graph,
+            variables,
+            loss=loss,
+            batch=images,
+            key=jax.random.key(0),
+        )
+
+
+def _criteria(prune: Prune, kind: budgets.Kind) -> Iterator[Criterion]:
+    """All that the config's method will score channels by."""
+    if prune.walked:
+        yield _ESTIMATES[prune.estimate]()
+    if prune.method == "criterion":
+        yield _criterion(prune, prune.criterion, kind)
+    if prune.sparse:
+        yield _criterion(prune, "magnitude", kind)
+    if prune.adaptive:
+        yield _criterion(prune, prune.criterion, kind)
 
 
 def kind_of(job: Job, graph: Graph, variables: PyTree, name: str) -> budgets.Kind:
@@ -217,7 +264,8 @@ def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
         "random": measures.random,
     }
     parts = [known[name]()]
-    if prune.normalize != "none":
+    # LAMP's scores are relative to the group, and made to be compared as they are.
+    if prune.normalize != "none" and name != "lamp":
         parts.append(criteria.normalize(prune.normalize))
     if prune.per_cost:
         parts.append(criteria.per_cost(kind))

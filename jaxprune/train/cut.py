@@ -87,9 +87,8 @@ def check_latency(job: Job, graph: Graph, variables: PyTree) -> None:
 
 
 def _check_kind(prune: Prune, graph: Graph, kind: Kind) -> None:
-    if not prune.walked or prune.choose == "budget":
-        budget = Budget(kind, prune.ratio)
-        check_budget(graph, budget, prune.multiple_of, prune.min_channels)
+    budget = Budget(kind, prune.ratio)
+    check_budget(graph, budget, prune.multiple_of, prune.min_channels)
     if prune.target:
         steering.check_target(graph, prune.target, kind)
 
@@ -141,6 +140,7 @@ def _round(
     prune = job.config.prune
     if prune.irregular:
         variables = restated(job, _thinned(job, cut.variables, number, kind, progress))
+        variables = peers.first_says(variables)
         judge(job, variables, number, progress)
         return cut._replace(variables=variables), []
     keep = _decided(job, cut.keep) if number == prune.rounds else None
@@ -156,7 +156,9 @@ def _round(
         keep, rows = choose.choose(
             here, smaller, cut.variables, budget, progress, number
         )
-    cut = apply_cut(job, graph, cut, keep)
+    # Processes round differently, and must cut and train alike.
+    cut = apply_cut(job, graph, cut, peers.first_says(keep))
+    cut = cut._replace(variables=peers.first_says(cut.variables))
     slimmed = dataclasses.replace(job, apply=slim(job.apply, graph, cut.keep))
     judge(slimmed, cut.variables, number, progress)
     return cut, [{**row, "round": number} for row in rows or []]

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxprune import checkpoint, formats, models
+from jaxprune import checkpoint, formats, models, path_io
 from jaxprune.base import CheckpointError, ConfigError, Graph
 from jaxprune.budget import Budget, Kind
 from jaxprune.cost import cost
@@ -23,6 +23,7 @@ from jaxprune.steps import Rule, Step
 from jaxprune.train import cut, folder, points, stages
 from jaxprune.train.config import Config
 from jaxprune.train.loop import Job, Splits, finished
+from jaxprune.train.sparsify import sparsified
 from jaxprune.trees import shrink
 
 Point = int | Rule | Budget
@@ -55,6 +56,7 @@ def cut_out(
     step = walked.steps[place]
     job = Job("train", net.apply, config.train, config, splits, workdir)
     before = _before(job, graph, net, number)
+    _check_walked(workdir, number, before)
     job = dataclasses.replace(job, stage="retrain", fit=config.retrain)
     small = cut.apply_cut(job, graph, before, step.keep)
     pruned = Pruned(
@@ -90,12 +92,28 @@ def _before(job: Job, graph: Graph, net: Any, number: int) -> cut.Cut:
     config = job.config
     start = models.init(net, jax.random.key(config.seed), config.data.size)
     if number == 1:
-        return cut.Cut(graph.full(), finished(job, start).average)
+        dense = finished(job, start)
+        variables = dense.average
+        if config.prune.sparse:
+            job = dataclasses.replace(job, stage="retrain", fit=config.retrain)
+            variables, _ = sparsified(job, graph, dense)
+        return cut.Cut(graph.full(), variables)
     store = checkpoint.open_store(job.workdir / "checkpoints" / "prune", keep_last=None)
     keep = keep_from_text(store.meta(number - 1)["keep"])
     keep = check_keep(graph, keep, concrete=True)
     trained = finished(cut.recovery(job, number - 1), shrink(graph, keep, start))
     return cut.Cut(keep, trained.average)
+
+
+def _check_walked(workdir: Path, number: int, before: cut.Cut) -> None:
+    """Raise CheckpointError unless the path was walked from these weights."""
+    file = points.file(workdir, number)
+    walk = path_io.read(file).walk or {}
+    if walk.get("variables") != path_io.checksum(before.variables):
+        raise CheckpointError(
+            f"{file} was walked from other weights than the checkpoints of {workdir} "
+            "hold now; delete it, and prune.json, and run again to walk anew"
+        )
 
 
 def describe(workdir: str | Path, number: int | None = None) -> str:

@@ -112,9 +112,10 @@ class Prune:
     `evaluate.batch` images and kept in the work folder's timings.json.
 
     method: 'criterion' scores and selects; 'path' cuts back by cost complexity, `block`
-    of the cost at a time, and takes the step that `choose` says (`Path.select`);
-    'layerwise' cuts every group alike, by the LASSO, one behind the other, refitting
-    what reads them to `reconstruct` batches (`jaxprune.lasso_select`);
+    of the cost at a time, and takes the step that `choose` says (`Path.select`), of
+    those down to the ratio; 'layerwise' cuts every group alike, by the LASSO, one
+    behind the other, refitting what reads them to `reconstruct` batches
+    (`jaxprune.lasso_select`);
     'lasso' first trains on for `lasso_epochs` with proximal steps of `strength` times
     the learning rate, and cuts what is 0 then, or the least where that is over the
     budget; 'lasso_then_path' does so, and walks the path from there; 'gates' does the
@@ -136,22 +137,23 @@ class Prune:
     each step, not of the dense network. adaptive: the power of the scores of
     `criterion`, not normalised, that divides the weights (`jaxprune.adaptive`),
     estimated anew at each of cuts_in_training; 0: the weights are of the size and the
-    cost alone. metric: 'optimizer' takes the proximal step of weights in Adam's own metric. accelerated: 'gates' learn by accelerated
-    proximal gradients, at rates up to `gates_lr`, not by the optimiser. target: the
-    strength, from `strength` on (0: from one that gets there at an even pace, of plain
-    steps), is steered to leave this fraction of the budget's kind of cost, along a line
-    that ends at 0.7 of those epochs; 0: it is not. cuts_in_training: what is 0 is cut
-    at so many ends of epochs on the way already, evenly spread.
+    cost alone. metric: 'optimizer' takes the proximal step of weights in Adam's own
+    metric. accelerated: 'gates' learn by accelerated proximal gradients, at rates up to
+    `gates_lr`, not by the optimiser. target: the strength, from `strength` on (0: from
+    one that gets there at an even pace, of plain steps), is steered to leave this
+    fraction of the budget's kind of cost, along a line that ends at 0.7 of those
+    epochs; 0: it is not. cuts_in_training: what is 0 is cut at so many ends of epochs
+    on the way already, evenly spread.
     criterion: for 'criterion', over `batches` training batches; normalize: scores
-    divided by their group's mean, max, sum or l2. per_cost: divided by what a channel
-    costs. multiple_of, min_channels: of a group such a number of channels stays, or all
-    of it, with every method that cuts channels; where fewer are not 0, zeros fill it
-    up; 'auto': what the device likes, see `jaxprune.select.alignment`. rounds: the cut
-    in so many equal factors, `recovery_epochs` of retraining behind each but the last.
-    carry_optimizer: retraining goes on with the cut state of the optimiser.
-    reconstruct: training batches to refit kernels that read what is cut by least
-    squares; 0: they stay. statistics: batches that re-estimate batch statistics after a
-    cut.
+    divided by their group's mean, max, sum or l2, but for LAMP's, which are relative
+    already. per_cost: divided by what a channel costs. multiple_of, min_channels: of a
+    group such a number of channels stays, or all of it, with every method that cuts
+    channels; where fewer are not 0, zeros fill it up; 'auto': what the device likes,
+    see `jaxprune.select.alignment`. rounds: the cut in so many equal factors,
+    `recovery_epochs` of retraining behind each but the last. carry_optimizer:
+    retraining goes on with the cut state of the optimiser. reconstruct: training
+    batches to refit kernels that read what is cut by least squares; 0: they stay.
+    statistics: batches that re-estimate batch statistics after a cut.
     """
 
     method: Literal[Method, LowRank] = "criterion"

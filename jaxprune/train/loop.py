@@ -61,17 +61,23 @@ class Job:
     @property
     def per_epoch(self) -> int:
         """Steps an epoch; the last, partial batch of the split goes to the next one."""
-        return max(1, len(self.splits.train) // self.fit.batch)
+        return steps_of(self.fit, len(self.splits.train))[0]
 
     @property
     def total(self) -> int:
         """Steps in all."""
-        return round(self.per_epoch * self.fit.epochs)
+        return steps_of(self.fit, len(self.splits.train))[1]
 
     @property
     def end(self) -> int:
         """The last step of this training."""
         return self.total if self.until is None else self.until
+
+
+def steps_of(fit: Fit, images: int) -> tuple[int, int]:
+    """(steps an epoch, steps in all) of a training on so many images."""
+    per_epoch = max(1, images // fit.batch)
+    return per_epoch, round(per_epoch * fit.epochs)
 
 
 class SoFar(NamedTuple):
@@ -107,10 +113,7 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
     layout = steps.layout_of(job.config.scale)
 
     def fresh() -> steps.State:
-        if job.begun is None:
-            return steps.begin(layout, variables, tx, job.carried)
-        # A copy: the step takes over the memory of what it is given.
-        return layouts.owned(layout, job.begun)
+        return _fresh(job, layout, variables, tx)
 
     state, so_far = fresh(), SoFar([], [])
     if store.latest() is not None:
@@ -130,6 +133,16 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
                 finally:
                     progress.finish()
     return layouts.settled(state)
+
+
+def _fresh(
+    job: Job, layout: Layout, variables: PyTree, tx: optax.GradientTransformation
+) -> steps.State:
+    """The state that the training begins with."""
+    if job.begun is None:
+        return steps.begin(layout, variables, tx, job.carried)
+    # A copy: the step takes over the memory of what it is given.
+    return layouts.owned(layout, job.begun)
 
 
 def _back(
@@ -167,14 +180,14 @@ def finished(job: Job, variables: PyTree) -> steps.State:
     """
     store = checkpoint.open_store(job.workdir / "checkpoints" / job.stage)
     done = store.latest()
-    if done is None or done < job.total:
+    if done is None or done < job.end:
         raise CheckpointError(
             f"{job.workdir}: the stage {job.stage!r} has not ended (step {done or 0} "
-            f"of {job.total}); repeat 'jaxprune run' with this --workdir"
+            f"of {job.end}); repeat 'jaxprune run' with this --workdir"
         )
     tx, _ = steps.optimizer(job.fit, job.total, job.around)
     layout = steps.layout_of(job.config.scale)
-    state, _ = _restore(store, steps.begin(layout, variables, tx, job.carried))
+    state, _ = _restore(store, _fresh(job, layout, variables, tx))
     return layouts.settled(state)
 
 

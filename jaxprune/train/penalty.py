@@ -132,7 +132,8 @@ def _steered(
         if not start:
             total = float(jnp.sum(jax.vmap(rate)(jnp.arange(length))))
             now = _deaths(job, graph, variables, weights)
-            start = steering.even_start(graph, now, prune.target, total, kind) or 1e-3
+            even = steering.even_start(graph, now, prune.target, total, kind) or 1e-3
+            start = float(peers.first_says(even))
         return steering.steer(graph, plan, kind=kind, rate=rate, start=start)
 
     return strength

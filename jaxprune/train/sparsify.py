@@ -9,6 +9,7 @@ of the last of them alone, so that a run killed anywhere goes on to the same.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +23,12 @@ from jaxprune.slim import slim
 from jaxprune.train import choose, penalty
 from jaxprune.train import step as steps
 from jaxprune.train.config import Prune
-from jaxprune.train.loop import Job, train
+from jaxprune.train.loop import Job, finished, train
 from jaxprune.train.progress import Progress
 from jaxprune.trees import expand, mask, shrink, shrink_graph
+
+# Trains a part, or reads what it has ended with.
+_Part = Callable[[Job, PyTree], steps.State]
 
 
 def sparsify(
@@ -36,6 +40,23 @@ def sparsify(
     channel that they have brought to 0 is 0 in the variables throughout, and so is one
     that was cut on the way.
     """
+    return _sparsified(
+        job, graph, dense, lambda here, start: train(here, start, progress), progress
+    )
+
+
+def sparsified(job: Job, graph: Graph, dense: steps.State) -> tuple[PyTree, PyTree]:
+    """What `sparsify` gave; CheckpointError where its training has not ended."""
+    return _sparsified(job, graph, dense, finished)
+
+
+def _sparsified(
+    job: Job,
+    graph: Graph,
+    dense: steps.State,
+    part: _Part,
+    progress: Progress | None = None,
+) -> tuple[PyTree, PyTree]:
     prune, fit = job.config.prune, job.config.train
     fit = dataclasses.replace(fit, epochs=prune.lasso_epochs, lr=fit.lr / 2, warmup=0.0)
     carried = dense.opt_state if prune.carry_optimizer else None
@@ -65,7 +86,7 @@ def sparsify(
             begun=begun,
             until=end,
         )
-        return train(here, start, progress)
+        return part(here, start)
 
     first, *others = cut_steps(job, prune.cuts_in_training)
     state = trained(0, first, None)
@@ -73,7 +94,8 @@ def sparsify(
         smaller = shrink_graph(graph, keep)
         more = _wide(prune, graph, keep, alive(smaller, state.variables))
         keep = compose(keep, more)
-        _tell(stage, graph, keep, int(state.step), progress)
+        if progress is not None:
+            _tell(stage, graph, keep, int(state.step), progress)
         state = trained(number, end, cut_state(smaller, more, state))
     return _dense(graph, keep, state, gated)
 

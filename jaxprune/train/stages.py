@@ -25,7 +25,7 @@ from jaxprune.graph_io import graph_from_json, graph_to_json
 from jaxprune.pruned import Pruned
 from jaxprune.slim import slim
 from jaxprune.trace import trace
-from jaxprune.train import compare, cut, folder, thin, vitals
+from jaxprune.train import choose, compare, cut, folder, thin, vitals
 from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.compare import Contender
@@ -49,9 +49,10 @@ def run(
     Raises, before any work, ConfigError for a bad config, or a folder that another
     config made, another run is using, or that began with other data; BudgetError for a
     budget that no network meets (of milliseconds, once they are measured, before any
-    training); DataError for data that is missing or damaged. Raises
-    NonFinite for a diverged run, DiskError for a disk that is full or read-only, and
-    PeerError where another process of the run is lost.
+    training); GraphError for a method that can't score all of the network; DataError
+    for data that is missing or damaged. Raises NonFinite for a diverged run, DiskError
+    for a disk that is full or read-only, and PeerError where another process of the run
+    is lost.
     SIGTERM saves and exits with 75; a kill loses the steps since the last save.
 
     tensorboard: write its events too, into `tensorboard/`. profile: trace so many steps
@@ -67,7 +68,7 @@ def run(
     _check_choice(config, splits.val)
     args = network_args(config, len(splits.train.classes))
     if not (workdir / "graph.json").exists():
-        check_budgets([config], len(splits.train.classes))
+        check_methods([config], len(splits.train.classes))
     net = models.build(config.network.name, args)
     with peers.told(), folder.claim(config, workdir):
         folder.check_data((splits.train, splits.val, splits.test), workdir)
@@ -146,10 +147,11 @@ def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
     return judged(counts_of(judge, variables, found, config.evaluate.batch))
 
 
-def check_budgets(configs: Sequence[Config], classes: int) -> None:
+def check_methods(configs: Sequence[Config], classes: int) -> None:
     """Raise BudgetError for the first budget that not even the narrowest network meets.
 
-    configs: of one network and one size of images.
+    And GraphError for the first method that can't score all of its channels. configs:
+    of one network and one size of images.
     """
     first = configs[0]
     net = models.build(first.network.name, network_args(first, classes))
@@ -161,6 +163,8 @@ def check_budgets(configs: Sequence[Config], classes: int) -> None:
             cut.check_weights(config, net.apply, graph, variables)
         else:
             cut.check_reachable(config.prune, graph)
+            images = cut.images_of(config)
+            choose.check_method(config.prune, net.apply, graph, variables, images)
 
 
 def pruned_epochs(config: Config) -> float:

@@ -2,8 +2,9 @@
 """Methods side by side: one dense network a seed, cut and retrained alike by each.
 
 Every method, budget and seed is a run of its own in a folder of its own, so that a
-study that was stopped goes on where it was. The first run of a seed trains the dense
-network; the others take it over. All see the same number of epochs.
+study that was stopped goes on where it was, also with other methods. The first run of a
+seed trains the dense network; the others take it over. All see the same number of
+epochs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from jaxprune.bench import bench
 from jaxprune.lowrank import Method as LowRank
 from jaxprune.train import stages, tabulate
 from jaxprune.train.config import Config, Prune, check, to_json
-from jaxprune.train.folder import CONFIG, write_json, write_text
+from jaxprune.train.folder import (
+    CONFIG,
+    check_free,
+    read_config,
+    write_json,
+    write_text,
+)
+from jaxprune.train.loop import steps_of
 
 # Prices that are estimated anew as channels go: fixed ones empty whole layers.
 _STEERED = {"adaptive": 1.0, "criterion": "taylor", "cuts_in_training": 7}
@@ -44,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "activation": {"criterion": "activation"},
     "apoz": {"criterion": "apoz"},
     "reconstruction": {"method": "layerwise", "reconstruct": 8},
-    "lamp": {"criterion": "lamp", "normalize": "none"},
+    "lamp": {"criterion": "lamp"},
     "random": {"criterion": "random"},
     "random_masks": {"method": "random_masks"},
     "particles": {"method": "particles"},
@@ -72,31 +80,32 @@ def study(
     The json holds each run's scores beside the rows, which are over seeds.
     Methods that train under a penalty are steered to the budget, cut once, and retrain
     that much shorter. Where the config asks for a network from scratch, it is of the
-    first method's widths. Of 'weights', the budget is the share of FLOPs or parameters
-    that are not of zeros; its rows tell the cost on hardware for dense products, and
-    that share beside it.
-    Raises ConfigError for an unknown method, BudgetError for a budget that no network
-    meets, before any work (of milliseconds, before the training of each run), and what
-    `run` does.
+    first method's widths, of a budget and a seed. Of 'weights', the budget is the share
+    of FLOPs or parameters that are not of zeros; its rows tell the cost on hardware for
+    dense products, and that share beside it.
+    Raises ConfigError for an unknown method, or a run that another config has begun,
+    BudgetError for a budget that no network meets, before any work (of milliseconds,
+    before the training of each run), and what `run` does.
     """
     workdir = Path(os.path.abspath(workdir))
     plans = [
-        (method, budget, seed, planned(config, method, budget, seed, methods[0]))
+        (method, budget, seed, planned(config, method, budget, seed, first))
         for seed in seeds
         for budget in budgets
+        for first in [_scratched(workdir, budget, seed) or methods[:1]]
         for method in methods
     ]
     if not plans:
         raise ConfigError("compare: name at least one method, budget and seed")
-    for _, _, _, plan in plans:
+    for method, budget, seed, plan in plans:
         check(plan)
-    classes = stages.load_split(config, "train").classes
-    stages.check_budgets([plan for *_, plan in plans], len(classes))
+        check_free(plan, workdir / _name(method, budget, seed))
+    train = stages.load_split(config, "train")
+    stages.check_methods([plan for *_, plan in plans], len(train.classes))
     found = []
     for method, budget, seed, plan in plans:
         folder = workdir / _name(method, budget, seed)
-        first = workdir / _name(methods[0], budgets[0], seed)
-        if folder != first:
+        if (first := _trained(workdir, plan, len(train))) is not None:
             _take_over(first, folder, plan)
         networks = stages.run(plan, folder)["networks"]
         which = {"method": method, "budget": budget, "seed": seed, "name": folder.name}
@@ -112,6 +121,28 @@ def study(
 def _name(method: str, budget: float, seed: int) -> str:
     """The folder of a run, within the study's."""
     return f"{method}-{budget:g}-seed{seed}"
+
+
+def _scratched(workdir: Path, budget: float, seed: int) -> list[str]:
+    """The methods that have begun with a network from scratch of their widths."""
+    folders = {method: workdir / _name(method, budget, seed) for method in METHODS}
+    begun = [m for m, folder in folders.items() if (folder / CONFIG).exists()]
+    return [m for m in begun if read_config(folders[m]).scratch]
+
+
+def _trained(workdir: Path, plan: Config, images: int) -> Path | None:
+    """A run of the study that has trained the plan's dense network, on these images."""
+
+    def dense(config: Config) -> Any:
+        data = dataclasses.replace(config.data, root="", cache=None)
+        return config.network, data, config.train, config.seed, config.scale
+
+    for folder in sorted(workdir.glob("*")):
+        if (folder / CONFIG).exists() and dense(read_config(folder)) == dense(plan):
+            store = checkpoint.open_store(folder / "checkpoints" / "train")
+            if store.latest() == steps_of(plan.train, images)[1]:
+                return folder
+    return None
 
 
 def timed(config: Config, workdir: Path, names: Sequence[str]) -> dict[str, float]:
@@ -152,9 +183,13 @@ def _known(file: Path) -> dict[str, float]:
 
 
 def planned(
-    config: Config, method: str, budget: float, seed: int, first: str
+    config: Config, method: str, budget: float, seed: int, scratched: Sequence[str]
 ) -> Config:
-    """The config of one run of the study."""
+    """The config of one run of the study.
+
+    scratched: the methods with a network from scratch of their widths, where the config
+    asks for one.
+    """
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, 1, 0.5)
         hint = f"is {near[0]!r} meant?" if near else f"there are {', '.join(METHODS)}"
@@ -203,7 +238,7 @@ def planned(
         prune=prune,
         retrain=retrain,
         scratch=config.scratch
-        and method == first
+        and method in scratched
         and not (prune.irregular or prune.low_rank),
     )
 
