@@ -24,7 +24,7 @@ from jaxprune.budget import Budget
 from jaxprune.cost import cost
 from jaxprune.criteria import Criterion, Loss, scorer
 from jaxprune.measures import taylor
-from jaxprune.risks import Risk
+from jaxprune.risks import Risk, finite
 from jaxprune.select import MultipleOf, allowed_counts, check_budget
 from jaxprune.steps import Path, Step
 from jaxprune.trees import mask
@@ -106,8 +106,8 @@ def prune_path(
         )
     if until is not None:
         check_budget(graph, until, multiple_of, min_channels)
-    batches = _finite(batches, "batches")
-    held = batches if validation is None else _finite(validation, "validation")
+    batches = finite(batches)
+    held = batches if validation is None else finite(validation, "validation")
     walk = _Walk(
         graph,
         batches,
@@ -256,13 +256,6 @@ def _described(walk: _Walk, variables: PyTree) -> dict[str, Any]:
 
 def _text_checksum(text: str) -> int:
     return path_io.checksum(np.frombuffer(text.encode(), np.uint8))
-
-
-def _finite(batches: Iterable[Any], what: str) -> list[Any]:
-    batches = list(batches)
-    if not batches:
-        raise DataError(f"{what} is empty (or an iterator that was used up before)")
-    return batches
 
 
 def _excess(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,14 @@ class Found(NamedTuple):
     stderr: float
     counted: int
     sums: dict[str, np.ndarray] | None
+
+
+def finite(batches: Iterable[Any], what: str = "batches") -> list[Any]:
+    """The batches in memory, to be used again; DataError where there are none."""
+    held = list(batches)
+    if not held:
+        raise DataError(f"{what} is empty (or an iterator that was used up before)")
+    return held
 
 
 def evaluator(graph: Graph, risk: Risk) -> Callable[..., Found]:

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.base import ConfigError, DataError, Graph, GraphError, Keep, PyTree
+from jaxprune.base import ConfigError, Graph, GraphError, Keep, PyTree
 from jaxprune.budget import Budget, measure, sizes
 from jaxprune.keeps import compose
-from jaxprune.risks import Risk, evaluator
+from jaxprune.risks import Risk, evaluator, finite
 from jaxprune.select import MultipleOf, select
 from jaxprune.trees import shrink_graph
 
@@ -184,9 +184,7 @@ def _judge(
     graph: Graph, variables: PyTree, loss: Risk, batches: Iterable[Any]
 ) -> Callable[[list[dict[str, np.ndarray]]], np.ndarray]:
     """keeps -> float[N], the mean loss of each masked network; infinite for NaN."""
-    held = list(batches)
-    if not held:
-        raise DataError("batches is empty (or an iterator that was used up before)")
+    held = finite(batches)
     evaluate = evaluator(graph, loss)
 
     def judge(keeps: list[dict[str, np.ndarray]]) -> np.ndarray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that decides what stays: scores and a budget in, a keep out."""
+"""What stays, at one stroke: scores and a budget in, a keep out."""
 
 import difflib
 import fnmatch
