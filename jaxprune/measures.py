@@ -151,7 +151,7 @@ def _scales(graph: Graph, name: str) -> int:
 
 
 def _is_scale(leaf: Leaf) -> bool:
-    return leaf.trained and leaf.path[-1] == "scale" and len(leaf.shape) == 1
+    return leaf.trained and leaf.path[-1:] == ("scale",) and len(leaf.shape) == 1
 
 
 def taylor(
@@ -379,7 +379,8 @@ def _summed(
     """
 
     def weight(leaf: Leaf) -> bool:
-        return leaf.path[0] != "batch_stats" and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        statistic = leaf.path[:1] == ("batch_stats",)
+        return not statistic and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
     leaves = [dataclasses.replace(x, trained=weight(x)) for x in graph.leaves]
     graph = dataclasses.replace(graph, leaves=tuple(leaves))

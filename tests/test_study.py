@@ -242,11 +242,12 @@ def test_of_several_processes_one_takes_a_dense_network_over(tmp_path, monkeypat
     first, folder = tmp_path / "first", tmp_path / "second"
     (first / "checkpoints" / "train" / "3").mkdir(parents=True)
     (first / "metrics.jsonl").write_text('{"stage": "train"}\n{"stage": "retrain"}\n')
+    monkeypatch.setattr(study, "_trained", lambda *_: first)
     waits = []
     monkeypatch.setattr(peers, "barrier", waits.append)
     for index in (1, 0, 0):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        study._take_over(first, folder, Config())
+        study._take_over(tmp_path, folder, Config(), 24)
         assert folder.exists() == (index == 0)
     assert waits == [f"jaxprune began {folder}"] * 3
     assert (folder / "checkpoints" / "train" / "3").is_dir()

@@ -114,12 +114,12 @@ def _criteria(prune: Prune, kind: budgets.Kind) -> Iterator[Criterion]:
     """All that the config's method will score channels by."""
     if prune.walked:
         yield _ESTIMATES[prune.estimate]()
-    if prune.method == "criterion":
+    elif prune.method == "criterion":
         yield _criterion(prune, prune.criterion, kind)
-    if prune.sparse:
+    elif prune.sparse:
         yield _criterion(prune, "magnitude", kind)
     if prune.adaptive:
-        yield _criterion(prune, prune.criterion, kind)
+        yield _criterion(_bare(prune), prune.criterion, kind)
 
 
 def kind_of(job: Job, graph: Graph, variables: PyTree, name: str) -> budgets.Kind:
@@ -230,9 +230,14 @@ def _scores(
 
 def importance(job: Job, graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
     """The scores of the config's criterion as they are, of an adaptive penalty."""
-    name = job.config.prune.criterion
-    plain = dataclasses.replace(job.config.prune, normalize="none", per_cost=False)
-    return _scored(job, graph, variables, name, _criterion(plain, name, "flops"))
+    prune = _bare(job.config.prune)
+    criterion = _criterion(prune, prune.criterion, "flops")
+    return _scored(job, graph, variables, prune.criterion, criterion)
+
+
+def _bare(prune: Prune) -> Prune:
+    """With scores as the criterion gives them."""
+    return dataclasses.replace(prune, normalize="none", per_cost=False)
 
 
 def _scored(

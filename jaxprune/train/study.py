@@ -105,8 +105,7 @@ def study(
     found = []
     for method, budget, seed, plan in plans:
         folder = workdir / _name(method, budget, seed)
-        if (first := _trained(workdir, plan, len(train))) is not None:
-            _take_over(first, folder, plan)
+        _take_over(workdir, folder, plan, len(train))
         networks = stages.run(plan, folder)["networks"]
         which = {"method": method, "budget": budget, "seed": seed, "name": folder.name}
         found.append({**which, **networks})
@@ -262,15 +261,17 @@ def _without_others(prune: Prune) -> Prune:
     return dataclasses.replace(prune, **off)
 
 
-def _take_over(first: Path, folder: Path, plan: Config) -> None:
-    """Begin a run with the dense network that another one trained.
+def _take_over(workdir: Path, folder: Path, plan: Config, images: int) -> None:
+    """Begin a run with the dense network that another one has trained, if any has.
 
     The first process copies it, the others wait.
     """
     trained = folder / "checkpoints" / "train"
     if jax.process_index() == 0 and not trained.exists():
-        with disk.writing(folder):
-            _copy(first, folder, plan)
+        first = _trained(workdir, plan, images)
+        if first is not None:
+            with disk.writing(folder):
+                _copy(first, folder, plan)
     peers.barrier(f"jaxprune began {folder}")
 
 
