@@ -5,8 +5,9 @@
 
 Each file is of one `jaxprune compare`. The runs of all of them, of a method, budget and
 seed that which is told last, are written to the first file; the table is printed, and
-docs/pictures/comparison.png drawn. Machines differ, so that a study's milliseconds are
-scaled until its dense network takes as long as that of the first file.
+the plot drawn into pictures/ beside that file, by its name. Machines differ, so that a
+study's milliseconds are scaled until its dense network takes as long as that of the
+first file.
 """
 
 import argparse
@@ -15,8 +16,6 @@ from pathlib import Path
 
 from jaxprune import report
 from jaxprune.train import tabulate
-
-PLOT = Path(__file__).parents[1] / "docs" / "pictures" / "comparison.png"
 
 
 def dense_ms(runs):
@@ -46,7 +45,8 @@ def main():
     files[0].write_text(f'{{"runs": [\n{lines}\n]}}\n', "utf-8")
     rows = tabulate.table(runs)
     print(tabulate.as_markdown(rows))
-    print(report.frontier(rows, PLOT))
+    plots = files[0].parent / "pictures"
+    print(report.frontier(rows, plots / f"{files[0].stem}.png"))
 
 
 if __name__ == "__main__":
