@@ -89,10 +89,10 @@ def study(
     """
     workdir = Path(os.path.abspath(workdir))
     plans = [
-        (method, budget, seed, planned(config, method, budget, seed, first))
+        (method, budget, seed, planned(config, method, budget, seed, scratched))
         for seed in seeds
         for budget in budgets
-        for first in [_scratched(workdir, budget, seed) or methods[:1]]
+        for scratched in [_scratched(workdir, budget, seed) or methods[:1]]
         for method in methods
     ]
     if not plans:
