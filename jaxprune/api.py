@@ -26,6 +26,7 @@ from jaxprune.gates import (
     gate,
     gates_to_keep,
     init_gates,
+    preconditioned_gates,
     proximal_gates,
 )
 from jaxprune.int8 import Quantized, quantize_weights
@@ -128,6 +129,7 @@ __all__ = [
     "particle_filter",
     "per_cost",
     "preconditioned",
+    "preconditioned_gates",
     "proximal",
     "proximal_gates",
     "prune",

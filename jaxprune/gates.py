@@ -76,7 +76,8 @@ def proximal_gates(
 ) -> optax.GradientTransformation:
     """Soft-thresholding, sign(z) max(0, |z| - strength w), last in a chain for gates.
 
-    z = gates + updates. `strength` and the last one of a group are as in `proximal`.
+    z = gates + updates. `strength` and the last one of a group are as in `proximal`, of
+    plain gradients and momentum; behind Adam `preconditioned_gates` has the right step.
     `weights` {group: float or float[C]}: 1 by default, see also `flops_weights` and
     `repriced`, both with gates=True. Raises ConfigError for a negative strength, or
     where update is called without the gates; GraphError for weights that do not fit the
@@ -98,6 +99,46 @@ def proximal_gates(
         return steering.begun(strength)
 
     return optax.GradientTransformation(init, update)
+
+
+def preconditioned_gates(
+    tx: optax.GradientTransformation,
+    strength: Strength,
+    weights: Weights | None = None,
+    *,
+    steps: Callable[[PyTree, PyTree], PyTree],
+) -> optax.GradientTransformation:
+    """The optimiser `tx` of gates, then soft-thresholding in its own metric.
+
+    Where `tx` moves gate i by lr d[i] times its (averaged) gradient, as Adam does, the
+    step is sign(z) max(0, |z| - s w d), s = lr * lambda: `preconditioned` with blocks
+    of one number. It rests where lambda w and the gradient balance; `proximal_gates`
+    behind Adam, whose updates are as long whatever the gradient is, does not.
+
+    tx: the whole optimiser, learning rate included. steps: as of `preconditioned`, such
+    as `adam_steps()`. Other arguments and errors as of `proximal_gates`; the state is
+    (state of tx, state of the proximal step).
+    """
+    steering.check_strength(strength)
+    tx = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        if params is None:
+            raise ConfigError(
+                "preconditioned_gates needs the gates: tx.update(updates, state, gates)"
+            )
+        updates, inner = tx.update(updates, state[0], params, **extra)
+        arrived = {n: params[n] + updates[n] for n in params}
+        each = steps(inner, params)
+        shrunk, outer = _thresholded(strength, weights, params, arrived, state[1], each)
+        return {n: shrunk[n] - params[n] for n in params}, (inner, outer)
+
+    def init(params: PyTree) -> Any:
+        return tx.init(params), steering.begun(strength)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class AcceleratedState(NamedTuple):
@@ -201,9 +242,15 @@ def _thresholded(
     before: Mapping[str, Any],
     z: Mapping[str, Any],
     state: Any,
+    each: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Any]:
-    """(S(z), the state behind it), weights being those of the gates before."""
+    """(S(z), the state behind it), weights being those of the gates before.
+
+    each: {group: float[C]}, the lengths of the optimiser's steps; 1 by default.
+    """
     sizes, own = _penalised(weights, before, z)
+    if each is not None:
+        own = {n: w * each[n] for n, w in own.items()}
     s, state = steering.stepped(strength, state, lambda: steering.deaths_of(sizes, own))
     shrunk = {n: g * sparsity.shrinkage(sizes[n], s * own[n]) for n, g in z.items()}
     return shrunk, state

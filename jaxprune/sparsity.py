@@ -79,17 +79,21 @@ def proximal(
     it. A group whose channels would all die keeps the one of the largest norm as it is.
 
     s = lr * lambda is the step of plain gradients x <- prox(x - lr g) on the loss plus
-    lambda * group_lasso: it minimises |x - v|^2 / (2 lr) + lambda * group_lasso(x). It
-    holds for momentum too, whose buffer takes the place of the gradient, whose metric
-    is still the Euclidean one, and which rests only where the gradient does. Adam's
-    step sizes differ by coordinate: behind it, this rests where a penalty reweighted by
-    them would, which prunes well but is another problem; `preconditioned` solves the
-    one above.
+    lambda * group_lasso: it minimises |x - v|^2 / (2 lr) + lambda * group_lasso(x).
+    Momentum m <- g + mu m, x <- prox(x - lr m), as optax.sgd and optax.trace have it,
+    rests where m = g / (1 - mu): each gradient moves x by lr / (1 - mu) in the end, and
+    that is the step, s = lr * lambda / (1 - mu); Nesterov's rests there, too. With
+    lr * lambda the penalty would weigh 1 - mu of lambda. An average of gradients,
+    (1 - mu) g + mu m, needs no such factor.
+    Adam's step sizes differ by coordinate: behind it, this rests where a penalty
+    reweighted by them would, which prunes well but is another problem;
+    `preconditioned` solves the one above. Muon's updates are as long whatever the
+    gradient is: behind it, lambda has no meaning of its own, and `steer` finds one that
+    does what is wanted.
 
     Args:
       graph: of the dense network; params may be all variables or 'params' alone.
-      strength: learning rate times lambda; a number, a schedule of the step count, or a
-        controller, see `steer`.
+      strength: s; a number, a schedule of the step count, or a controller, see `steer`.
       weights: as for `group_lasso`. Those of `repriced` follow the live channels.
       roles: ('out',) leaves the weights that read a channel out of theta[g,c]: filters;
         ('in',) those that make it: the channels of what reads (Wen et al., 2016).

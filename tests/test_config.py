@@ -132,8 +132,16 @@ def test_gates_carry_no_optimiser(empty):
     ("overrides", "words"),
     [
         (
-            ["prune.method=gates", "prune.metric=optimizer"],
-            "metric.*penalises no weights",
+            [
+                "prune.method=gates",
+                "prune.metric=optimizer",
+                "prune.accelerated=true",
+            ],
+            "metric.*gates are accelerated",
+        ),
+        (
+            ["prune.metric=optimizer"],
+            "metric.*trains under no penalty",
         ),
         (
             [
@@ -146,6 +154,16 @@ def test_gates_carry_no_optimiser(empty):
         (["prune.method=lasso", "prune.accelerated=true"], "accelerated.*not 'gates'"),
         (["prune.method=path", "prune.target=0.4"], "target = 0.4: must be 0 where"),
         (["prune.cuts_in_training=2"], "cuts_in_training = 2: must be 0 where"),
+        (["prune.roles=out"], "roles = 'out': must be 'both' where"),
+        (
+            ["prune.method=gates", "prune.roles=in"],
+            "roles = 'in': must be 'both' where",
+        ),
+        (["prune.ramp=2.0"], "ramp = 2.0: must be from 0 to prune.lasso_epochs, and 0"),
+        (
+            ["prune.method=lasso", "prune.ramp=2.0", "prune.target=0.4"],
+            "ramp = 2.0: must be 0 where prune.target steers",
+        ),
         (["prune.repriced=true"], "repriced = True: must be false where"),
         (
             ["prune.method=gates", "prune.accelerated=true", "prune.strength=0"]

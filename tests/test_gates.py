@@ -18,6 +18,7 @@ from jaxprune.gates import (
     gate,
     gates_to_keep,
     init_gates,
+    preconditioned_gates,
     proximal_gates,
 )
 
@@ -265,6 +266,42 @@ def test_without_momentum_it_is_the_plain_step():
     np.testing.assert_allclose(*both, atol=1e-6)
     still = after(accelerated_gates(9.0), {"a": jnp.array([1.0, 3, 2])})
     assert still["a"][1] == 3  # no group is emptied
+
+
+def test_behind_adam_gates_rest_where_the_penalty_and_the_loss_balance():
+    """h (z - goal)^2 / 2 + lambda w |z|: the goal by lambda w / h nearer to 0."""
+    curve = np.array([0.1, 0.3, 1, 3, 10, 30])
+    goal, w = np.array([0.9, -0.9, 0.9, 0.2, -0.4, 0.9]), np.array([1, 1, 2, 3, 1, 0])
+    rate, count = optax.cosine_decay_schedule(0.02, 4000), 4000
+    tx = preconditioned_gates(
+        optax.adam(rate),
+        lambda t: 0.25 * rate(t),
+        {"a": w},
+        steps=jaxprune.adam_steps(),
+    )
+
+    def step(_, carry):
+        gates, state = carry
+        gradient = {"a": jnp.asarray(curve, "f") * (gates["a"] - goal)}
+        updates, state = tx.update(gradient, state, gates)
+        return optax.apply_updates(gates, updates), state
+
+    start = {"a": jnp.ones(6)}
+    run = jax.jit(lambda carry: jax.lax.fori_loop(0, count, step, carry))
+    found = np.asarray(run((start, tx.init(start)))[0]["a"])
+    wanted = soft(goal, 0.25 * w / curve)
+    np.testing.assert_allclose(found, wanted, atol=5e-3)
+    np.testing.assert_array_equal(found == 0, wanted == 0)
+    assert 0 < (wanted == 0).sum() < 5
+
+
+def test_errors_of_the_step_behind_adam():
+    steps = jaxprune.adam_steps()
+    with pytest.raises(ConfigError, match="strength=-1"):
+        preconditioned_gates(optax.adam(0.1), -1.0, steps=steps)
+    with pytest.raises(ConfigError, match="needs the gates"):
+        tx = preconditioned_gates(optax.adam(0.1), 0.1, steps=steps)
+        tx.update({}, tx.init({}))
 
 
 def test_errors_of_the_accelerated_step():

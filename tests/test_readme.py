@@ -52,7 +52,7 @@ def test_the_table_of_cited_works_names_what_there_is():
     for name in re.findall(r"test_\w+\.py", table):
         assert (Path(__file__).parent / name).exists(), name
     named = {n for row in rows[2:] for n in re.findall(r"\(`(\w+)`\)", row)}
-    assert named <= set(study.METHODS) and len(named) == 13
+    assert named <= set(study.METHODS) and len(named) == 15
     default = Config()
     for field, value in re.findall(r"`(\w+\.\w+) = (.*?)`", table):
         changed = settings.override(default, f"{field}={ast.literal_eval(value)}")

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 import tinyrun
+from PIL import Image
 
 from jaxprune import checkpoint, cli, peers, train
 from jaxprune.base import ConfigError
+from jaxprune.report import plots
 from jaxprune.train import study, tabulate
 from jaxprune.train.config import Config
 
@@ -61,7 +63,8 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
         plan = train.config.check(study.planned(steered, method, 0.5, 3, ["l1"]))
         # Steered to the study's budget, not to what the config says for its own; where
         # the path goes the rest, to half of the way, in factors.
-        wanted = {"lasso": 0.5, "gates": 0.5, "lasso_then_path": math.sqrt(0.5)}
+        wanted = dict.fromkeys(("lasso", "ssl_filters", "ssl_channels", "gates"), 0.5)
+        wanted["lasso_then_path"] = math.sqrt(0.5)
         assert plan.prune.target == 0.95 * wanted.get(method, 0.0)
     rounds = dataclasses.replace(CONFIG.prune, rounds=3, recovery_epochs=0.25)
     rounds = dataclasses.replace(CONFIG, prune=rounds)
@@ -150,6 +153,72 @@ def test_zeros_are_told_of_beside_the_dense_cost():
     assert f"| l1 | 50% | 48.0% | 48.0% | {same} |  |" in text
 
 
+def drawn(monkeypatch, tmp_path, rows):
+    """The axes of a comparison's plot, and the names in its legend."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, file: figures.append(figure))
+    plots.frontier(rows, tmp_path / "frontier.png")
+    (legend,) = figures[0].legends
+    return figures[0].axes, [text.get_text() for text in legend.get_texts()]
+
+
+def row(method, budget, flops, test, ms=None, margin=None):
+    return {
+        "method": method,
+        "budget": budget,
+        "flops": flops,
+        "test": test,
+        "ms": ms,
+        "test_margin": margin,
+    }
+
+
+def test_the_frontier_shows_every_method_with_its_margins(monkeypatch, tmp_path):
+    rows = [
+        row("dense", 1.0, 1.0, 0.61, 12.0),
+        row("l1", 0.5, 0.49, 0.55, 7.0, 0.02),
+        row("path", 0.5, 0.5, 0.58, 8.0, 0.03),
+        row("path", 0.25, 0.24, 0.52, 5.0),  # one seed, and no error over images
+    ]
+    axes, names = drawn(monkeypatch, tmp_path, rows)
+    assert sorted(names) == ["dense", "l1", "path"]
+    # By costs that rise, FLOPs in percent; bars of margin either way.
+    percent = {"l1": [49], "path": [24, 50]}
+    ms = {"l1": [7], "path": [5, 8]}
+    test = {"l1": [0.55], "path": [0.52, 0.58]}
+    bars = {"l1": [(0.53, 0.57)], "path": [(0.52, 0.52), (0.55, 0.61)]}
+    flops, speed = axes
+    for ax, label, costs, dense in (
+        (flops, "FLOPs that stay (%)", percent, 100),
+        (speed, "milliseconds, one image", ms, 12),
+    ):
+        assert (ax.get_xlabel(), ax.get_ylabel()) == (label, "test mIoU")
+        assert ax.get_xlim()[0] == 0
+        lines = {c.get_label(): c.lines for c in ax.containers}
+        assert set(lines) == {"l1", "path"}
+        for method, (points, _, (bar,)) in lines.items():
+            np.testing.assert_allclose(points.get_xdata(orig=False), costs[method])
+            np.testing.assert_allclose(points.get_ydata(orig=False), test[method])
+            ends = [[y for _, y in segment] for segment in bar.get_segments()]
+            np.testing.assert_allclose(ends, bars[method])
+        level, point = [x for x in ax.lines if x.get_color() == plots.GREY]
+        assert set(level.get_ydata()) == {0.61} and level.get_label() == "dense"
+        assert (point.get_xdata(), point.get_ydata()) == ([dense], [0.61])
+    colours = [c.lines[0].get_color() for c in flops.containers]
+    assert colours == [c.lines[0].get_color() for c in speed.containers]
+    assert len(set(colours)) == 2
+
+
+def test_without_times_the_frontier_is_of_flops_alone(monkeypatch, tmp_path):
+    rows = [row("l1", 0.5, 0.5, 0.55, margin=0.01), row("dense", 1.0, 1.0, 0.6)]
+    (ax,), names = drawn(monkeypatch, tmp_path, rows)
+    assert ax.get_xlabel() == "FLOPs that stay (%)" and set(names) == {"l1", "dense"}
+    monkeypatch.undo()
+    file = plots.frontier(rows, tmp_path / "frontier.png")
+    with Image.open(file) as picture:
+        assert picture.size[0] == 160 * plots.WIDTH
+
+
 @pytest.mark.slow
 def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
     config = tmp_path / "tiny.py"
@@ -225,7 +294,7 @@ def test_bad_requests_are_named(tmp_path, capsys):
         "import test_study\n\n\ndef get_config():\n    return test_study.CONFIG\n"
     )
     for more, match in (
-        (["--methods", "l2"], "no method 'l2'"),
+        (["--methods", "l3"], "no method 'l3'"),
         (["--budgets", "half"], "'half' is no number"),
         (["--budgets", "1.5"], "prune.ratio = 1.5"),
         (["--methods", ","], "at least one method"),
@@ -242,6 +311,7 @@ def test_of_several_processes_one_takes_a_dense_network_over(tmp_path, monkeypat
     first, folder = tmp_path / "first", tmp_path / "second"
     (first / "checkpoints" / "train" / "3").mkdir(parents=True)
     (first / "metrics.jsonl").write_text('{"stage": "train"}\n{"stage": "retrain"}\n')
+    (first / "timings.json").write_text('{"a": 1.5}')
     monkeypatch.setattr(study, "_trained", lambda *_: first)
     waits = []
     monkeypatch.setattr(peers, "barrier", waits.append)
@@ -252,3 +322,5 @@ def test_of_several_processes_one_takes_a_dense_network_over(tmp_path, monkeypat
     assert waits == [f"jaxprune began {folder}"] * 3
     assert (folder / "checkpoints" / "train" / "3").is_dir()
     assert (folder / "metrics.jsonl").read_text() == '{"stage": "train"}\n'
+    # All methods cut by the same clock.
+    assert (folder / "timings.json").read_text() == '{"a": 1.5}'

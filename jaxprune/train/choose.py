@@ -35,6 +35,7 @@ from jaxprune.train import layout as layouts
 from jaxprune.train import metrics, points
 from jaxprune.train import step as steps
 from jaxprune.train.config import Prune
+from jaxprune.train.folder import TIMINGS
 from jaxprune.train.loop import Job
 from jaxprune.train.progress import Progress
 
@@ -132,7 +133,7 @@ def kind_of(job: Job, graph: Graph, variables: PyTree, name: str) -> budgets.Kin
     config = job.config
     batch = (config.evaluate.batch, *config.data.size, 3)
     images = jax.ShapeDtypeStruct(batch, np.float32)
-    file = job.workdir / "timings.json"
+    file = job.workdir / TIMINGS
 
     def found() -> budgets.Kind:
         return timings(job.apply, graph, variables, images, cache=file, train=False)
@@ -265,6 +266,8 @@ def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
         "reconstruction": features.reconstruction,
         "lamp": measures.lamp,
         "magnitude": _magnitude(prune),
+        "l2": functools.partial(measures.magnitude, 2),
+        "group_norm": functools.partial(measures.magnitude, 2, roles=("out", "in")),
         "bn_scale": measures.bn_scale,
         "random": measures.random,
     }

@@ -120,11 +120,17 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
     sizes = sizes and all(n > 0 for n in data.counts or ())
     widths = all(0 < n <= _MOST_CHANNELS for n in config.network.widths)
     same = config.train.optimizer == config.retrain.optimizer
+    fcn = config.network.name == "fcn"
     return [
         ("name", re.fullmatch(r"[\w.-]+", config.name) is not None, "a file's name"),
         ("seed", 0 <= config.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
         ("network.widths", widths, f"from 1 to {_MOST_CHANNELS} each"),
         ("network.dropout", 0 <= config.network.dropout < 1, "in [0, 1)"),
+        (
+            "network.stride",
+            config.network.stride in ((None, 8, 16, 32) if fcn else (None,)),
+            "8, 16 or 32, or none" if fcn else "none where network.name is not 'fcn'",
+        ),
         (
             "data.size",
             sizes,
@@ -257,15 +263,35 @@ def _penalty_rules(prune: Prune) -> list[tuple[str, bool, str]]:
     """What other methods would pass over is refused."""
     off = "where the method is not"
     own = "where the method trains under no penalty"
-    weighs = prune.sparse and not prune.gated
     return [
         (
             "metric",
-            weighs or prune.metric == "plain",
-            "'plain' where the method penalises no weights",
+            prune.sparse or prune.metric == "plain",
+            f"'plain' {own}",
+        ),
+        (
+            "metric",
+            not prune.accelerated or prune.metric == "plain",
+            "'plain' where gates are accelerated: no Adam moves them",
         ),
         ("accelerated", prune.gated or not prune.accelerated, f"false {off} 'gates'"),
         ("repriced", prune.sparse or not prune.repriced, f"false {own}"),
+        (
+            "roles",
+            prune.roles == "both" or (prune.sparse and not prune.gated),
+            "'both' where the method penalises no weights",
+        ),
+        (
+            "ramp",
+            0 <= prune.ramp <= (prune.lasso_epochs if prune.sparse else 0),
+            "from 0 to prune.lasso_epochs, and 0 where the method trains under no "
+            "penalty",
+        ),
+        (
+            "ramp",
+            not (prune.ramp and prune.target),
+            "0 where prune.target steers the strength",
+        ),
         ("adaptive", 0 <= prune.adaptive <= 4, "in [0, 4]"),
         ("adaptive", prune.sparse or not prune.adaptive, f"0 {own}"),
         ("target", prune.sparse or not prune.target, f"0 {own}"),

@@ -4,6 +4,7 @@
 import dataclasses
 from typing import Literal, get_args
 
+from jaxprune.base import Role
 from jaxprune.data import Augment
 from jaxprune.lowrank import Method as LowRank
 from jaxprune.train.layout import Shard
@@ -15,7 +16,8 @@ class Network:
 
     dropout: SegNet's and FCN's (0.5: Bayesian SegNet). encoder: a file of torchvision's
     weights that training starts from, see `models.import_encoder`; "": He's. dtype: of
-    the computation; parameters, batch statistics and logits stay float32.
+    the computation; parameters, batch statistics and logits stay float32. stride: of
+    the finest features that FCN scores, 32, 16 or 8; None: its own.
     """
 
     name: Literal["segnet", "segnet_basic", "unet", "fcn", "deeplab", "refinenet"] = (
@@ -25,6 +27,7 @@ class Network:
     dropout: float = 0.0
     encoder: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    stride: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,8 @@ Method = Literal[
 ]
 Criterion = Literal[
     "magnitude",
+    "l2",
+    "group_norm",
     "taylor",
     "fisher",
     "bn_scale",
@@ -117,16 +122,16 @@ class Prune:
     behind the other, refitting what reads them to `reconstruct` batches
     (`jaxprune.lasso_select`);
     'lasso' first trains on for `lasso_epochs` with proximal steps of `strength` times
-    the learning rate, and cuts what is 0 then, or the least where that is over the
-    budget; 'lasso_then_path' does so, and walks the path from there; 'gates' does the
-    same as 'lasso' to one trained number per channel, and folds those that stay into
-    the weights; 'random_masks' takes the best of `trials` random masks
-    by the loss on the validation split; 'particles' cuts, weighs and resamples trials /
-    stages of them in `stages`; 'weights' cuts no channel but single weights, and holds
-    them at 0 in retraining: the budget then counts what a machine that skips zeros
-    would be spared. Low rank instead of fewer channels, of FLOPs or parameters: a
-    method of `jaxprune.factorize`, 'svd' or 'asymmetric' for example, over `batches`;
-    ranks are multiples of multiple_of.
+    the learning rate (with sgd, over 1 - momentum), and cuts what is 0 then, or the
+    least where that is over the budget; 'lasso_then_path' does so, and walks the path
+    from there; 'gates' does the same as 'lasso' to one trained number per channel, and
+    folds those that stay into the weights; 'random_masks' takes the best of `trials`
+    random masks by the loss on the validation split; 'particles' cuts, weighs and
+    resamples trials / stages of them in `stages`; 'weights' cuts no channel but
+    single weights, and holds them at 0 in retraining: the budget then counts what a
+    machine that skips zeros would be spared. Low rank instead of fewer channels, of
+    FLOPs or parameters: a method of `jaxprune.factorize`, 'svd' or 'asymmetric' for
+    example, over `batches`; ranks are multiples of multiple_of.
     estimate: of what the loss gains, for 'path', over `batches`: 'taylor' squared,
     'taylor1' first order, 'fisher' second; 'reconstruction': the relative error of what
     reads; 'measured': the loss itself without each group's next unit, which 'taylor'
@@ -134,17 +139,20 @@ class Prune:
     Of methods that train under a penalty alone, weights: of the penalty, sqrt of a
     channel's number of weights ('size'), or 1 where it is on gates, times the FLOPs or
     the measured milliseconds that the channel carries; repriced: of what is live at
-    each step, not of the dense network. adaptive: the power of the scores of
-    `criterion`, not normalised, that divides the weights (`jaxprune.adaptive`),
-    estimated anew at each of cuts_in_training; 0: the weights are of the size and the
-    cost alone. metric: 'optimizer' takes the proximal step of weights in Adam's own
-    metric. accelerated: 'gates' learn by accelerated proximal gradients, at rates up to
-    `gates_lr`, not by the optimiser. target: the strength, from `strength` on (0: from
-    one that gets there at an even pace, of plain steps), is steered to leave this
-    fraction of the budget's kind of cost, along a line that ends at 0.7 of those
-    epochs; 0: it is not. cuts_in_training: what is 0 is cut at so many ends of epochs
-    on the way already, evenly spread.
-    criterion: for 'criterion', over `batches` training batches; normalize: scores
+    each step, not of the dense network. roles: of a channel's weights those that make
+    it ('out', filters), those that read it ('in'), or 'both'. ramp: the epochs in which
+    the strength rises from 0, where nothing steers it. adaptive: the power of the
+    scores of `criterion`, not normalised, that divides the weights
+    (`jaxprune.adaptive`), estimated anew at each of cuts_in_training; 0: the
+    weights are of the size and the cost alone. metric: 'optimizer' takes the
+    proximal step in Adam's own metric. accelerated: 'gates' learn by accelerated
+    proximal gradients, at rates up to `gates_lr`, not by the optimiser. target: the
+    strength, from `strength` on (0: from one that gets there at an even pace, of
+    plain steps), is steered to leave this fraction of the budget's kind of cost,
+    along a line that ends at 0.7 of those epochs; 0: it is not. cuts_in_training:
+    what is 0 is cut at so many ends of epochs on the way already, evenly spread.
+    criterion: for 'criterion', over `batches` training batches; 'magnitude' and 'l2':
+    norms of the filter, 'group_norm': of all weights of the channel; normalize: scores
     divided by their group's mean, max, sum or l2, but for LAMP's, which are relative
     already. per_cost: divided by what a channel costs. multiple_of, min_channels: of a
     group such a number of channels stays, or all of it, with every method that cuts
@@ -172,6 +180,8 @@ class Prune:
     strength: float = 0.01
     weights: Literal["size", "flops", "latency"] = "flops"
     repriced: bool = False
+    roles: Literal["both", "out", "in"] = "both"
+    ramp: float = 0.0
     adaptive: float = 0.0
     metric: Literal["plain", "optimizer"] = "plain"
     accelerated: bool = False
@@ -203,6 +213,13 @@ class Prune:
     def gated(self) -> bool:
         """Whether that penalty is on gates, not on weights."""
         return self.method == "gates"
+
+    @property
+    def sides(self) -> tuple[Role, ...]:
+        """The roles of the weights that the penalty is on."""
+        if self.roles == "both":
+            return ("out", "in")
+        return (self.roles,)
 
     @property
     def walked(self) -> bool:

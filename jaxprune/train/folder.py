@@ -22,6 +22,7 @@ from jaxprune.train import settings
 from jaxprune.train.config import Config
 
 CONFIG = "config.json"
+TIMINGS = "timings.json"
 _DATA = "data.json"
 _LOCK = ".lock"
 # Fields that may differ when a run is resumed: they change no result. Of data.root it

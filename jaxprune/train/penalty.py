@@ -34,26 +34,38 @@ def penalty(job: Job, graph: Graph, variables: PyTree) -> Penalty:
     changes neither. importance: of `graph`'s channels, or None.
     """
     prune = job.config.prune
-    paid = None
+    roles, paid = prune.sides, None
     if prune.weights != "size":
         paid = choose.kind_of(job, graph, variables, prune.weights)
     if prune.repriced:
-        weights: pricing.Weights = pricing.repriced(graph, paid, gates=prune.gated)
+        weights: pricing.Weights = pricing.repriced(
+            graph, paid, roles=roles, gates=prune.gated
+        )
     elif paid is not None:
-        weights = pricing.flops_weights(graph, paid, gates=prune.gated)
+        weights = pricing.flops_weights(graph, paid, roles=roles, gates=prune.gated)
     elif prune.gated:
         weights = dict.fromkeys(graph.groups, 1.0)
     else:
-        weights = {n: np.sqrt(c) for n, c in channel_count(graph).items()}
+        counts = channel_count(graph, roles=roles)
+        weights = {n: np.sqrt(c) for n, c in counts.items()}
     own = dataclasses.replace(job.fit, lr=prune.gates_lr)
     _, rate = steps.optimizer(own if prune.accelerated else job.fit, job.total)
-    steered = _steered(job, graph, variables, rate) if prune.target else None
+    reach = 1.0 if prune.accelerated else steps.reach(job.fit)
+
+    def pace(step: Any) -> Any:
+        return reach * rate(step)
+
+    rise = round(prune.ramp * job.per_epoch)
+    ramp = optax.linear_schedule(0.0, 1.0, rise) if rise else lambda n: 1.0
+    steered = _steered(job, graph, variables, pace) if prune.target else None
 
     def around(smaller: Graph, keep: Keep, scores: Scores | None) -> steps.Around:
         paying = weights
         if scores is not None:
             paying = pricing.adaptive(graph, scores, weights, power=prune.adaptive)
-        strength = steered(paying) if steered else lambda n: prune.strength * rate(n)
+        strength = (
+            steered(paying) if steered else lambda n: prune.strength * ramp(n) * pace(n)
+        )
         mine = _left(paying, keep)
         if prune.gated and prune.accelerated:
             chain = optax.chain(
@@ -61,15 +73,19 @@ def penalty(job: Job, graph: Graph, variables: PyTree) -> Penalty:
                 gates.accelerated_gates(strength, mine),
             )
             return lambda tx: apart(tx, chain)
+        d = metric.adam_steps()
+        if prune.gated and prune.metric == "optimizer":
+            return lambda tx: apart(
+                tx, gates.preconditioned_gates(tx, strength, mine, steps=d)
+            )
         if prune.gated:
             last = on_gates(gates.proximal_gates(strength, mine))
         elif prune.metric == "optimizer":
-            d = metric.adam_steps()
             return lambda tx: metric.preconditioned(
-                tx, smaller, strength, mine, steps=d
+                tx, smaller, strength, mine, steps=d, roles=roles
             )
         else:
-            last = sparsity.proximal(smaller, strength, mine)
+            last = sparsity.proximal(smaller, strength, mine, roles=roles)
         return lambda tx: optax.chain(tx, last)
 
     return around
@@ -117,7 +133,7 @@ def _left(weights: pricing.Weights, keep: Keep) -> pricing.Weights:
 
 
 def _steered(
-    job: Job, graph: Graph, variables: PyTree, rate: optax.Schedule
+    job: Job, graph: Graph, variables: PyTree, pace: optax.Schedule
 ) -> Callable[[pricing.Weights], steering.Strength]:
     """Weights of the penalty -> its controller, which starts by those of the first."""
     prune = job.config.prune
@@ -130,11 +146,11 @@ def _steered(
     def strength(weights: pricing.Weights) -> steering.Strength:
         nonlocal start
         if not start:
-            total = float(jnp.sum(jax.vmap(rate)(jnp.arange(length))))
+            total = float(jnp.sum(jax.vmap(pace)(jnp.arange(length))))
             now = _deaths(job, graph, variables, weights)
             even = steering.even_start(graph, now, prune.target, total, kind) or 1e-3
             start = float(peers.first_says(even))
-        return steering.steer(graph, plan, kind=kind, rate=rate, start=start)
+        return steering.steer(graph, plan, kind=kind, rate=pace, start=start)
 
     return strength
 
@@ -145,7 +161,7 @@ def _deaths(
     """The strengths at which the channels, or their gates, would die at once."""
     if job.config.prune.gated:
         return gates.deaths(gates.init_gates(graph), weights)
-    return sparsity.deaths(graph, variables, weights)
+    return sparsity.deaths(graph, variables, weights, roles=job.config.prune.sides)
 
 
 # Gates are trained among the params: {'network': params, 'gates': {group: float[C]}}.

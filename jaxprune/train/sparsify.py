@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from jaxprune import gates, sparsity
-from jaxprune.base import Apply, Graph, Keep, PyTree, key_path
+from jaxprune.base import Apply, Graph, Keep, PyTree, Role, key_path
 from jaxprune.budget import measure, sizes
 from jaxprune.keeps import compose
+from jaxprune.pricing import BOTH
 from jaxprune.slim import slim
 from jaxprune.train import choose, penalty
 from jaxprune.train import step as steps
@@ -92,12 +93,13 @@ def _sparsified(
     state = trained(0, first, None)
     for number, end in enumerate(others, 1):
         smaller = shrink_graph(graph, keep)
-        more = _wide(prune, graph, keep, alive(smaller, state.variables))
+        lives = alive(smaller, state.variables, prune.sides)
+        more = _wide(prune, graph, keep, lives)
         keep = compose(keep, more)
         if progress is not None:
             _tell(stage, graph, keep, int(state.step), progress)
         state = trained(number, end, cut_state(smaller, more, state))
-    return _dense(graph, keep, state, gated)
+    return _dense(graph, keep, state, prune)
 
 
 def cut_steps(job: Job, count: int) -> list[int]:
@@ -110,12 +112,14 @@ def cut_steps(job: Job, count: int) -> list[int]:
     return [*(int(n) for n in inner if 0 < n < job.total), job.total]
 
 
-def alive(graph: Graph, variables: PyTree) -> dict[str, np.ndarray]:
+def alive(
+    graph: Graph, variables: PyTree, roles: tuple[Role, ...] = BOTH
+) -> dict[str, np.ndarray]:
     """The keep of what is not 0: of the gates, where there are any, or the weights."""
     found = variables["params"]
     if "gates" in found and set(found) == {"network", "gates"}:
         return gates.gates_to_keep(found["gates"])
-    return sparsity.dead(graph, variables)
+    return sparsity.dead(graph, variables, roles=roles)
 
 
 def cut_state(graph: Graph, keep: Keep, state: steps.State) -> steps.State:
@@ -136,15 +140,15 @@ def cut_state(graph: Graph, keep: Keep, state: steps.State) -> steps.State:
 
 
 def _dense(
-    graph: Graph, keep: Keep, state: steps.State, gated: bool
+    graph: Graph, keep: Keep, state: steps.State, prune: Prune
 ) -> tuple[PyTree, PyTree]:
     """The average with zeros for what is gone, and the optimiser's state likewise."""
     smaller = shrink_graph(graph, keep)
-    stays = alive(smaller, state.variables)
-    trained = _folded(smaller, state.average) if gated else state.average
+    stays = alive(smaller, state.variables, prune.sides)
+    trained = _folded(smaller, state.average) if prune.gated else state.average
     # What has died is not yet 0 in the moving average.
     grown = expand(graph, keep, mask(smaller, stays, trained))
-    return grown, None if gated else expand(graph, keep, state.opt_state)
+    return grown, None if prune.gated else expand(graph, keep, state.opt_state)
 
 
 def _wide(prune: Prune, graph: Graph, keep: Keep, more: Keep) -> Keep:

@@ -66,6 +66,14 @@ def optimizer(
     return around(tx) if around else tx, rate
 
 
+def reach(fit: Fit) -> float:
+    """How far a gradient moves the weights in the end, over the learning rate.
+
+    Steps of a penalty are as long, see `sparsity.proximal`.
+    """
+    return 1 / (1 - fit.momentum) if fit.optimizer == "sgd" else 1.0
+
+
 def _muon(decay: float) -> optax.GradientTransformation:
     """Muon (Jordan, 2024) of kernels, each a matrix [all that is read, written].
 

@@ -30,6 +30,7 @@ from jaxprune.train import stages, tabulate
 from jaxprune.train.config import Config, Prune, check, to_json
 from jaxprune.train.folder import (
     CONFIG,
+    TIMINGS,
     check_free,
     read_config,
     write_json,
@@ -45,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "path_measured": {"method": "path", "estimate": "measured"},
     "l1": {"criterion": "magnitude", "normalize": "none", "scope": "local"},
     "magnitude": {"criterion": "magnitude"},
+    "l2": {"criterion": "l2"},
+    "group_norm": {"criterion": "group_norm"},
     "taylor": {"criterion": "taylor"},
     "fisher": {"criterion": "fisher"},
     "bn_scale": {"criterion": "bn_scale"},
@@ -59,6 +62,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "weights": {"method": "weights"},
     "lasso": {"method": "lasso", **_STEERED},
     "lasso_then_path": {"method": "lasso_then_path", **_STEERED},
+    "ssl_filters": {"method": "lasso", **_STEERED, "roles": "out"},
+    "ssl_channels": {"method": "lasso", **_STEERED, "roles": "in"},
     "gates": {"method": "gates", **_STEERED},
     **{name: {"method": name} for name in get_args(LowRank)},
 }
@@ -211,6 +216,7 @@ def planned(
             lasso_epochs=spent,
             target=_ROOM * (math.sqrt(budget) if prune.walked else budget),
             strength=prune.strength if prune.scaled else 0.0,
+            ramp=0.0,
             rounds=rounds,
             recovery_epochs=recovery,
             carry_optimizer=False,
@@ -251,9 +257,12 @@ def _without_others(prune: Prune) -> Prune:
             "target": 0.0,
             "cuts_in_training": 0,
             "adaptive": 0.0,
+            "ramp": 0.0,
         }
-    if prune.gated or not prune.sparse:
+    if prune.gated and prune.accelerated or not prune.sparse:
         off["metric"] = "plain"
+    if prune.gated or not prune.sparse:
+        off["roles"] = "both"
     if not prune.gated:
         off["accelerated"] = False
     if prune.irregular or prune.low_rank:
@@ -264,25 +273,35 @@ def _without_others(prune: Prune) -> Prune:
 def _take_over(workdir: Path, folder: Path, plan: Config, images: int) -> None:
     """Begin a run with the dense network that another one has trained, if any has.
 
-    The first process copies it, the others wait.
+    And with the milliseconds that another one has measured: clocks differ from hour to
+    hour, and all methods are to cut by the same. The first process copies, the others
+    wait.
     """
-    trained = folder / "checkpoints" / "train"
-    if jax.process_index() == 0 and not trained.exists():
-        first = _trained(workdir, plan, images)
-        if first is not None:
-            with disk.writing(folder):
+    trained, timings = folder / "checkpoints" / "train", folder / TIMINGS
+    if jax.process_index() == 0:
+        with disk.writing(folder):
+            first = None if trained.exists() else _trained(workdir, plan, images)
+            if first is not None:
                 _copy(first, folder, plan)
+            known = sorted(workdir.glob(f"*/{TIMINGS}"))
+            if known and not timings.exists():
+                _begin(folder, plan)
+                write_text(timings, known[0].read_text("utf-8"))
     peers.barrier(f"jaxprune began {folder}")
+
+
+def _begin(folder: Path, plan: Config) -> None:
+    """As `run` would begin, which then finds its own config."""
+    if not (folder / CONFIG).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, to_json(plan))
 
 
 def _copy(first: Path, folder: Path, plan: Config) -> None:
     """The other run's checkpoints and rows of its dense network; the plan's config."""
     partial = folder / "checkpoints" / ".train.taken"
     shutil.rmtree(partial, ignore_errors=True)
-    if not (folder / CONFIG).exists():
-        # As `run` would begin; it finds its own config, and a training that is done.
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, to_json(plan))
+    _begin(folder, plan)
     rows = (first / "metrics.jsonl").read_text("utf-8").splitlines()
     mine = [row for row in rows if json.loads(row).get("stage") == "train"]
     write_text(folder / "metrics.jsonl", "".join(f"{row}\n" for row in mine))
