@@ -84,12 +84,29 @@ class Timings:
         return xp.stack(each, axis=-1)
 
 
-def latency(ratio: float, timings: Timings) -> Budget:
+class Unmeasured:
+    """A kind of cost that `prune` measures, and nothing else knows."""
+
+    def __str__(self) -> str:
+        return "latency"
+
+    def at(self, groups: Sequence[str], kept: Any) -> np.ndarray:
+        """Raises BudgetError."""
+        raise BudgetError(
+            "latency: nothing is measured yet; pass latency(ratio, jaxprune.timings("
+            "apply, graph, variables, images))"
+        )
+
+
+def latency(ratio: float, timings: Timings | None = None) -> Budget:
     """At most `ratio` of the dense network's measured milliseconds stay.
 
-    Those of the convolutions and matrix products that `timings` found. Raises
-    BudgetError for a ratio outside (0, 1].
+    Those of the convolutions and matrix products that `timings` found; without it,
+    `prune` measures them, and all else raises BudgetError when it looks at the budget.
+    Raises BudgetError for a ratio outside (0, 1].
     """
+    if timings is None:
+        return Budget(Unmeasured(), ratio)
     if not isinstance(timings, Timings):
         raise BudgetError(
             f"latency({ratio!r}, {timings!r}): the second is what jaxprune.timings("
@@ -109,29 +126,31 @@ def timings(
     cache: str | os.PathLike | None = None,
     **kwargs: Any,
 ) -> Timings:
-    """Measure each plain convolution and matrix product with a kernel in the graph.
+    """Measure each convolution and matrix product with a kernel in the graph.
 
     inputs, kwargs: as of `trace`; arrays or jax.ShapeDtypeStruct, of the batch that is
     to be fast. Each runs jitted on zeros, at up to `points` widths of what it reads and
     of what it makes, evenly spaced and multiples of `multiple_of` (the full ones
     besides); the median of `repeats` bursts of at least 2 ms counts. Times that fall as
-    a width grows are raised to those of the smaller width. Convolutions in groups, and
-    all that is no product, do not count. cache: a JSON file of earlier measurements on
-    this kind of device, read and added to.
+    a width grows are raised to those of the smaller width. Convolutions in groups, but
+    for depthwise ones, and all that is no product, do not count. cache: a JSON file of
+    earlier measurements on this kind of device, read and added to.
 
     Raises GraphError where there is nothing to measure, BudgetError for a cache that
     cannot be read, DiskError for one that cannot be written.
     """
     known = _Known(None if cache is None else Path(cache))
     products = []
-    for reading in readings(apply, variables, inputs, kwargs):
+    for reading in readings(apply, variables, inputs, kwargs, depthwise=True):
         axes = _axes(reading)
         if axes is None:
             continue
         lengths = [_length(graph, reading, axis) for axis in axes]
         if not any(times for _, times in lengths):
             continue
-        grid = [_grid(reading.kernel.shape[a], points, multiple_of) for a in axes]
+        # A depthwise kernel has as many filters as its channels, or times as many.
+        step = math.lcm(multiple_of, _filters(reading, axes) or 1)
+        grid = [_grid(reading.kernel.shape[a], points, step) for a in axes]
         cut = functools.partial(_shapes, reading, axes)
         ms = np.array(
             [
@@ -145,7 +164,7 @@ def timings(
     known.write()
     if not products:
         raise GraphError(
-            "timings: no plain convolution or matrix product reads or makes a group; "
+            "timings: no convolution or matrix product reads or makes a group; "
             "is the graph this function's?"
         )
     return Timings(_device(), tuple(products))
@@ -162,6 +181,12 @@ def _axes(reading: Reading) -> tuple[int, int] | None:
         return (reading.pairs[0][0], 1 - reading.pairs[0][0]) if plain else None
     dims = reading.eqn.params["dimension_numbers"]
     return dims.rhs_spec[1], dims.rhs_spec[0]
+
+
+def _filters(reading: Reading, axes: tuple[int, int]) -> int:
+    """How many filters each channel has of a depthwise kernel; 0 of others."""
+    groups = reading.eqn.params.get("feature_group_count", 1)
+    return int(reading.kernel.shape[axes[1]] // groups) if groups > 1 else 0
 
 
 def _length(graph: Graph, reading: Reading, axis: int) -> tuple[int, dict[str, int]]:
@@ -251,7 +276,8 @@ def _shapes(
     kernel, features = list(reading.kernel.shape), list(reading.features.shape)
     for axis, width in zip(axes, widths, strict=True):
         kernel[axis] = width
-    features[reading.pairs[0][1]] = widths[0]
+    filters = _filters(reading, axes)
+    features[reading.pairs[0][1]] = widths[1] // filters if filters else widths[0]
     return (
         jax.ShapeDtypeStruct(tuple(features), reading.features.dtype),
         jax.ShapeDtypeStruct(tuple(kernel), reading.kernel.dtype),
@@ -260,11 +286,14 @@ def _shapes(
 
 def _timed(reading: Reading, features: Any, kernel: Any, repeats: int) -> float:
     """Milliseconds of one product, jitted."""
+    changed = {}
+    if reading.eqn.params.get("feature_group_count", 1) > 1:
+        changed["feature_group_count"] = features.shape[reading.pairs[0][1]]
 
     @jax.jit
     def run(x: Any, w: Any) -> Any:
         pair = (x, w) if reading.first else (w, x)
-        return jx.bind(reading.eqn, *pair)[0]
+        return jx.bind(reading.eqn, *pair, **changed)[0]
 
     x, w = (jnp.zeros(s.shape, s.dtype) for s in (features, kernel))
     once = functools.partial(run, x, w)

@@ -12,6 +12,7 @@ from jaxprune import budget as budgets
 from jaxprune.base import Apply, PyTree
 from jaxprune.budget import Budget
 from jaxprune.criteria import Criterion, Loss, chain, normalize, score
+from jaxprune.latency import Unmeasured, latency, timings
 from jaxprune.measures import magnitude
 from jaxprune.pruned import Pruned
 from jaxprune.select import MultipleOf, select
@@ -41,13 +42,16 @@ def prune(
     apply, variables, inputs, exact and kwargs (which go to apply as static, such as
     train=False): as for `trace`. criterion (by default `magnitude()`, normalised so
     that groups compare), loss, batches and key: as for `score`. The rest: as for
-    `select`.
+    `select`, but that latency(ratio) is measured here, for these inputs.
 
     Returns Pruned(apply, variables, graph, keep) with the slimmed apply and the shrunk
     variables. Raises what those functions raise.
     """
     budgets.check(budget)
     graph = trace(apply, variables, *inputs, exact=exact, **kwargs)
+    if isinstance(budget.kind, Unmeasured):
+        found = timings(apply, graph, variables, *inputs, **kwargs)
+        budget = latency(budget.ratio, found)
     scores = score(
         criterion or chain(magnitude(), normalize()),
         graph,

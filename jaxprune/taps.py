@@ -110,13 +110,15 @@ def _drawn(length: int, count: int | None, key: Any) -> jax.Array:
 
 
 def taps(
-    f: Apply, look: Callable[[Reading], Any]
+    f: Apply, look: Callable[[Reading], Any], *, depthwise: bool = False
 ) -> Callable[..., tuple[Any, dict[Path, list[Any]]]]:
     """g(variables, *inputs) -> (f(variables, *inputs), {path: [look(reading), ...]}).
 
     In the order in which the program reads. A look of None is left out. Convolutions
-    in groups, and products with an axis of batches, are not shown.
+    in groups (but with `depthwise` those of as many groups as channels), and products
+    with an axis of batches, are not shown.
     """
+    shown = functools.partial(is_shown, depthwise=depthwise)
 
     def run(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
         program, out, paths, values = opened(f, variables, inputs, kwargs)
@@ -128,14 +130,19 @@ def taps(
                 seen.setdefault(paths[number], []).append(found)
 
         origins = [*range(len(paths)), *(None for _ in values[len(paths) :])]
-        values, _ = run_products(program, values, origins, show, CALLS | DERIVED)
+        values, _ = run_products(program, values, origins, show, CALLS | DERIVED, shown)
         return jax.tree.unflatten(jax.tree.structure(out), values), seen
 
     return run
 
 
 def readings(
-    f: Apply, variables: PyTree, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+    f: Apply,
+    variables: PyTree,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    depthwise: bool = False,
 ) -> list[Reading]:
     """Every product of a kernel that `taps` shows, shapes for its numbers."""
     found: list[Reading] = []
@@ -144,9 +151,8 @@ def readings(
         features, kernel = struct(reading.features), struct(reading.kernel)
         found.append(reading._replace(features=features, kernel=kernel))
 
-    jax.eval_shape(
-        lambda tree, args: taps(f, look)(tree, *args, **kwargs), variables, inputs
-    )
+    tapped = taps(f, look, depthwise=depthwise)
+    jax.eval_shape(lambda tree, args: tapped(tree, *args, **kwargs), variables, inputs)
     return found
 
 
@@ -185,6 +191,7 @@ def run_products(
     origins: Sequence[int | None],
     product: Callable[..., list[Any] | None],
     calls: Collection[str] = CALLS,
+    shown: Callable[[jx.Eqn, Sequence[int | None]], bool] | None = None,
 ) -> tuple[list[Any], list[int | None]]:
     """The program's outputs, and for each the number of the variable that it is.
 
@@ -192,8 +199,10 @@ def run_products(
     makes it, called where the array itself is needed. At a product of one of them with
     features, product(number, eqn, features, kernel, whether the features come first)
     gives the outputs, or None for the usual ones. Of the equations that call a program,
-    `calls` that take a variable are run in place.
+    `calls` that take a variable are run in place. shown: which are products, by default
+    `is_shown`.
     """
+    shown = shown or is_shown
     env, read = program.begun(args)
     leaf = dict(zip(program.invars, origins, strict=True))
 
@@ -206,12 +215,14 @@ def run_products(
         of: list[int | None] = [None] * len(eqn.outvars)
         outs = None
         if name in calls and any(n is not None for n in numbers):
-            outs, of = run_products(jx.called(eqn), values, numbers, product, calls)
+            outs, of = run_products(
+                jx.called(eqn), values, numbers, product, calls, shown
+            )
         elif name == "convert_element_type":
             of = numbers
             if callable(values[0]):
                 outs = [functools.partial(_cast, eqn, values[0])]
-        elif is_shown(eqn, numbers):
+        elif shown(eqn, numbers):
             k = 1 if numbers[0] is None else 0
             outs = product(numbers[k], eqn, values[1 - k], values[k], k == 1)
         if outs is None:
@@ -225,12 +236,16 @@ def _cast(eqn: jx.Eqn, make: Callable[[], Any]) -> Any:
     return jx.bind(eqn, make())[0]
 
 
-def is_shown(eqn: jx.Eqn, numbers: Sequence[int | None]) -> bool:
+def is_shown(
+    eqn: jx.Eqn, numbers: Sequence[int | None], *, depthwise: bool = False
+) -> bool:
     """Whether exactly one operand is a variable, and the product is a plain one."""
     p = eqn.params
     if eqn.primitive.name == "conv_general_dilated":
-        groups = p["feature_group_count"], p["batch_group_count"]
-        return numbers[0] is None and numbers[1] is not None and groups == (1, 1)
+        channels = eqn.invars[0].aval.shape[p["dimension_numbers"].lhs_spec[1]]
+        groups = (1, channels) if depthwise else (1,)
+        plain = p["feature_group_count"] in groups and p["batch_group_count"] == 1
+        return numbers[0] is None and numbers[1] is not None and plain
     if eqn.primitive.name == "dot_general":
         (_, batch) = p["dimension_numbers"]
         return (numbers[0] is None) != (numbers[1] is None) and not any(batch)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -123,24 +124,75 @@ def test_the_table_is_measured_and_kept(net, tmp_path) -> None:
     cache = tmp_path / "folder" / "times.json"
     more = {"cache": cache, "repeats": 1, "points": 2}
     found = jp.timings(apply, graph, variables, x, **more)
-    assert [p.path[-2] for p in found.products] == ["a", "b", "d"]  # c is depthwise
-    assert [p.ms.shape for p in found.products] == [(1, 2), (1, 2), (2, 1)]
+    assert [p.path[-2] for p in found.products] == ["a", "b", "c", "d"]
+    assert [p.ms.shape for p in found.products] == [(1, 2), (1, 2), (1, 2), (2, 1)]
+    depthwise = found.products[2]
+    np.testing.assert_array_equal(depthwise.made, [16, 40])
+    assert depthwise.reads == (1, {}) and depthwise.makes == (0, {"a": 1, "b": 1})
     for product in found.products:
         assert (product.ms > 0).all()
         assert (np.diff(product.ms, axis=0) >= 0).all()
         assert (np.diff(product.ms, axis=1) >= 0).all()
     # What is in the file is not measured again.
     known = json.loads(cache.read_text())
-    assert len(known) == 6
+    assert len(known) == 8
     cache.write_text(json.dumps(dict.fromkeys(known, 7.0)))
     again = jp.timings(apply, graph, variables, jax.eval_shape(lambda: x), **more)
-    np.testing.assert_allclose(again.at(list(graph.groups), budget.sizes(graph)), 21.0)
+    np.testing.assert_allclose(again.at(list(graph.groups), budget.sizes(graph)), 28.0)
+
+
+def test_depthwise_kernels_are_run_at_the_widths_of_the_grid(monkeypatch) -> None:
+    """Of two filters a channel; each as a network of that width would run it."""
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.Conv(12, (1, 1), name="a")(x)
+            x = nn.Conv(24, (3, 3), feature_group_count=12, name="b")(x)
+            return nn.Dense(5, name="c")(x.mean(axis=(1, 2)))
+
+    x = jnp.ones((2, 6, 7, 3))
+    variables = Two().init(jax.random.key(0), x)
+    graph = jp.trace(Two().apply, variables, x)
+    shapes = []
+
+    def seconds(once: Any, count: int) -> float:
+        run, features, kernel = once.func, *once.args
+        shapes.append((features.shape, kernel.shape, run(features, kernel).shape))
+        return 1e-3
+
+    monkeypatch.setattr(sys.modules["jaxprune.latency"], "_seconds", seconds)
+    table = jp.timings(
+        Two().apply, graph, variables, x, points=3, multiple_of=8, repeats=1
+    )
+    read = {s for s in shapes if len(s[0]) == 4 and s[1][:2] == (3, 3)}
+    assert read == {
+        ((2, 6, 7, n // 2), (3, 3, 1, n), (2, 6, 7, n)) for n in (8, 16, 24)
+    }
+    np.testing.assert_allclose(table.at(list(graph.groups), [12]), 3.0)
+
+
+def test_prune_measures_what_was_not(net, monkeypatch) -> None:
+    apply, variables, x, graph = net
+
+    def timed(reading: Any, features: Any, kernel: Any, repeats: int) -> float:
+        return float(np.prod(kernel.shape))
+
+    monkeypatch.setattr(sys.modules["jaxprune.latency"], "_timed", timed)
+    pruned = jp.prune(apply, variables, x, budget=jp.latency(0.5))
+    kernels = [
+        sum(v["kernel"].size for v in tree["params"].values())
+        for tree in (variables, pruned.variables)
+    ]
+    assert kernels[1] <= 0.5 * kernels[0]
 
 
 def test_what_cannot_be_measured_is_said(net, tmp_path) -> None:
     apply, variables, x, graph = net
     with pytest.raises(BudgetError, match="jaxprune.timings"):
         jp.latency(0.5, 3.0)
+    with pytest.raises(BudgetError, match="nothing is measured yet; pass latency"):
+        jp.select(graph, jp.score(jp.magnitude(), graph, variables), jp.latency(0.5))
     with pytest.raises(BudgetError, match="latency on paper"):
         jp.latency(1.5, made_up(graph))
     scores = jp.score(jp.magnitude(), graph, variables)
