@@ -14,6 +14,8 @@ import pytest
 
 from jaxprune import base, models
 from jaxprune.models import segnet, segnet_basic, unet
+from jaxprune.train import settings, stages
+from jaxprune.train.config import Config, Network, check
 
 SMALL = {
     "segnet": (3, 4, 5, 6, 7),
@@ -70,6 +72,86 @@ def count(tree):
 def test_published_parameter_counts(name, classes, widths, trained):
     _, shapes = abstract(name, classes, widths=widths)
     assert count(shapes["params"]) == trained
+
+
+# FCN by its stride: the layers that are scored, and where they are on the way.
+SCORED = {32: ("fc7",), 16: ("fc7", "pool4"), 8: ("fc7", "pool4", "pool3")}
+
+
+@pytest.mark.parametrize("stride", SCORED)
+def test_published_parameter_counts_of_fcn(stride):
+    """FCN-32s is VGG-16 with a 1x1 layer for its last; the others score more layers.
+
+    A layer of n features has (n + 1) K numbers to score it. Where two scores meet, the
+    paper also learns a kernel [4, 4, K, K] that samples the coarser one up, from a
+    bilinear one on; here, sampling stays bilinear and has no numbers.
+    """
+    k, widths = 21, {"fc7": 4096, "pool4": 512, "pool3": 256}
+    scores = sum((widths[name] + 1) * k for name in SCORED[stride])
+    _, shapes = abstract("fcn", k, stride=stride)
+    # torchvision's vgg16_bn, whose last layer is of 1,000 classes. Its fc6 and fc7 have
+    # no batch norm.
+    headless = 138_365_992 - (4096 + 1) * 1000
+    assert count(shapes["params"]) == headless + 2 * (4096 + 4096) + scores
+    # The paper's table 1 has 134 million; norms, scores and kernels add no half of one.
+    sampling = 4 * 4 * k * k * (len(SCORED[stride]) - 1)
+    assert round((count(shapes["params"]) + sampling) / 1e6) == 134
+
+
+def upsampled(x, factor):
+    """Bilinear, [B, H, W, K]: pixels are squares, and beyond the edge are its own."""
+    for axis in (1, 2):
+        n = x.shape[axis]
+        at = np.clip((np.arange(factor * n) + 0.5) / factor - 0.5, 0, n - 1)
+        low = np.minimum(at.astype(int), max(n - 2, 0))
+        part = (at - low).reshape(-1, *[1] * (3 - axis))
+        x = x.take(low, axis) * (1 - part) + x.take(low + (n > 1), axis) * part
+    return x
+
+
+@pytest.mark.parametrize("stride", SCORED)
+def test_fcn_adds_scores_of_its_stride_and_samples_them_up(stride):
+    net = models.build(
+        "fcn", {"num_classes": 4, "widths": SMALL["fcn"], "stride": stride}
+    )
+    shapes = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 9, 13, 3)))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda x: rng.uniform(0.1, 0.5, x.shape).astype(np.float32), shapes
+    )
+    for size in ((1, 1), (9, 13), (40, 70)):
+        image = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+        assert jax.eval_shape(net.apply, variables, image).shape == (2, *size, 4)
+
+    @quick_jit
+    def found(variables, images):
+        own = {"capture_intermediates": lambda m, _: str(m.name).startswith("score")}
+        logits, inside = net.apply(variables, images, **own)
+        return logits, {n: x["__call__"][0] for n, x in inside["intermediates"].items()}
+
+    logits, scores = found(variables, rng.random((2, 64, 96, 3), np.float32))
+    names = ("score", "score4", "score3")[: len(SCORED[stride])]
+    for name, cell in zip(names, (32, 16, 8)):
+        assert scores[name].shape == (2, 64 // cell, 96 // cell, 4)
+    total = np.float64(scores.pop("score"))
+    for name in names[1:]:
+        total = upsampled(total, 2) + scores.pop(name)
+    assert not scores
+    np.testing.assert_allclose(logits, upsampled(total, stride), rtol=1e-5)
+
+
+def test_a_config_chooses_the_stride_of_fcn():
+    config = Config(network=Network("fcn"))
+    assert "stride" not in stages.network_args(check(config), 11)
+    coarse = check(settings.override(config, "network.stride=16"))
+    assert models.build("fcn", stages.network_args(coarse, 11)).stride == 16
+    assert settings.override(coarse, "network.stride=none") == config
+    for name, stride, words in (
+        ("fcn", 4, "network.stride = 4: must be 8, 16 or 32, or none"),
+        ("segnet", 8, "network.stride = 8: must be none where network.name is not 'fc"),
+    ):
+        with pytest.raises(base.ConfigError, match=words):
+            check(Config(network=Network(name, stride=stride)))
 
 
 def test_segnet_counts_by_kind():

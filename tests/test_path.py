@@ -222,6 +222,31 @@ def test_until_is_met_by_the_last_step_alone(budget):
     assert ratios[-1] <= budget.ratio and (ratios[:-1] > budget.ratio).all()
 
 
+@pytest.mark.parametrize("kind", ["flops", "bytes"])
+def test_activation_bytes_stay_within_the_budget(kind):
+    path = prune_path(
+        GRAPH,
+        VARIABLES,
+        loss,
+        make_batches(1),
+        risk=squares,
+        until=jaxprune.bytes(0.5),
+        kind=kind,
+        block=0.1,
+    )
+    # Three layers write their outputs, in float32: the last has two, none is cut.
+    written = [4 * (sum(k.sum() for k in s.keep.values()) + 2) for s in path.steps]
+    assert written[0] == 72 and written[-1] <= 36 < written[-2]
+    assert [s.cost.activation_bytes for s in path.steps] == written
+    for ratio in (1.0, 0.8, 0.65, 0.5):
+        within = [s for s, n in zip(path.steps, written) if n <= ratio * 72]
+        chosen = path.select(jaxprune.bytes(ratio))
+        assert any(chosen is step for step in within)
+        assert chosen.risk == min(step.risk for step in within)
+    with pytest.raises(BudgetError, match=r"no step of the path meets bytes\(0.3\)"):
+        path.select(jaxprune.bytes(0.3))
+
+
 @pytest.mark.parametrize("criterion", [magnitude(2), random()])
 def test_other_criteria_and_kinds_of_cost(criterion):
     path = prune_path(

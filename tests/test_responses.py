@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -171,3 +173,192 @@ def test_without_a_bias_the_answers_themselves_are_projected() -> None:
     want = (u[:, :2] * s[:2]) @ v[:2]
     got = np.asarray(found.apply(found.variables, x)).reshape(-1, 12)
     np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+# What follows is Zhang et al., 2016, once more, from their equations: in NumPy's
+# float64, by its least squares and SVD, with convolutions written out.
+
+
+def convolved(x: np.ndarray, kernel: np.ndarray, bias: Any = 0.0) -> np.ndarray:
+    """Of images and a kernel of odd size, padded so that the size stays."""
+    by = [(0, 0), *((n // 2, n // 2) for n in kernel.shape[:2]), (0, 0)]
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(x, by), kernel.shape[:2], axis=(1, 2)
+    )
+    return np.einsum("bhwcij,ijco->bhwo", windows, kernel) + np.float64(bias)
+
+
+def nearest_of_rank(given: np.ndarray, wanted: np.ndarray, rank: int) -> np.ndarray:
+    """M given + b of least |wanted - (M given + b)|^2, M of this rank.
+
+    Reduced-rank regression: of the fit by least squares, the principal axes.
+    """
+    y, mean = given - given.mean(axis=0), wanted.mean(axis=0)
+    best = y @ np.linalg.lstsq(y, wanted - mean, rcond=None)[0]
+    axes = np.linalg.svd(best, full_matrices=False)[2][:rank]
+    return best @ axes.T @ axes + mean
+
+
+def through_the_relu(
+    given: np.ndarray, target: np.ndarray, rank: int
+) -> tuple[np.ndarray, list[float]]:
+    """M given + b, and the relaxed objective after each of 25 turns by 0.01, 25 by 1.
+
+    In each the auxiliary z is the better of z0 = min(0, y') and z1 = max(0, (lambda y'
+    + r(y)) / (lambda + 1)), y' = M given + b; then M and b are those nearest to z.
+    """
+    fit, goal, falls = nearest_of_rank(given, target, rank), np.maximum(target, 0), []
+    for weight in [0.01] * 25 + [1.0] * 25:
+        z0 = np.minimum(0, fit)
+        z1 = np.maximum(0, (weight * fit + goal) / (weight + 1))
+        cost0 = goal**2 + weight * (z0 - fit) ** 2
+        cost1 = (goal - z1) ** 2 + weight * (z1 - fit) ** 2
+        z = np.where(cost0 < cost1, z0, z1)
+        fit = nearest_of_rank(given, z, rank)
+        cost = (goal - np.maximum(z, 0)) ** 2 + weight * (z - fit) ** 2
+        falls.append(float(cost.sum(axis=1).mean()))
+    return fit, falls
+
+
+def apart(target: np.ndarray, fit: np.ndarray, relu: bool) -> float:
+    """The mean squared distance of rows, behind the ReLU where there is one."""
+    y, z = (np.maximum(v, 0) if relu else v for v in (target, fit))
+    return float(((y - z) ** 2).sum(axis=-1).mean())
+
+
+def test_the_alternation_is_the_papers() -> None:
+    target, rng = answers(300), np.random.default_rng(7)
+    given = target + rng.normal(size=target.shape)  # as approximated layers give
+    fit, relaxed = responses.rectified(given, target, 3)
+    wanted, falls = through_the_relu(given, target, 3)
+    np.testing.assert_allclose(relaxed, falls, rtol=1e-6)
+    # Of all turns the best is taken, not the last.
+    assert apart(target, fit(given), True) <= apart(target, wanted, True) * (1 + 1e-6)
+
+
+class Deep(nn.Module):
+    """Two convolutions and a dense layer; ReLUs between, or none."""
+
+    relu: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        between = nn.relu if self.relu else lambda x: x
+        x = between(nn.Conv(8, (3, 3), name="a")(x))
+        x = between(nn.Conv(9, (3, 3), name="b")(x))
+        return nn.Dense(7, name="c")(x)
+
+
+@functools.cache
+def deep(relu: bool, method: str) -> tuple[np.ndarray, Any, jp.Factorized]:
+    """(images, params, the same factorised), fitted to all that its layers answer."""
+    rng = np.random.default_rng(3)
+    net, x = Deep(relu), rng.normal(size=(3, 6, 7, 5)).astype(np.float32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x)
+    tree = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+    graph = jp.trace(net.apply, tree, x)
+    more = {"ratio": 0.5, "batches": [x[:2], x[2:]], "positions": 10**6}
+    return (
+        x,
+        tree["params"],
+        jp.factorize(net.apply, graph, tree, x, method=method, **more),
+    )
+
+
+def multiplied(kernel: Any) -> np.ndarray:
+    """A kernel [kh, kw, in, out] of the tree, its factors multiplied out."""
+    parts = list(kernel.values()) if isinstance(kernel, dict) else [kernel]
+    parts = [np.float64(p).reshape((1, 1, *p.shape)[-4:]) for p in parts]
+
+    def times(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+        (a, b, i, _), (c, d, _, o) = one.shape, two.shape
+        return np.einsum("abir,cdro->acbdio", one, two).reshape(a * c, b * d, i, o)
+
+    return functools.reduce(times, parts)
+
+
+def separated(kernel: np.ndarray, count: int) -> np.ndarray:
+    """The nearest kernel of so many filters [kh, 1], and filters [1, kw] behind."""
+    kh, kw, read, out = kernel.shape
+    u, s, v = np.linalg.svd(kernel.transpose(0, 2, 1, 3).reshape(kh * read, kw * out))
+    low = (u[:, :count] * s[:count]) @ v[:count]
+    return low.reshape(kh, read, kw, out).transpose(0, 2, 1, 3)
+
+
+def layers(
+    x: np.ndarray, params: Any, found: jp.Factorized, relu: bool
+) -> Iterator[Any]:
+    """(name, rank or None, answers to be met, answers given, the network's own, ReLU).
+
+    Rows of each layer in turn: what the given network answers, ReLU not yet applied;
+    what the layer, its channels still whole, makes of what the factorised layers before
+    give; and what its factors make of it.
+    """
+    small, true, own = found.variables["params"], np.float64(x), np.float64(x)
+    for name in ("a", "b", "c"):
+        kernel, bias = multiplied(params[name]["kernel"]), params[name]["bias"]
+        chain = found.chains.get(f"params/{name}/kernel")
+        parts, whole = small[name]["kernel"], kernel
+        if chain and len(parts) == 3:
+            whole = separated(kernel, parts["factor0"].shape[-1])
+        given = convolved(own, whole)
+        true = convolved(true, kernel, bias)
+        own = convolved(own, multiplied(parts), small[name]["bias"])
+        last = relu and name != "c"
+        rows = [v.reshape(-1, v.shape[-1]) for v in (true, given, own)]
+        yield name, chain and chain.rank, *rows, last
+        if last:
+            true, own = np.maximum(true, 0), np.maximum(own, 0)
+
+
+@pytest.mark.parametrize("method", ["asymmetric", "asymmetric3d"])
+def test_linear_layers_are_fitted_to_what_those_before_give(method: str) -> None:
+    x, params, found = deep(False, method)
+    cut = []
+    for name, rank, true, given, own, _ in layers(x, params, found, False):
+        if rank:
+            cut.append(name)
+            wanted = nearest_of_rank(given, true, rank)
+            np.testing.assert_allclose(own, wanted, atol=1e-5 * np.abs(true).max())
+    # A matrix has no window to be separated.
+    assert cut == (["a", "b", "c"] if method == "asymmetric" else ["a", "b"])
+    out = np.asarray(found.apply(found.variables, x)).reshape(own.shape)
+    np.testing.assert_allclose(out, own, atol=1e-5 * np.abs(own).max())
+
+
+@pytest.mark.parametrize("method", ["asymmetric", "asymmetric3d"])
+def test_layers_are_fitted_through_the_relu_as_the_paper_does(method: str) -> None:
+    x, params, found = deep(True, method)
+    for name, rank, true, given, own, relu in layers(x, params, found, True):
+        if rank:
+            assert found.chains[f"params/{name}/kernel"].relu == relu
+            linear = nearest_of_rank(given, true, rank)
+            wanted = through_the_relu(given, true, rank)[0] if relu else linear
+            least = apart(true, wanted, relu)
+            assert apart(true, own, relu) <= least * (1 + 1e-5)
+            assert not relu or least < 0.95 * apart(true, linear, relu)
+
+
+def test_who_does_not_look_at_what_the_layers_before_give_fits_worse() -> None:
+    """So that the references tell 'asymmetric' from what it adds to."""
+    for relu, method in ((False, "responses"), (True, "nonlinear")):
+        x, params, found = deep(relu, method)
+        _, second, _ = layers(x, params, found, relu)
+        _, rank, true, given, own, _ = second
+        fit = through_the_relu(given, true, rank)[0]
+        wanted = fit if relu else nearest_of_rank(given, true, rank)
+        assert apart(true, own, relu) > 1.05 * apart(true, wanted, relu)
+
+
+def test_both_steps_of_asymmetric3d_leave_the_same_fraction() -> None:
+    found = deep(False, "asymmetric3d")[2]
+    for name, read, out in (("a", 5, 8), ("b", 8, 9)):
+        parts = found.variables["params"][name]["kernel"].values()
+        spatial, second, third = (p.shape for p in parts)
+        s, r = spatial[-1], third[-2]
+        assert spatial == (3, 1, read, s) and second == (1, 3, s, r)
+        assert third == (1, 1, r, out)
+        left = r * (9 * read + out) / (9 * read * out)
+        # The most filters within that fraction of [3, 3, in, r].
+        fits = [n for n in range(99) if n * 3 * (read + r) <= left * 9 * read * r]
+        assert s == fits[-1]

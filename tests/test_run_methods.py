@@ -97,6 +97,29 @@ def test_a_run_asks_whether_its_method_can_score_the_network(tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"criterion": "magnitude"},
+        {"method": "path", "block": 0.1, "batches": 1},
+        {"method": "random_masks", "trials": 2},
+        {"method": "lasso", "lasso_epochs": 1.0, "strength": 1e3, "target": 0.6},
+    ],
+    ids=lambda fields: fields.get("method", "criterion"),
+)
+def test_a_run_keeps_within_its_budget_of_activation_bytes(tmp_path, fields):
+    job, graph, dense = prepared(
+        tmp_path, budget="bytes", ratio=0.6, statistics=1, **fields
+    )
+    found = cut.prune_stage(job, graph, dense, Progress(tmp_path))
+    kernels = [found.variables["params"][n]["kernel"] for n in ("first", "last")]
+    # Both convolutions keep the size of 8x12 and write float32: 6 + 3 channels when
+    # dense, so that 2 + 3 may stay. Of FLOPs it would be 3.
+    written = sum(4 * 8 * 12 * kernel.shape[-1] for kernel in kernels)
+    assert written == 4 * 8 * 12 * (2 + 3) <= 0.6 * 4 * 8 * 12 * (6 + 3)
+    assert jp.cost(graph, found.keep).activation_bytes == written
+
+
 @pytest.mark.parametrize("method", ["lasso", "lasso_then_path", "gates"])
 def test_a_target_out_of_reach_is_told_before_any_work(method, tmp_path):
     job, graph, _ = prepared(tmp_path, method=method, target=0.1)

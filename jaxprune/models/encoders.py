@@ -103,7 +103,7 @@ def _layers(net: nn.Module, found: Mapping[str, Any], file: Path) -> list[_Layer
     if isinstance(net, SegNet | FCN):
         return _vgg(isinstance(net, FCN), found, file)
     if isinstance(net, DeepLabV3Plus | RefineNet):
-        return _resnet(net.depths)
+        return _resnet(net.depths, found, file)
     raise base.ConfigError(
         f"{type(net).__name__} has no encoder of torchvision's; SegNet, FCN, "
         "DeepLabV3Plus and RefineNet have"
@@ -133,7 +133,19 @@ def _vgg(whole: bool, found: Mapping[str, Any], file: Path) -> list[_Layer]:
     return layers
 
 
-def _resnet(depths: Any) -> list[_Layer]:
+def _resnet(depths: Any, found: Mapping[str, Any], file: Path) -> list[_Layer]:
+    """A block's first kernel is 1x1 in bottlenecks, 3x3 in basic blocks."""
+    if np.shape(found.get("layer1.0.conv1.weight", 0))[2:] == (3, 3):
+        raise base.CheckpointError(
+            f"{file} holds a ResNet of basic blocks, as ResNet-18 and ResNet-34 are; "
+            "the network's are bottlenecks: take ResNet-50, -101 or -152"
+        )
+    for s, depth in enumerate(depths, 1):
+        if f"layer{s}.{depth}.conv1.weight" in found:
+            raise base.CheckpointError(
+                f"{file} holds more than {depth} blocks in layer{s}, the network's "
+                f"depths are {tuple(depths)}; are they those of the file?"
+            )
     layers = [_Layer("stem_conv1", "stem_bn1", "conv1", "bn1")]
     for s, depth in enumerate(depths, 1):
         for b in range(depth):

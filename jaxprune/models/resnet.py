@@ -69,7 +69,9 @@ def features(
 ) -> list[jax.Array]:
     """Of the four stages, at strides 4, 8, 16, 32; where one's is 1, it is dilated.
 
-    To be called inside a compact method. width: {name of a convolution: its features}.
+    From its second block on: what the stride would have left out is computed too, and
+    all that it would not is the same, so that trained weights stay right. To be called
+    inside a compact method. width: {name of a convolution: its features}.
     """
 
     def block(x, stage, index, **more):
@@ -87,11 +89,11 @@ def features(
     x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     found, dilation = [], 1
     for s, (depth, stride) in enumerate(zip(depths, strides, strict=True), 2):
-        dilation *= 2 if s > 2 and stride == 1 else 1
+        first, dilation = dilation, dilation * (2 if s > 2 and stride == 1 else 1)
         for b in range(1, depth + 1):
             name, step = f"stage{s}_block{b}", stride if b == 1 else 1
             y = block(x, name, 1, kernel=1)
-            y = block(y, name, 2, stride=step, dilation=dilation)
+            y = block(y, name, 2, stride=step, dilation=first if b == 1 else dilation)
             y = block(y, name, 3, kernel=1, relu=False)
             if b == 1:
                 x = block(x, name, 4, kernel=1, stride=step, relu=False)

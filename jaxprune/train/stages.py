@@ -46,13 +46,13 @@ def run(
 ) -> dict[str, Any]:
     """Run a config in a work folder, from wherever it got to; the evaluation.
 
-    Raises, before any work, ConfigError for a bad config, or a folder that another
-    config made, another run is using, or that began with other data; BudgetError for a
-    budget that no network meets (of milliseconds, once they are measured, before any
-    training); GraphError for a method that can't score all of the network; DataError
-    for data that is missing or damaged. Raises NonFinite for a diverged run, DiskError
-    for a disk that is full or read-only, and PeerError where another process of the run
-    is lost.
+    Raises, before any work, ConfigError for a bad config, an encoder's file that does
+    not fit, or a folder that another config made, another run is using, or that began
+    with other data; BudgetError for a budget that no network meets (of milliseconds,
+    once they are measured, before any training); GraphError for a method that can't
+    score all of the network; DataError for data that is missing or damaged. Raises
+    NonFinite for a diverged run, DiskError for a disk that is full or read-only, and
+    PeerError where another process of the run is lost.
     SIGTERM saves and exits with 75; a kill loses the steps since the last save.
 
     tensorboard: write its events too, into `tensorboard/`. profile: trace so many steps
@@ -98,8 +98,7 @@ def _stages(
     key = jax.random.key(config.seed)
     start = models.init(net, key, config.data.size)
     cut.check_latency(job, graph, start)
-    if config.network.encoder:
-        start = models.import_encoder(net, start, config.network.encoder)
+    start = _encoded(net, config, start)
     dense = train(job, start, progress)
     teacher = (net.apply, dense.average) if config.distill.weight else None
     job = dataclasses.replace(job, stage="retrain", fit=config.retrain, teacher=teacher)
@@ -150,12 +149,14 @@ def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
 def check_methods(configs: Sequence[Config], classes: int) -> None:
     """Raise BudgetError for the first budget that not even the narrowest network meets.
 
-    And GraphError for the first method that can't score all of its channels. configs:
-    of one network and one size of images.
+    And GraphError for the first method that can't score all of its channels, and
+    ConfigError for an encoder's file that does not fit. configs: of one network and one
+    size of images.
     """
     first = configs[0]
     net = models.build(first.network.name, network_args(first, classes))
     graph, variables = _traced(net, first)
+    _encoded(net, first, variables)
     for config in configs:
         if config.prune.low_rank:
             thin.check_budget(config, net.apply, graph, variables)
@@ -185,6 +186,8 @@ def network_args(config: Config, classes: int) -> dict[str, Any]:
         args["dropout"] = net.dropout
     if net.dtype != "float32":
         args["dtype"] = net.dtype
+    if net.stride is not None:
+        args["stride"] = net.stride
     return args
 
 
@@ -248,6 +251,20 @@ def _traced(net: Any, config: Config) -> tuple[Graph, PyTree]:
     images = jax.ShapeDtypeStruct((1, *config.data.size, 3), jax.numpy.float32)
     variables = jax.eval_shape(net.init, jax.random.key(0), images)
     return trace(net.apply, variables, images, train=False), variables
+
+
+def _encoded(net: Any, config: Config, variables: PyTree) -> PyTree:
+    """The variables, or their shapes, with the weights that `network.encoder` holds.
+
+    Raises ConfigError that names the field, the file, and what is wrong with it.
+    """
+    file = config.network.encoder
+    if not file:
+        return variables
+    try:
+        return models.import_encoder(net, variables, file)
+    except (CheckpointError, ConfigError) as error:
+        raise ConfigError(f"network.encoder = {file!r}: {error}") from error
 
 
 def _from_scratch(job: Job, net: Any, epochs: float, progress: Progress) -> PyTree:
