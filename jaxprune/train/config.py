@@ -121,6 +121,10 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
     widths = all(0 < n <= _MOST_CHANNELS for n in config.network.widths)
     same = config.train.optimizer == config.retrain.optimizer
     fcn = config.network.name == "fcn"
+    resnet, depths = (
+        config.network.name in ("deeplab", "refinenet"),
+        config.network.depths,
+    )
     return [
         ("name", re.fullmatch(r"[\w.-]+", config.name) is not None, "a file's name"),
         ("seed", 0 <= config.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
@@ -130,6 +134,14 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
             "network.stride",
             config.network.stride in ((None, 8, 16, 32) if fcn else (None,)),
             "8, 16 or 32, or none" if fcn else "none where network.name is not 'fcn'",
+        ),
+        (
+            "network.depths",
+            not depths
+            or (resnet and len(depths) == 4 and all(0 < n <= 100 for n in depths)),
+            "four numbers from 1 to 100, or none"
+            if resnet
+            else "none where network.name is not 'deeplab' or 'refinenet'",
         ),
         (
             "data.size",

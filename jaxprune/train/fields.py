@@ -17,7 +17,8 @@ class Network:
     dropout: SegNet's and FCN's (0.5: Bayesian SegNet). encoder: a file of torchvision's
     weights that training starts from, see `models.import_encoder`; "": He's. dtype: of
     the computation; parameters, batch statistics and logits stay float32. stride: of
-    the finest features that FCN scores, 32, 16 or 8; None: its own.
+    the finest features that FCN scores, 32, 16 or 8; None: its own. depths: the blocks
+    of DeepLab's and RefineNet's four stages, (3, 4, 23, 3) for ResNet-101; (): 50's.
     """
 
     name: Literal["segnet", "segnet_basic", "unet", "fcn", "deeplab", "refinenet"] = (
@@ -28,6 +29,7 @@ class Network:
     encoder: str = ""
     dtype: Literal["float32", "bfloat16"] = "float32"
     stride: int | None = None
+    depths: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,6 +188,8 @@ def network_args(config: Config, classes: int) -> dict[str, Any]:
         args["dtype"] = net.dtype
     if net.stride is not None:
         args["stride"] = net.stride
+    if net.depths:
+        args["depths"] = list(net.depths)
     return args
 
 
