@@ -267,7 +267,7 @@ def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
         "lamp": measures.lamp,
         "magnitude": _magnitude(prune),
         "l2": functools.partial(measures.magnitude, 2),
-        "group_norm": functools.partial(measures.magnitude, 2, roles=("out", "in")),
+        "group_l2": functools.partial(measures.magnitude, 2, roles=("out", "in")),
         "bn_scale": measures.bn_scale,
         "random": measures.random,
     }
@@ -281,8 +281,8 @@ def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
 
 
 def _magnitude(prune: Prune) -> Any:
-    """Behind gates, of the weights that read a channel: they hold its gate."""
-    if prune.gated:
+    """Of the weights that read a channel, where they hold its gate, or its penalty."""
+    if prune.gated or prune.roles == "in":
         return functools.partial(measures.magnitude, roles=("in",))
     return measures.magnitude
 

@@ -98,7 +98,7 @@ Method = Literal[
 Criterion = Literal[
     "magnitude",
     "l2",
-    "group_norm",
+    "group_l2",
     "taylor",
     "fisher",
     "bn_scale",
@@ -154,7 +154,7 @@ class Prune:
     along a line that ends at 0.7 of those epochs; 0: it is not. cuts_in_training:
     what is 0 is cut at so many ends of epochs on the way already, evenly spread.
     criterion: for 'criterion', over `batches` training batches; 'magnitude' and 'l2':
-    norms of the filter, 'group_norm': of all weights of the channel; normalize: scores
+    norms of the filter, 'group_l2': of all weights of the channel; normalize: scores
     divided by their group's mean, max, sum or l2, but for LAMP's, which are relative
     already. per_cost: divided by what a channel costs. multiple_of, min_channels: of a
     group such a number of channels stays, or all of it, with every method that cuts
