@@ -107,6 +107,7 @@ def preconditioned_gates(
     weights: Weights | None = None,
     *,
     steps: Callable[[PyTree, PyTree], PyTree],
+    key: str | None = None,
 ) -> optax.GradientTransformation:
     """The optimiser `tx` of gates, then soft-thresholding in its own metric.
 
@@ -116,11 +117,15 @@ def preconditioned_gates(
     behind Adam, whose updates are as long whatever the gradient is, does not.
 
     tx: the whole optimiser, learning rate included. steps: as of `preconditioned`, such
-    as `adam_steps()`. Other arguments and errors as of `proximal_gates`; the state is
-    (state of tx, state of the proximal step).
+    as `adam_steps()`. key: of the gates in a dict of params, of which `tx` moves the
+    others too; None: the gates are all. Other arguments and errors as of
+    `proximal_gates`; the state is (state of tx, state of the proximal step).
     """
     steering.check_strength(strength)
     tx = optax.with_extra_args_support(tx)
+
+    def of(tree: PyTree) -> PyTree:
+        return tree if key is None else tree[key]
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
@@ -130,10 +135,11 @@ def preconditioned_gates(
                 "preconditioned_gates needs the gates: tx.update(updates, state, gates)"
             )
         updates, inner = tx.update(updates, state[0], params, **extra)
-        arrived = {n: params[n] + updates[n] for n in params}
-        each = steps(inner, params)
-        shrunk, outer = _thresholded(strength, weights, params, arrived, state[1], each)
-        return {n: shrunk[n] - params[n] for n in params}, (inner, outer)
+        before, more, each = of(params), of(updates), of(steps(inner, params))
+        arrived = {n: before[n] + more[n] for n in before}
+        shrunk, outer = _thresholded(strength, weights, before, arrived, state[1], each)
+        new = {n: shrunk[n] - before[n] for n in before}
+        return new if key is None else {**updates, key: new}, (inner, outer)
 
     def init(params: PyTree) -> Any:
         return tx.init(params), steering.begun(strength)

@@ -84,6 +84,7 @@ class Timings:
         return xp.stack(each, axis=-1)
 
 
+@dataclasses.dataclass(frozen=True)
 class Unmeasured:
     """A kind of cost that `prune` measures, and nothing else knows."""
 
@@ -251,7 +252,8 @@ class _Known:
                 ) from error
 
     def ms(self, reading: Reading, features: Any, kernel: Any, repeats: int) -> float:
-        p = {k: str(v) for k, v in sorted(reading.eqn.params.items())}
+        params = {**reading.eqn.params, **_changed(reading, features)}
+        p = {k: str(v) for k, v in sorted(params.items())}
         what = (_device(), jax.__version__, reading.eqn.primitive.name, p)
         text = json.dumps([*what, str(features), str(kernel), reading.first])
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -284,11 +286,16 @@ def _shapes(
     )
 
 
+def _changed(reading: Reading, features: Any) -> dict[str, int]:
+    """The parameters of the equation that follow the width."""
+    if reading.eqn.params.get("feature_group_count", 1) == 1:
+        return {}
+    return {"feature_group_count": features.shape[reading.pairs[0][1]]}
+
+
 def _timed(reading: Reading, features: Any, kernel: Any, repeats: int) -> float:
     """Milliseconds of one product, jitted."""
-    changed = {}
-    if reading.eqn.params.get("feature_group_count", 1) > 1:
-        changed["feature_group_count"] = features.shape[reading.pairs[0][1]]
+    changed = _changed(reading, features)
 
     @jax.jit
     def run(x: Any, w: Any) -> Any:

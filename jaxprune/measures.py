@@ -166,8 +166,10 @@ def taylor(
     squares it. With `mean`, the mean over the batches so far; without, the last batch's
     (for `ema`). The weights that read a channel sum to feature * d loss / d feature,
     the first-order change of the loss without it; where the network is homogeneous
-    (ReLU), those that make it sum to the same. So the default is twice that change, and
-    roles=("in",) the change itself; a group that has one of the roles alone is scaled
+    (ReLU, and norms by the batch's own statistics, or none), those that make it sum to
+    the same. There the default is twice that change (behind norms by running statistics
+    kernel and scale count on their own, and it is more), and roles=("in",) is the
+    change itself anywhere; a group that has one of the roles alone is scaled
     to compare with the others.
 
     Raises ConfigError for a missing loss or batch, GraphError naming the groups that

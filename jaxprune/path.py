@@ -61,9 +61,9 @@ def prune_path(
     full. A block's alpha is its dR/dC, or that of the block before where that is
     larger: the block would have been cut along with it. So alphas rise, as CART's do,
     and of steps with equal alpha the last is the one that minimises risk +
-    alpha * cost, as far as dR is a loss. With measured=True it is; `taylor(1)` gives
-    twice the loss and `fisher()` four times, but for roles=('in',); the default squares
-    it, so that its alphas order the cuts and have no unit.
+    alpha * cost, as far as dR is a loss: with measured=True it is, and of `taylor(1)`
+    and `fisher()` with roles=('in',) an estimate of it. The default squares it, so that
+    its alphas order the cuts and have no unit.
 
     Args:
       graph: of the dense network; variables: trained, dense.

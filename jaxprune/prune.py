@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 
 from jaxprune import budget as budgets
+from jaxprune import peers
 from jaxprune.base import Apply, PyTree
 from jaxprune.budget import Budget
 from jaxprune.criteria import Criterion, Loss, chain, normalize, score
@@ -49,9 +51,10 @@ def prune(
     """
     budgets.check(budget)
     graph = trace(apply, variables, *inputs, exact=exact, **kwargs)
-    if isinstance(budget.kind, Unmeasured):
-        found = timings(apply, graph, variables, *inputs, **kwargs)
-        budget = latency(budget.ratio, found)
+    measured = isinstance(budget.kind, Unmeasured)
+    if measured:
+        plain = functools.partial(apply, **kwargs)
+        budget = latency(budget.ratio, timings(plain, graph, variables, *inputs))
     scores = score(
         criterion or chain(magnitude(), normalize()),
         graph,
@@ -69,5 +72,7 @@ def prune(
         scope=scope,
         overrides=overrides,
     )
+    if measured:  # clocks differ, and all processes must cut alike
+        keep = peers.first_says(keep)
     small = shrink(graph, keep, variables)
     return Pruned(slim(apply, graph, keep), small, graph, keep)

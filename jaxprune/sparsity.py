@@ -96,7 +96,9 @@ def proximal(
       strength: s; a number, a schedule of the step count, or a controller, see `steer`.
       weights: as for `group_lasso`. Those of `repriced` follow the live channels.
       roles: ('out',) leaves the weights that read a channel out of theta[g,c]: filters;
-        ('in',) those that make it: the channels of what reads (Wen et al., 2016).
+        ('in',) those that make it: the channels of what reads (Wen et al., 2016). What
+        makes a dead channel then lives on, and may revive it; and where anything but
+        weights reads it, such as a norm over the channels, `mask` changes the function.
       blocks: {name: groups} whose channels die together, with one norm over all of them
         and the weight sqrt(sum w[g,c]^2): the layers within a residual branch, say, so
         that the shortcut is what is left (depth, Wen et al., 2016). They may become 0
@@ -178,8 +180,9 @@ def dead(
     """The keep {group: bool[C]} that cuts the channels whose weights are all exactly 0.
 
     A group that is wholly 0 keeps its first channel, since none may be emptied; one
-    that has no trained weight in these roles (a frozen backbone) keeps all. Raises
-    GraphError for variables that do not fit the graph.
+    that has no trained weight in these roles (a frozen backbone) keeps all. Of
+    roles=('in',) see `proximal`. Raises GraphError for variables that do not fit the
+    graph.
     """
     sums = trees.channel_sum(
         graph, jax.tree.map(jnp.abs, floats(variables)), roles=roles

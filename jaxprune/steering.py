@@ -84,7 +84,8 @@ def steer(
       target: r, a fraction of the dense cost; a number, or a schedule of the step, such
         as optax.linear_schedule(1.0, 0.4, 2000), for a cost that falls by degrees.
       kind: as of a budget; measured milliseconds too.
-      rate: the optimiser's learning rate, or schedule of it.
+      rate: the optimiser's learning rate, or schedule of it; over 1 - mu where it has
+        momentum, see `proximal`.
       start: lambda at first; it stays within a factor of 10^6 of that.
       gain: the largest relative change of lambda in a step, 5 % off the plan.
 
@@ -135,7 +136,7 @@ def even_start(
       deaths: {group: float[C]}, the strengths at which the channels die now; see
         `jaxprune.sparsity.deaths`.
       target, kind: as of `steer`.
-      total: the sum of the learning rates by when the target is to be met.
+      total: the sum of such rates by when the target is to be met.
 
     Raises what `steer` does.
     """

@@ -30,7 +30,10 @@ DERIVED = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxp
 
 
 class Reading(NamedTuple):
-    """One product: the leaf at `path`, as it is or cast, is the `kernel` of `eqn`."""
+    """One product: the leaf at `path`, as it is or cast, is the `kernel` of `eqn`.
+
+    `matrix`, `kernel_of` and `rows` are not for depthwise kernels.
+    """
 
     path: Path
     eqn: jx.Eqn
@@ -118,7 +121,6 @@ def taps(
     in groups (but with `depthwise` those of as many groups as channels), and products
     with an axis of batches, are not shown.
     """
-    shown = functools.partial(is_shown, depthwise=depthwise)
 
     def run(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
         program, out, paths, values = opened(f, variables, inputs, kwargs)
@@ -130,7 +132,9 @@ def taps(
                 seen.setdefault(paths[number], []).append(found)
 
         origins = [*range(len(paths)), *(None for _ in values[len(paths) :])]
-        values, _ = run_products(program, values, origins, show, CALLS | DERIVED, shown)
+        values, _ = run_products(
+            program, values, origins, show, CALLS | DERIVED, depthwise
+        )
         return jax.tree.unflatten(jax.tree.structure(out), values), seen
 
     return run
@@ -191,7 +195,7 @@ def run_products(
     origins: Sequence[int | None],
     product: Callable[..., list[Any] | None],
     calls: Collection[str] = CALLS,
-    shown: Callable[[jx.Eqn, Sequence[int | None]], bool] | None = None,
+    depthwise: bool = False,
 ) -> tuple[list[Any], list[int | None]]:
     """The program's outputs, and for each the number of the variable that it is.
 
@@ -199,10 +203,8 @@ def run_products(
     makes it, called where the array itself is needed. At a product of one of them with
     features, product(number, eqn, features, kernel, whether the features come first)
     gives the outputs, or None for the usual ones. Of the equations that call a program,
-    `calls` that take a variable are run in place. shown: which are products, by default
-    `is_shown`.
+    `calls` that take a variable are run in place. depthwise: as of `is_shown`.
     """
-    shown = shown or is_shown
     env, read = program.begun(args)
     leaf = dict(zip(program.invars, origins, strict=True))
 
@@ -216,13 +218,13 @@ def run_products(
         outs = None
         if name in calls and any(n is not None for n in numbers):
             outs, of = run_products(
-                jx.called(eqn), values, numbers, product, calls, shown
+                jx.called(eqn), values, numbers, product, calls, depthwise
             )
         elif name == "convert_element_type":
             of = numbers
             if callable(values[0]):
                 outs = [functools.partial(_cast, eqn, values[0])]
-        elif shown(eqn, numbers):
+        elif is_shown(eqn, numbers, depthwise=depthwise):
             k = 1 if numbers[0] is None else 0
             outs = product(numbers[k], eqn, values[1 - k], values[k], k == 1)
         if outs is None:

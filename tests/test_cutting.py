@@ -20,7 +20,7 @@ import tinyrun
 import toygraphs
 
 import jaxprune as jp
-from jaxprune import pricing
+from jaxprune import pricing, sparsity
 from jaxprune.base import CheckpointError
 from jaxprune.train import choose, loop, penalty, sparsify
 from jaxprune.train import step as steps
@@ -134,7 +134,7 @@ def test_gates_are_cut_along(accelerated):
         tree = jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
         tx = params(of(GRAPH))
         state = begun(tx, tree)
-        keep = sparsify.alive(GRAPH, state.variables)
+        keep = sparsify.alive(GRAPH, state.variables, ("out", "in"))
         chex.assert_trees_all_equal(keep, KEEP)
         wanted = trained(tx, function(GRAPH), state, 6)
         small = sparsify.cut_state(GRAPH, KEEP, jax.tree.map(np.asarray, state))
@@ -311,6 +311,21 @@ def test_the_target_is_met_in_a_run(whole):
     for _, variables in whole.values():
         keep = jp.dead(graph, variables)
         assert keep["first"].sum() == 3
+
+
+@pytest.mark.parametrize("form", ["filters", "readers"])
+def test_a_role_outside_the_penalty_is_trained_and_not_shrunk(whole, form, tmp_path):
+    """What lives has the weights of that role as long as without any penalty."""
+    role = {"filters": "in", "readers": "out"}[form]
+    keep = jp.dead(prepared(whole[form][0])[1], whole[form][1])
+    free = sparsified(tmp_path, **{**STEERED, "target": 0.0, "strength": 0.0})
+    norms = [
+        np.sqrt(sparsity.channel_squares(free[0], tree, (role,))["first"])[
+            keep["first"]
+        ]
+        for tree in (whole[form][1], free[1])
+    ]
+    np.testing.assert_allclose(*norms, rtol=0.2)
 
 
 def test_importance_is_estimated_anew_at_each_cut(tmp_path, monkeypatch):

@@ -295,6 +295,28 @@ def test_behind_adam_gates_rest_where_the_penalty_and_the_loss_balance():
     assert 0 < (wanted == 0).sum() < 5
 
 
+def test_gates_beside_other_params_take_the_same_step():
+    """Of one optimiser, whose clipping sees them all."""
+    gates = {"a": jnp.array([1.0, 0.5, 0.02])}
+    gradients = {"a": jnp.array([3.0, -2.0, 0.5])}
+    others, more = {"w": jnp.ones(2)}, {"w": jnp.array([30.0, 40.0])}
+    both, slopes = (
+        {"gates": g, "network": o} for g, o in ((gates, others), (gradients, more))
+    )
+    kind = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    steps = jaxprune.adam_steps()
+    tx = preconditioned_gates(kind, 0.01, steps=steps, key="gates")
+    updates, (inner, _) = tx.update(slopes, tx.init(both), both)
+    plain, alone = kind.update(slopes, kind.init(both), both)
+    chex.assert_trees_all_equal(inner, alone)
+    chex.assert_trees_all_equal(updates["network"], plain["network"])
+    z = np.asarray(gates["a"] + plain["gates"]["a"], np.float64)
+    d = np.asarray(steps(alone, both)["gates"]["a"], np.float64)
+    np.testing.assert_allclose(
+        gates["a"] + updates["gates"]["a"], soft(z, 0.01 * d), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_errors_of_the_step_behind_adam():
     steps = jaxprune.adam_steps()
     with pytest.raises(ConfigError, match="strength=-1"):

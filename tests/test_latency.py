@@ -187,6 +187,20 @@ def test_prune_measures_what_was_not(net, monkeypatch) -> None:
     assert kernels[1] <= 0.5 * kernels[0]
 
 
+def test_arguments_of_the_network_are_not_those_of_the_measurement(monkeypatch) -> None:
+    def apply(variables: Any, x: Any, *, points: int) -> Any:
+        return (x @ variables["a"])[:, :8] @ variables["b"] * points
+
+    seen = []
+    monkeypatch.setattr(
+        sys.modules["jaxprune.latency"], "_timed", lambda *_: seen.append(1) or 1.0
+    )
+    variables = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}
+    x = jnp.ones((4, 3))
+    pruned = jp.prune(apply, variables, x, budget=jp.latency(1.0), points=5)
+    assert seen and pruned.apply(pruned.variables, x, points=5).shape == (4, 2)
+
+
 def test_what_cannot_be_measured_is_said(net, tmp_path) -> None:
     apply, variables, x, graph = net
     with pytest.raises(BudgetError, match="jaxprune.timings"):

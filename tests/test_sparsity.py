@@ -130,6 +130,30 @@ def test_proximal_solves_its_problem(strength, roles):
     )
 
 
+def test_a_channel_without_readers_may_still_be_seen():
+    """As the docstring says: by a norm over the channels, here."""
+
+    def apply(variables, x):
+        x = x @ variables["a"]
+        return (x / jnp.linalg.norm(x, axis=1, keepdims=True)) @ variables["b"]
+
+    rng = np.random.default_rng(0)
+    variables = {"a": rng.normal(size=(3, 4)), "b": rng.normal(size=(4, 2))}
+    variables = jax.tree.map(jnp.float32, variables)
+    variables["b"] = variables["b"].at[2].set(0)
+    x = jnp.asarray(rng.normal(size=(5, 3)), "f")
+    graph = jaxprune.trace(apply, variables, x)
+    keep = dead(graph, variables, roles=("in",))
+    (name,) = graph.groups
+    np.testing.assert_array_equal(keep[name], [True, True, False, True])
+    masked = apply(jaxprune.mask(graph, keep, variables), x)
+    assert np.abs(masked - apply(variables, x)).max() > 0.01
+    variables["a"] = variables["a"].at[:, 2].set(0)
+    keep = dead(graph, variables, roles=("out",))
+    masked = apply(jaxprune.mask(graph, keep, variables), x)
+    np.testing.assert_allclose(masked, apply(variables, x), rtol=1e-6)
+
+
 def test_by_default_a_side_weighs_its_own_entries():
     """sqrt(3 + 1) for a filter and its bias, sqrt(2) for what reads."""
     variables = toygraphs.variables(SINGLE)

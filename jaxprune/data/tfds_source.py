@@ -50,7 +50,8 @@ def source(
 
     name, named = _parse(name)
     if name == "camvid":
-        directory, classes = _prepare_camvid(root, split, cache), camvid.CLASSES
+        own = None if split in named else split
+        directory, classes = _prepare_camvid(root, own, cache), camvid.CLASSES
     else:
         if root is None:
             raise DataError(
@@ -75,8 +76,7 @@ def source(
         _check_parts(builder, name, parts, directory)
     classes = classes or _listed_classes(directory)
     if classes is None:  # of all splits, as each may lack some
-        every = "+".join(dict.fromkeys(parts.values()))
-        classes = _Samples(builder, every, size, None).classes
+        classes = _found_classes(builder, "+".join(dict.fromkeys(parts.values())))
     samples = _Samples(builder, parts[split], size, classes)
     part = f"?{named[split]}" if split in named else ""
     return Source(
@@ -172,6 +172,19 @@ def _listed_classes(directory: Path) -> Classes | None:
     return next(filter(None, map(folder.listed_classes, places)), None)
 
 
+# Of data sets that this process has looked through, by their files.
+_CLASSES: dict[str, Classes] = {}
+
+
+def _found_classes(builder: Any, part: str) -> Classes:
+    """Those of the labels that are there; every mask of the part is decoded, once."""
+    directory = Path(builder.data_dir)
+    key = caches.digest(str(directory.resolve()), part, _files(directory))
+    if key not in _CLASSES:
+        _CLASSES[key] = _Samples(builder, part, None, None).classes
+    return _CLASSES[key]
+
+
 def _check_features(file: Path) -> None:
     """Raise DataError where features.json names classes that are not TFDS's own.
 
@@ -200,7 +213,7 @@ def _damaged(what: str, error: Exception) -> DataError:
 
 def _prepare_camvid(
     root: str | os.PathLike | None,
-    split: str,
+    split: str | None,
     cache: str | os.PathLike | bool | None,
 ) -> Path:
     import tensorflow_datasets as tfds
@@ -208,7 +221,8 @@ def _prepare_camvid(
     from jaxprune.data import camvid_tfds
 
     root = camvid.find_root(root)
-    folder.find_folders(root, split)
+    if split is not None:
+        folder.find_folders(root, split)
     present = [name for name in folder.SPLITS if (root / name).is_dir()]
     states = [camvid.source(root, name, (1, 1)).fingerprint for name in present]
     home = (
@@ -328,9 +342,10 @@ def _mask_feature(builder: Any) -> str:
 
 
 def _state(directory: Path, samples: _Samples) -> str:
-    files = sorted(directory.iterdir())
-    state = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files
-    ]
     classes = samples.classes
-    return caches.digest(state, samples.size, len(classes), classes.ignore)
+    return caches.digest(_files(directory), samples.size, len(classes), classes.ignore)
+
+
+def _files(directory: Path) -> list[tuple[str, int, int]]:
+    files = sorted(directory.iterdir())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -121,10 +121,8 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
     widths = all(0 < n <= _MOST_CHANNELS for n in config.network.widths)
     same = config.train.optimizer == config.retrain.optimizer
     fcn = config.network.name == "fcn"
-    resnet, depths = (
-        config.network.name in ("deeplab", "refinenet"),
-        config.network.depths,
-    )
+    resnet = config.network.name in ("deeplab", "refinenet")
+    depths = config.network.depths
     return [
         ("name", re.fullmatch(r"[\w.-]+", config.name) is not None, "a file's name"),
         ("seed", 0 <= config.seed < 2**31, "a whole number from 0 to 2^31 - 1"),

@@ -142,9 +142,9 @@ class Prune:
     channel's number of weights ('size'), or 1 where it is on gates, times the FLOPs or
     the measured milliseconds that the channel carries; repriced: of what is live at
     each step, not of the dense network. roles: of a channel's weights those that make
-    it ('out', filters), those that read it ('in'), or 'both'. ramp: the epochs in which
-    the strength rises from 0, where nothing steers it. adaptive: the power of the
-    scores of `criterion`, not normalised, that divides the weights
+    it ('out', filter-wise), those that read it ('in', channel-wise), or 'both'. ramp:
+    the epochs in which the strength rises from 0, where nothing steers it. adaptive:
+    the power of the scores of `criterion`, not normalised, that divides the weights
     (`jaxprune.adaptive`), estimated anew at each of cuts_in_training; 0: the
     weights are of the size and the cost alone. metric: 'optimizer' takes the
     proximal step in Adam's own metric. accelerated: 'gates' learn by accelerated
@@ -230,7 +230,7 @@ class Prune:
 
     @property
     def scaled(self) -> bool:
-        """Whether the penalty's steps are not the learning rate times its strength."""
+        """Whether no plain step tells what strength a steered penalty begins with."""
         return self.metric == "optimizer" or self.accelerated
 
     @property

@@ -380,7 +380,7 @@ def _own_rows(batch: Any) -> Any:
 
 
 def _check_finite(job: Job, step: int, store: checkpoint.Store, state: Any) -> None:
-    """Raise NonFinite for a state that no training could go on from; it isn't saved.
+    """Raise NonFinite for variables or averages that aren't finite, before a save.
 
     A step's loss and gradient can be finite, and the statistics of its batch not.
     """

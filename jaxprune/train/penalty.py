@@ -50,21 +50,23 @@ def penalty(job: Job, graph: Graph, variables: PyTree) -> Penalty:
         weights = {n: np.sqrt(c) for n, c in counts.items()}
     own = dataclasses.replace(job.fit, lr=prune.gates_lr)
     _, rate = steps.optimizer(own if prune.accelerated else job.fit, job.total)
-    reach = 1.0 if prune.accelerated else steps.reach(job.fit)
+    more = 1.0 if prune.accelerated else steps.momentum_gain(job.fit)
 
-    def pace(step: Any) -> Any:
-        return reach * rate(step)
+    def effective(step: Any) -> Any:
+        return more * rate(step)
 
-    rise = round(prune.ramp * job.per_epoch)
-    ramp = optax.linear_schedule(0.0, 1.0, rise) if rise else lambda n: 1.0
-    steered = _steered(job, graph, variables, pace) if prune.target else None
+    ramp_steps = round(prune.ramp * job.per_epoch)
+    ramp = optax.linear_schedule(0.0, 1.0, ramp_steps) if ramp_steps else lambda n: 1.0
+    steered = _steered(job, graph, variables, effective) if prune.target else None
 
     def around(smaller: Graph, keep: Keep, scores: Scores | None) -> steps.Around:
         paying = weights
         if scores is not None:
             paying = pricing.adaptive(graph, scores, weights, power=prune.adaptive)
         strength = (
-            steered(paying) if steered else lambda n: prune.strength * ramp(n) * pace(n)
+            steered(paying)
+            if steered
+            else lambda n: prune.strength * ramp(n) * effective(n)
         )
         mine = _left(paying, keep)
         if prune.gated and prune.accelerated:
@@ -75,8 +77,8 @@ def penalty(job: Job, graph: Graph, variables: PyTree) -> Penalty:
             return lambda tx: apart(tx, chain)
         d = metric.adam_steps()
         if prune.gated and prune.metric == "optimizer":
-            return lambda tx: apart(
-                tx, gates.preconditioned_gates(tx, strength, mine, steps=d)
+            return lambda tx: gates.preconditioned_gates(
+                tx, strength, mine, steps=d, key="gates"
             )
         if prune.gated:
             last = on_gates(gates.proximal_gates(strength, mine))
@@ -133,7 +135,7 @@ def _left(weights: pricing.Weights, keep: Keep) -> pricing.Weights:
 
 
 def _steered(
-    job: Job, graph: Graph, variables: PyTree, pace: optax.Schedule
+    job: Job, graph: Graph, variables: PyTree, rate: optax.Schedule
 ) -> Callable[[pricing.Weights], steering.Strength]:
     """Weights of the penalty -> its controller, which starts by those of the first."""
     prune = job.config.prune
@@ -146,11 +148,11 @@ def _steered(
     def strength(weights: pricing.Weights) -> steering.Strength:
         nonlocal start
         if not start:
-            total = float(jnp.sum(jax.vmap(pace)(jnp.arange(length))))
+            total = float(jnp.sum(jax.vmap(rate)(jnp.arange(length))))
             now = _deaths(job, graph, variables, weights)
             even = steering.even_start(graph, now, prune.target, total, kind) or 1e-3
             start = float(peers.first_says(even))
-        return steering.steer(graph, plan, kind=kind, rate=pace, start=start)
+        return steering.steer(graph, plan, kind=kind, rate=rate, start=start)
 
     return strength
 

@@ -19,7 +19,6 @@ from jaxprune import gates, sparsity
 from jaxprune.base import Apply, Graph, Keep, PyTree, Role, key_path
 from jaxprune.budget import measure, sizes
 from jaxprune.keeps import compose
-from jaxprune.pricing import BOTH
 from jaxprune.slim import slim
 from jaxprune.train import choose, penalty
 from jaxprune.train import step as steps
@@ -113,7 +112,7 @@ def cut_steps(job: Job, count: int) -> list[int]:
 
 
 def alive(
-    graph: Graph, variables: PyTree, roles: tuple[Role, ...] = BOTH
+    graph: Graph, variables: PyTree, roles: tuple[Role, ...]
 ) -> dict[str, np.ndarray]:
     """The keep of what is not 0: of the gates, where there are any, or the weights."""
     found = variables["params"]

@@ -66,7 +66,7 @@ def optimizer(
     return around(tx) if around else tx, rate
 
 
-def reach(fit: Fit) -> float:
+def momentum_gain(fit: Fit) -> float:
     """How far a gradient moves the weights in the end, over the learning rate.
 
     Steps of a penalty are as long, see `sparsity.proximal`.

@@ -279,14 +279,16 @@ def _take_over(workdir: Path, folder: Path, plan: Config, images: int) -> None:
     """
     trained, timings = folder / "checkpoints" / "train", folder / TIMINGS
     if jax.process_index() == 0:
-        with disk.writing(folder):
-            first = None if trained.exists() else _trained(workdir, plan, images)
-            if first is not None:
+        first = None if trained.exists() else _trained(workdir, plan, images)
+        if first is not None:
+            with disk.writing(folder):
                 _copy(first, folder, plan)
-            known = sorted(workdir.glob(f"*/{TIMINGS}"))
-            if known and not timings.exists():
+        known = [] if timings.exists() else sorted(workdir.glob(f"*/{TIMINGS}"))
+        if known:
+            text = known[0].read_text("utf-8")
+            with disk.writing(folder):
                 _begin(folder, plan)
-                write_text(timings, known[0].read_text("utf-8"))
+                write_text(timings, text)
     peers.barrier(f"jaxprune began {folder}")
 
 
