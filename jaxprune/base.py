@@ -23,6 +23,7 @@ Keep = Mapping[str, Any]
 Scores = Mapping[str, Any]
 Path = tuple[str, ...]
 Role = Literal["out", "in"]
+BOTH: tuple[Role, ...] = ("out", "in")
 
 # Causes of freezing that any network has.
 INPUT = "the network's input"
@@ -70,6 +71,13 @@ class NonFinite(JaxpruneError, FloatingPointError):
     """The loss or its gradient is not a number any more, at `step` of a training."""
 
     step = 0
+
+
+def check_roles(roles: Any) -> None:
+    """Raise ConfigError for anything but one or both roles, such as a bare 'in'."""
+    known = isinstance(roles, tuple | list) and 0 < len(roles)
+    if not known or any(role not in BOTH for role in roles):
+        raise ConfigError(f"roles={roles!r}: ('out',), ('in',) or ('out', 'in')")
 
 
 def path_str(path: Path) -> str:

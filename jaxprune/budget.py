@@ -105,7 +105,11 @@ def limit(graph: Graph, budget: Budget) -> float:
 
 def met(graph: Graph, keep: Keep, budget: Budget) -> bool:
     """Whether what a keep leaves is within the budget."""
-    kept = np.array([np.sum(k) for k in keep.values()], int)
+    return within(graph, np.array([np.sum(k) for k in keep.values()], int), budget)
+
+
+def within(graph: Graph, kept: np.ndarray, budget: Budget) -> bool:
+    """`met` of the numbers of kept channels, int[G]."""
     return bool(measure(graph, budget.kind, kept) <= limit(graph, budget))
 
 

@@ -44,12 +44,13 @@ class Criterion(NamedTuple):
     Scores are {group: float[C]}, higher = more important. `update` is traced once and
     called for every batch, so the state is a pytree of arrays. numpy: given NumPy
     arrays it computes with NumPy, so that for variables in a CPU's memory nothing is
-    compiled.
+    compiled. transforms: it changes scores that are there, and measures none.
     """
 
     init: Callable[[Graph, PyTree], PyTree]
     update: Callable[[Scores, PyTree, Evidence], tuple[Scores, PyTree]]
     numpy: bool = False
+    transforms: bool = False
 
 
 def score(
@@ -80,6 +81,7 @@ def scorer(
 
     With a `keep` the masked network is scored.
     """
+    _check_measures(criterion)
 
     @jax.jit
     def update(state: PyTree, keep: Keep | None, variables: PyTree, batch, key):
@@ -114,6 +116,19 @@ def scorer(
     return run
 
 
+def _check_measures(criterion: Criterion) -> None:
+    """Raises ConfigError for what is no criterion, or has no scores to change."""
+    if not hasattr(criterion, "init") or not hasattr(criterion, "update"):
+        called = getattr(criterion, "__name__", None)
+        hint = f"; call it: {called}()" if called else ""
+        raise ConfigError(f"{criterion!r:.80} is no criterion{hint}")
+    if getattr(criterion, "transforms", False):
+        raise ConfigError(
+            "the criterion begins with a step that changes scores, and there are none "
+            "yet; measure first: chain(magnitude(), normalize())"
+        )
+
+
 def check_criterion(
     criterion: Criterion,
     graph: Graph,
@@ -127,6 +142,8 @@ def check_criterion(
 
     variables, batch: arrays or their shapes.
     """
+
+    _check_measures(criterion)
 
     def update(variables: PyTree, batch: Any, key: Any) -> Scores:
         zeros = {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
@@ -169,7 +186,12 @@ def check_scores(graph: Graph, scores: Scores) -> dict[str, np.ndarray]:
 
 
 def chain(*criteria: Criterion) -> Criterion:
-    """Criteria one after the other, each fed with the scores of the one before."""
+    """Criteria one after the other, each fed with the scores of the one before.
+
+    The first one is to measure. Raises ConfigError for none at all.
+    """
+    if not criteria:
+        raise ConfigError("chain() of no criterion; chain(magnitude(), normalize())")
 
     def init(graph: Graph, variables: PyTree) -> PyTree:
         return tuple(c.init(graph, variables) for c in criteria)
@@ -183,16 +205,26 @@ def chain(*criteria: Criterion) -> Criterion:
             states.append(s)
         return scores, tuple(states)
 
-    return Criterion(init, update, all(c.numpy for c in criteria))
+    numpy = all(c.numpy for c in criteria)
+    return Criterion(init, update, numpy, criteria[0].transforms)
 
 
 def stateless(
-    f: Callable[[Scores, Evidence], Scores], *, numpy: bool = False
+    f: Callable[[Scores, Evidence], Scores],
+    *,
+    numpy: bool = False,
+    transforms: bool = False,
 ) -> Criterion:
-    """A criterion out of `f(scores, evidence) -> scores`; numpy: see `Criterion`."""
-    return Criterion(
-        lambda graph, variables: (), lambda s, state, e: (f(s, e), state), numpy
-    )
+    """A criterion out of `f(scores, evidence) -> scores`; see `Criterion`."""
+
+    def init(graph: Graph, variables: PyTree) -> PyTree:
+        del graph, variables
+        return ()
+
+    def update(scores: Scores, state: PyTree, evidence: Evidence):
+        return f(scores, evidence), state
+
+    return Criterion(init, update, numpy, transforms)
 
 
 def normalize(by: Literal["mean", "max", "sum", "l2"] = "mean") -> Criterion:
@@ -214,7 +246,9 @@ def normalize(by: Literal["mean", "max", "sum", "l2"] = "mean") -> Criterion:
         return x / (np if placement.is_numpy(x) else jnp).where(norm > 0, norm, 1)
 
     return stateless(
-        lambda scores, evidence: jax.tree.map(normalized, dict(scores)), numpy=True
+        lambda scores, evidence: jax.tree.map(normalized, dict(scores)),
+        numpy=True,
+        transforms=True,
     )
 
 
@@ -236,7 +270,7 @@ def per_cost(kind: budget.Kind = "flops") -> Criterion:
             )
         return {n: scores[n] / s for n, s in zip(evidence.graph.groups, shares)}
 
-    return stateless(divided, numpy=True)
+    return stateless(divided, numpy=True, transforms=True)
 
 
 def ema(decay: float) -> Criterion:
@@ -259,4 +293,4 @@ def ema(decay: float) -> Criterion:
         average = {n: decay * a + (1 - decay) * scores[n] for n, a in average.items()}
         return {n: a / weight for n, a in average.items()}, (weight, average)
 
-    return Criterion(init, update)
+    return Criterion(init, update, transforms=True)

@@ -14,7 +14,7 @@ import optax
 
 from jaxprune import sparsity, steering, trees
 from jaxprune.base import ConfigError, Graph, Group, PyTree
-from jaxprune.pricing import Weights, fitting
+from jaxprune.pricing import Weights, checked_weights, fitting
 from jaxprune.sharded import fetched
 from jaxprune.steering import Strength
 
@@ -83,7 +83,7 @@ def proximal_gates(
     where update is called without the gates; GraphError for weights that do not fit the
     gates.
     """
-    steering.check_strength(strength)
+    _check(strength, weights)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None):
         if params is None:
@@ -121,7 +121,7 @@ def preconditioned_gates(
     others too; None: the gates are all. Other arguments and errors as of
     `proximal_gates`; the state is (state of tx, state of the proximal step).
     """
-    steering.check_strength(strength)
+    _check(strength, weights)
     tx = optax.with_extra_args_support(tx)
 
     def of(tree: PyTree) -> PyTree:
@@ -183,7 +183,7 @@ def accelerated_gates(
     networks", 2018. Their program besides cuts negative gates off at 0; here a gate
     may change its sign.
     """
-    steering.check_strength(strength)
+    _check(strength, weights)
     if not callable(momentum) and not 0 <= momentum < 1:
         raise ConfigError(f"momentum={momentum!r}: must be in [0, 1)")
 
@@ -227,6 +227,14 @@ def deaths(
     return steering.deaths_of(*_penalised(weights, gates, gates))
 
 
+def _check(strength: Strength, weights: Weights | None) -> None:
+    """Raises for a strength, or a target that it cannot reach with these weights."""
+    steering.check_strength(strength)
+    if isinstance(strength, steering.Steering) and isinstance(weights, Mapping):
+        known = {n: w for n, w in weights.items() if not isinstance(w, jax.core.Tracer)}
+        strength.check({n: np.asarray(w) > 0 for n, w in known.items()})
+
+
 def _penalised(
     weights: Weights | None, before: Mapping[str, Any], z: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -236,9 +244,7 @@ def _penalised(
             {n: jnp.maximum(jnp.sum(g != 0), 1) for n, g in before.items()}
         )
     counts = {n: np.size(g) for n, g in z.items()}
-    own = fitting(
-        counts, dict.fromkeys(z, 1.0) if weights is None else weights, "weights"
-    )
+    own = checked_weights(counts, dict.fromkeys(z, 1.0) if weights is None else weights)
     return {n: jnp.abs(g) for n, g in z.items()}, own
 
 

@@ -28,7 +28,7 @@ from jaxprune.base import (
     key_path,
     path_str,
 )
-from jaxprune.budget import Budget
+from jaxprune.budget import Budget, check
 from jaxprune.chains import factorized, is_plain
 from jaxprune.reconstruct import replaced
 from jaxprune.taps import Reading, taps
@@ -117,7 +117,8 @@ def factorize(
 
     The last four are Zhang et al., 2016, "Accelerating very deep convolutional networks
     for classification and detection". Chains of window axes need two of them; a matrix
-    has none: [in, r], [r, out]. A kernel stays where no rank saves anything. What runs
+    has none: [in, r], [r, out]. A kernel stays where no rank saves anything, or the
+    budget is met without it. What runs
     is plain convolutions, to be trained, traced and pruned like any others.
 
     Raises ConfigError for an unknown method or a ratio outside (0, 1), BudgetError for
@@ -140,11 +141,12 @@ def factorize(
     else:
         found = ranks.together(graph, table, method, budget)
     chosen = {path: choice.rank for path, choice in found.items() if choice.rank}
+    if not chosen and budget is not None:
+        return Factorized(factorized(apply), variables, {})
     if not chosen:
-        what = f"to {ratio or 0.5:.0%} " if budget is None else ""
         raise GraphError(
-            f"factorize: no kernel of {', '.join(only)} can be cut {what}by "
-            f"{method!r}; try another ratio or method"
+            f"factorize: no kernel of {', '.join(only)} can be cut to "
+            f"{ratio or 0.5:.0%} by {method!r}; try another ratio or method"
         )
     if seen_by is None or own is None:
         made = {
@@ -290,6 +292,8 @@ def _check(
         raise ConfigError(f"factorize(ratio={ratio!r}): must lie in (0, 1)")
     if ratio is not None and budget is not None:
         raise ConfigError("factorize: give a ratio for each kernel or a budget for all")
+    if budget is not None:
+        check(budget)
     if budget is not None and budget.kind not in ("flops", "params"):
         raise BudgetError("factorize: a budget is jp.flops(r) or jp.params(r)")
     if not isinstance(multiple_of, int) or multiple_of < 1:

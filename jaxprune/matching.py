@@ -227,14 +227,18 @@ def _check_strange(graph: Graph, flat: list[tuple[Any, Any]]) -> None:
 def _check_complete(graph: Graph, index: _Index, found: dict[Path, set[int]]) -> None:
     """A tree of variables has every leaf that a group touches, in each collection.
 
-    Optimiser states and nnx states (key paths that hold other named fields) may lack
-    some: optax masks them, and gradients are of nnx.Param alone.
+    Without collections, what is trained is one, and the rest another. Optimiser states
+    and nnx states (key paths that hold other named fields) may lack some: optax masks
+    them, and gradients are of nnx.Param alone.
     """
+
+    def collection(leaf: Leaf) -> str | bool:
+        return leaf.path[0] if index.collections else leaf.trained
+
     for context, numbers in found.items():
-        collections = {graph.leaves[n].path[0] for n in numbers}
+        collections = {collection(graph.leaves[n]) for n in numbers}
         for number, (leaf, cuts) in enumerate(zip(graph.leaves, index.cuts)):
-            due = not index.collections or leaf.path[0] in collections
-            if cuts and due and number not in numbers:
+            if cuts and collection(leaf) in collections and number not in numbers:
                 where = f" under {path_str(context)}" if context else ""
                 raise GraphError(
                     f"the tree lacks the leaf {path_str(leaf.path)} {leaf.shape}{where}"

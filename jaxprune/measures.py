@@ -19,6 +19,7 @@ from jaxprune.base import (
     PyTree,
     Role,
     Scores,
+    check_roles,
     key_path,
 )
 from jaxprune.criteria import Criterion, Evidence, stateless
@@ -46,14 +47,15 @@ def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Cr
     By default of those that make the channel (its filter, bias, batch-norm scale and
     bias); roles=('out', 'in') adds those that read it. Not normalised: sizes of groups
     differ, so put `normalize` behind it for a global selection. A group without trained
-    weights in `roles` is measured by all that it has. Raises ConfigError for another p,
-    GraphError naming the groups that have no trained weight at all.
+    weights in `roles` is measured by all that it has. Raises ConfigError for another p
+    or role, GraphError naming the groups that have no trained weight at all.
 
     Source: Li et al., "Pruning filters for efficient ConvNets", 2017, section 3.1
     (p = 1).
     """
     if p not in (1, 2):
         raise ConfigError(f"magnitude(p={p!r}): p is 1 or 2")
+    check_roles(roles)
 
     def update(scores: Scores, state: PyTree, evidence: Evidence):
         del scores
@@ -180,6 +182,7 @@ def taylor(
     """
     if power not in (1, 2):
         raise ConfigError(f"taylor(power={power!r}): power is 1 or 2")
+    check_roles(roles)
 
     def change(scores: Scores, evidence: Evidence) -> Scores:
         del scores
@@ -377,11 +380,16 @@ def _summed(
 ) -> dict[str, Any]:
     """Products over the weights of each channel, frozen ones too, as if in all roles.
 
-    Batch statistics are no weights.
+    Batch statistics are no weights: where the variables have no collections, as those
+    of nnx, what is not trained and no product sums over.
     """
+    collections = any(leaf.path[:1] == ("params",) for leaf in graph.leaves)
+    slots = [slot for group in graph.groups.values() for slot in group.slots]
+    read = {slot.path for slot in slots if slot.role == "in"}
 
     def weight(leaf: Leaf) -> bool:
         statistic = leaf.path[:1] == ("batch_stats",)
+        statistic |= not (collections or leaf.trained or leaf.path in read)
         return not statistic and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
     leaves = [dataclasses.replace(x, trained=weight(x)) for x in graph.leaves]

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import sparsity, steering, trees
-from jaxprune.base import ConfigError, Graph, Leaf, PyTree, Role
+from jaxprune.base import BOTH, ConfigError, Graph, Leaf, PyTree, Role
 from jaxprune.matching import Cuts, axis_values, dense_shape, map_leaves
-from jaxprune.pricing import BOTH, Weights, resolved
+from jaxprune.pricing import Weights, resolved
 from jaxprune.sparsity import Blocks
 from jaxprune.steering import Strength
 
@@ -59,12 +59,9 @@ def preconditioned(
         positive numbers; `adam_steps()`, or one's own.
       weights, roles, blocks: as for `proximal`.
 
-    The state is (state of tx, state of the proximal step). Raises ConfigError for a
-    negative strength, or where update is called without params; GraphError for weights
-    or blocks that do not fit the graph.
+    The state is (state of tx, state of the proximal step). Raises what `proximal` does.
     """
-    steering.check_strength(strength)
-    sparsity.checked(graph, weights, roles, blocks)
+    sparsity.checked(graph, strength, weights, roles, blocks)
     tx = optax.with_extra_args_support(tx)
 
     def update(
@@ -100,8 +97,11 @@ def adam_steps(
     """d = 1 / (sqrt(nu^) + eps) of the Adam in an optimiser's state; see above.
 
     nu^ is the second moment, its bias corrected by b2, as optax.adam and adamw have
-    them by default. The function raises ConfigError where the state holds no moments of
-    all params, or of more than one Adam.
+    them by default. Before the first gradient that is not all 0, nothing is known of
+    the steps and d is 0 but for rounding: nothing is shrunk. Gradients that
+    optax.MultiSteps adds up make one step, so it goes around `preconditioned`, not into
+    it. The function raises ConfigError where the state holds no moments of all params,
+    or of more than one Adam.
     """
 
     def steps(state: PyTree, params: PyTree) -> PyTree:
@@ -115,8 +115,16 @@ def adam_steps(
                 f"{len(same)} with a second moment of every parameter, where one is "
                 "needed; pass steps=, a function of one's own"
             )
-        seen = 1 - b2 ** found[0].count.astype(jnp.float32)
-        return jax.tree.map(lambda nu: 1 / (jnp.sqrt(nu / seen) + eps), found[0].nu)
+        nus = jax.tree.leaves(found[0].nu)
+        known = jnp.any(jnp.stack([jnp.any(nu > 0) for nu in nus]))
+        count = jnp.maximum(found[0].count, 1).astype(jnp.float32)
+        seen = 1 - b2**count
+
+        def length(nu: jax.Array) -> jax.Array:
+            d = 1 / (jnp.sqrt(nu / seen) + eps)
+            return jnp.where(known, d, jnp.finfo(d.dtype).tiny)
+
+        return jax.tree.map(length, found[0].nu)
 
     return steps
 

@@ -42,7 +42,7 @@ def prune_path(
     validation: Iterable[Any] | None = None,
     block: float = 0.05,
     until: Budget | None = None,
-    kind: budgets.Kind = "flops",
+    kind: budgets.Kind | None = None,
     multiple_of: MultipleOf = 1,
     min_channels: int = 1,
     criterion: Criterion | None = None,
@@ -63,7 +63,8 @@ def prune_path(
     and of steps with equal alpha the last is the one that minimises risk +
     alpha * cost, as far as dR is a loss: with measured=True it is, and of `taylor(1)`
     and `fisher()` with roles=('in',) an estimate of it. The default squares it, so that
-    its alphas order the cuts and have no unit.
+    its alphas order the cuts and have no unit. Where a block's own ratio is the less
+    one, the two together pay from the ratio of their sums on, which lies between.
 
     Args:
       graph: of the dense network; variables: trained, dense.
@@ -75,7 +76,7 @@ def prune_path(
       validation: batches for the risk; `batches` by default.
       block: the fraction of the dense cost to cut between two estimates; 0: one unit.
       until: stop when this is met; otherwise when nothing may be cut.
-      kind: of the cost.
+      kind: of the cost; by default that of `until`, or FLOPs.
       multiple_of, min_channels: as for `select`.
       criterion: `taylor()` by default; `taylor(1)`, `fisher()`, `measured()` and
         `reconstruction_error()` estimate a rise as well.
@@ -119,7 +120,7 @@ def prune_path(
         risks.evaluator(graph, risk or loss),
         recover,
         allowed_counts(graph, multiple_of, min_channels),
-        kind,
+        kind or (until.kind if until else "flops"),
         block,
         until,
         key,
@@ -202,7 +203,14 @@ def _weakest(
         )
     excess = _excess(graph, keep, walk.until, kind)
     target = min(walk.block * _dense(walk), excess)
-    return weakest.cut(graph, keep, order, rises, walk.allowed, kind, target, excess)
+
+    def enough(kept: np.ndarray) -> bool:
+        until = walk.until
+        return until is not None and budgets.within(graph, kept, until)
+
+    return weakest.cut(
+        graph, keep, order, rises, walk.allowed, kind, target, excess, enough
+    )
 
 
 def _looked_at(walk: _Walk, alpha: float, keep: Keep, variables: PyTree) -> Step:

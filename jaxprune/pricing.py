@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import budget, trees
-from jaxprune.base import ConfigError, Extent, Graph, GraphError, Role, Scores
+from jaxprune.base import BOTH, ConfigError, Extent, Graph, GraphError, Role, Scores
 from jaxprune.cost import parameter_extents, summands
 from jaxprune.criteria import check_scores
 
 Counts = Mapping[str, Any]
 Repriced = Callable[[Counts], Mapping[str, Any]]
 Weights = Mapping[str, Any] | Repriced
-BOTH: tuple[Role, ...] = ("out", "in")
 
 
 def flops_weights(
@@ -119,6 +118,8 @@ def adaptive(
     if not 0 <= power <= 4:
         raise ConfigError(f"adaptive: power={power!r} must be in [0, 4]")
     scores = check_scores(graph, scores)
+    if not scores:
+        return {}
     every = np.concatenate([np.float64(s) for s in scores.values()])
     if (every < 0).any() or not every.any():
         raise GraphError("adaptive: scores must not be negative, nor all 0")
@@ -160,13 +161,27 @@ def resolved(
         counts = trees.channel_count(graph, roles=roles)
         return {n: np.sqrt(c) for n, c in counts.items()}
     found = weights(live()) if callable(weights) else weights
-    return fitting({n: g.size for n, g in graph.groups.items()}, found, "weights")
+    return checked_weights({n: g.size for n, g in graph.groups.items()}, found)
+
+
+def checked_weights(sizes: Mapping[str, int], weights: Any) -> dict[str, Any]:
+    """The weights in the groups' order; GraphError for such as are no penalty's."""
+    found = fitting(sizes, weights, "weights")
+    for name, weight in found.items():
+        known = isinstance(weight, np.ndarray | np.generic | int | float)
+        if known and not np.all(np.asarray(weight) >= 0):
+            raise GraphError(f"weights of group {name!r} are negative, or no numbers")
+    return found
 
 
 def fitting(
     sizes: Mapping[str, int], values: Mapping[str, Any], what: str
 ) -> dict[str, Any]:
     """The values of groups of these sizes, in their order; else GraphError."""
+    if not isinstance(values, Mapping):
+        raise GraphError(
+            f"{what}={values!r:.80}: say of which group, {{group: float or float[C]}}"
+        )
     for name in values:
         if name not in sizes:
             raise GraphError(f"{what} name group {name!r}, which the graph lacks")
@@ -183,7 +198,8 @@ def fitting(
 
 def _stacked(graph: Graph, live: Counts) -> jax.Array:
     """float32[G] in the graph's order."""
-    return jnp.stack([jnp.asarray(live[n], jnp.float32) for n in graph.groups])
+    counts = [jnp.asarray(live[n], jnp.float32) for n in graph.groups]
+    return jnp.stack(counts) if counts else jnp.zeros(0)
 
 
 def _parts(graph: Graph, kind: budget.Kind) -> Callable[[jax.Array], jax.Array]:

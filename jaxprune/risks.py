@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.base import DataError, Graph, Keep, PyTree
+from jaxprune.base import ConfigError, DataError, Graph, Keep, PyTree
 from jaxprune.sharded import fetched
 from jaxprune.trees import mask
 
@@ -45,6 +45,11 @@ def evaluator(graph: Graph, risk: Risk) -> Callable[..., Found]:
             (*result, None)[:3] if isinstance(result, tuple) else (result, None, None)
         )
         values = jnp.atleast_1d(values)
+        if values.ndim > 1:
+            raise ConfigError(
+                f"the risk is of shape {values.shape}; it is one number an image, [B], "
+                "for images are what its standard error is over: average what follows"
+            )
         counts = jnp.ones(values.shape, bool) if counts is None else counts
         return values, counts, sums
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxprune.base import ConfigError, Graph, GraphError, Keep, PyTree
-from jaxprune.budget import Budget, measure, sizes
+from jaxprune.budget import Budget, check, measure, sizes
 from jaxprune.keeps import compose
 from jaxprune.risks import Risk, evaluator, finite
 from jaxprune.select import MultipleOf, select
@@ -52,6 +52,7 @@ def best_of(
     Source: Anwar & Sung, "Coarse pruning of convolutional neural networks with random
     masks", 2017, with channels for their granularities.
     """
+    check(budget)
     _check("best_of", count=count)
     rng = _generator(key)
     keeps = [
@@ -100,6 +101,7 @@ def particle_filter(
     networks", 2017, whose weights are of the misclassification rate; systematic
     resampling: Kitagawa, "Monte Carlo filter and smoother", 1996.
     """
+    check(budget)
     _check("particle_filter", particles=particles, stages=stages)
     if not 0 < temperature:
         raise ConfigError(f"particle_filter: temperature={temperature!r}: positive")

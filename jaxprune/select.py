@@ -106,6 +106,7 @@ def check_budget(
     graph: Graph, budget: Budget, multiple_of: MultipleOf, min_channels: int
 ) -> None:
     """Raise BudgetError, saying the least ratio, where no allowed widths meet it."""
+    budgets.check(budget)
     counts = allowed_counts(graph, multiple_of, min_channels)
     least = np.array([c[0] for c in counts.values()], int)
     if budgets.measure(graph, budget.kind, least) > budgets.limit(graph, budget):

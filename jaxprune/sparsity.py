@@ -18,9 +18,17 @@ import numpy as np
 import optax
 
 from jaxprune import steering, trees
-from jaxprune.base import ConfigError, Graph, GraphError, PyTree, Role
+from jaxprune.base import (
+    BOTH,
+    ConfigError,
+    Graph,
+    GraphError,
+    PyTree,
+    Role,
+    check_roles,
+)
 from jaxprune.measures import floats
-from jaxprune.pricing import BOTH, Counts, Weights, resolved
+from jaxprune.pricing import Counts, Weights, resolved
 from jaxprune.sharded import fetched
 from jaxprune.steering import Strength
 
@@ -107,14 +115,20 @@ def proximal(
         of these steps, channels first (Jenatton et al., 2011), with weights 0 for the
         groups that a step is to pass.
 
-    Raises ConfigError for a negative strength, or where update is called without
-    params; GraphError for weights or blocks that do not fit the graph.
+    Weights that the optimiser holds fixed, as optax.multi_transform may, are shrunk
+    like all others: give the groups that they belong to the weight 0. Params are best
+    in float32: in bfloat16 a factor over 0.998 rounds to 1, and weak penalties do
+    nothing.
+
+    Raises ConfigError for a negative strength or an unknown role, or where update is
+    called without params; GraphError for weights or blocks that do not fit the graph;
+    BudgetError where the strength is steered to a target that these weights and roles
+    cannot reach.
 
     Source: Alvarez & Salzmann, "Learning the number of neurons in deep networks", 2016;
     Wen et al., "Learning structured sparsity in deep neural networks", 2016.
     """
-    steering.check_strength(strength)
-    checked(graph, weights, roles, blocks)
+    checked(graph, strength, weights, roles, blocks)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None):
         if params is None:
@@ -276,13 +290,40 @@ def never_empty(stays: np.ndarray, size: Any) -> np.ndarray:
 
 def checked(
     graph: Graph,
+    strength: Strength,
     weights: Weights | None,
     roles: tuple[Role, ...],
     blocks: Blocks | None,
 ) -> None:
-    """Raises GraphError for weights or blocks that do not fit the graph."""
-    if not callable(weights):
-        resolved(graph, weights, roles, dict)
+    """Raises for a penalty that does not fit the graph, see `proximal`."""
+    steering.check_strength(strength)
+    check_roles(roles)
+    _check_blocks(graph, blocks)
+    own = None if callable(weights) else resolved(graph, weights, roles, dict)
+    if isinstance(strength, steering.Steering):
+        strength.check(_mortal(graph, own, roles, blocks))
+
+
+def _mortal(
+    graph: Graph,
+    weights: Mapping[str, Any] | None,
+    roles: tuple[Role, ...],
+    blocks: Blocks | None,
+) -> dict[str, np.ndarray]:
+    """{group: bool[C]}: what is penalised, and has a trained weight in these roles."""
+    counts = trees.channel_count(graph, roles=roles)
+    found = {n: c > 0 for n, c in counts.items()}
+    for name, weight in (weights or {}).items():
+        if not isinstance(weight, jax.core.Tracer):
+            found[name] = found[name] & (np.asarray(weight) > 0)
+    for names in (blocks or {}).values():
+        some = any(found[n].any() for n in names)
+        found.update({n: np.full(graph.groups[n].size, some) for n in names})
+    return found
+
+
+def _check_blocks(graph: Graph, blocks: Blocks | None) -> None:
+    """Raises GraphError for blocks that do not fit the graph."""
     seen: dict[str, str] = {}
     for block, names in (blocks or {}).items():
         if not names:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune import budget
 from jaxprune.base import BudgetError, ConfigError, Graph
@@ -45,11 +46,14 @@ class Steering(NamedTuple):
     """A controller, as `steer` makes it; pass it as a `strength`.
 
     init() -> state. update(state, deaths) -> (strength, state), where deaths {group:
-    float[C]} are the strengths at which channels die.
+    float[C]} are the strengths at which channels die. check(mortal), mortal {group:
+    bool or bool[C]}, raises BudgetError for a target that is out of reach where the
+    others cannot die.
     """
 
     init: Callable[[], SteeredState]
     update: Callable[[SteeredState, Deaths], tuple[Any, SteeredState]]
+    check: Callable[[Mapping[str, Any]], None] = lambda mortal: None
 
 
 Strength = float | Schedule | Steering
@@ -90,7 +94,9 @@ def steer(
       gain: the largest relative change of lambda in a step, 5 % off the plan.
 
     Raises BudgetError for a target that is not in (0, 1], or below what one channel a
-    group costs; ConfigError for a start or a gain that is not positive.
+    group costs; so does the proximal step that it is given to, where weights of 0, or
+    groups of which nothing is trained, leave it out of reach. ConfigError for a start
+    or a gain that is not positive.
     """
     for name, value in (("start", start), ("gain", gain)):
         if not value > 0:
@@ -117,7 +123,11 @@ def steer(
         one, level = jnp.ones((), jnp.float32), jnp.float32(start)
         return SteeredState(jnp.zeros((), jnp.int32), level, one)
 
-    return Steering(init, update)
+    def check(mortal: Mapping[str, Any]) -> None:
+        if not callable(target):
+            check_target(graph, target, kind, mortal)
+
+    return Steering(init, update, check)
 
 
 def even_start(
@@ -174,9 +184,11 @@ def deaths_of(sizes: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str,
 
 
 def check_strength(strength: Strength) -> None:
-    """Raises ConfigError for a number that is negative."""
-    if isinstance(strength, int | float) and strength < 0:
-        raise ConfigError(f"strength={strength!r}: must not be negative")
+    """Raises ConfigError for a number that is negative, or none."""
+    if callable(strength) or isinstance(strength, Steering | jax.core.Tracer):
+        return
+    if np.ndim(strength) or not np.asarray(strength) >= 0:
+        raise ConfigError(f"strength={strength!r}: one number, not negative")
 
 
 def _next(steps: jax.Array) -> jax.Array:
@@ -196,7 +208,7 @@ def _count(alive: jax.Array) -> jax.Array:
 def _last(deaths: Deaths) -> jax.Array:
     """The largest strength at which a channel dies, of those that can."""
     ends = [jnp.max(jnp.where(jnp.isfinite(d), d, 0)) for d in deaths.values()]
-    return jnp.max(jnp.stack(ends))
+    return jnp.max(jnp.stack([jnp.zeros(()), *ends]))
 
 
 def _landing(after: Callable[[Any], jax.Array], wanted: Any, plan: Any) -> jax.Array:
@@ -219,16 +231,32 @@ def _landing(after: Callable[[Any], jax.Array], wanted: Any, plan: Any) -> jax.A
     return jnp.where(after(jnp.zeros(())) <= plan, 0.0, least)
 
 
-def check_target(graph: Graph, target: float, kind: budget.Kind) -> None:
-    """Raises BudgetError for a target that is no fraction, or cannot be reached."""
+def check_target(
+    graph: Graph,
+    target: float,
+    kind: budget.Kind,
+    mortal: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises BudgetError for a target that is no fraction, or cannot be reached.
+
+    mortal: {group: bool or bool[C]}, which channels can die; all by default.
+    """
     if not 0 < target <= 1:
         raise BudgetError(
             f"steer: target={target!r}: the fraction of the dense cost that stays live,"
             " in (0, 1]"
         )
-    least = float(live_cost(graph, kind)(dict.fromkeys(graph.groups, 1)))
-    if target < least:
+    counts = {}
+    for name, group in graph.groups.items():
+        can = (mortal or {}).get(name, True)
+        stay = np.sum(np.logical_not(can)) if np.ndim(can) else group.size * (not can)
+        counts[name] = max(int(stay), 1)
+    held = [n for n, c in counts.items() if c > 1]
+    why = f"what cannot die of {', '.join(held)} costs" if held else ""
+    why = why or "one channel a group costs"
+    cost = float(live_cost(graph, kind)(counts))
+    if target < cost:
         raise BudgetError(
-            f"steer: target={target!r}: one channel a group costs more, "
-            f"{budget.rounded_up(least)} of the dense {kind}"
+            f"steer: target={target!r}: {why} more, {budget.rounded_up(cost)} of the "
+            f"dense {kind}"
         )

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -41,9 +41,18 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Path:
-    """The steps from the dense network down; their keeps are nested."""
+    """The steps from the dense network down, a sequence; their keeps are nested."""
 
     steps: tuple[Step, ...]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, number: int) -> Step:
+        return self.steps[number]
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
 
     def select(self, rule: Rule | Budget, *, kind: budgets.Kind = "flops") -> Step:
         """One step of the path. Of equal ones, the smaller network.

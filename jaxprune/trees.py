@@ -27,7 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.base import Graph, Group, Keep, Leaf, Path, PyTree, Scores
+from jaxprune.base import (
+    BOTH,
+    Graph,
+    Group,
+    Keep,
+    Leaf,
+    Path,
+    PyTree,
+    Role,
+    Scores,
+    check_roles,
+)
 from jaxprune.keeps import check_keep
 from jaxprune.matching import (
     Cuts,
@@ -41,8 +52,6 @@ from jaxprune.matching import (
 )
 from jaxprune.placement import from_cpu, gathered, is_numpy, on_cpu, placed_like
 from jaxprune.sharded import grown, lies_apart, taken
-
-BOTH_ROLES = ("out", "in")
 
 
 def mask(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
@@ -180,7 +189,7 @@ def channel_sum(
     graph: Graph,
     tree: PyTree,
     *,
-    roles: tuple[str, ...] = BOTH_ROLES,
+    roles: tuple[Role, ...] = BOTH,
     along: Callable[[Any, int], Any] = sum_along,
 ) -> dict[str, Any]:
     """{group: float[C]}: the tree's entries, summed over all that belongs to a channel.
@@ -189,6 +198,7 @@ def channel_sum(
     `tree.map(square, params)` for norms, `p * g` for Taylor, ones for counts.
     along(x, axis) -> float[n]: what is summed of an array at each index of an axis.
     """
+    check_roles(roles)
     sums: dict[str, Any] = dict.fromkeys(graph.groups, 0.0)
 
     def add(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
@@ -208,7 +218,7 @@ def channel_sum(
 
 
 def channel_rows(
-    graph: Graph, tree: PyTree, *, roles: tuple[str, ...] = BOTH_ROLES
+    graph: Graph, tree: PyTree, *, roles: tuple[Role, ...] = BOTH
 ) -> dict[str, Any]:
     """{group: float[C, n]}: the trained entries of each channel, in one order.
 
@@ -231,7 +241,7 @@ def channel_rows(
 
 
 def channel_gram(
-    graph: Graph, tree: PyTree, *, roles: tuple[str, ...] = BOTH_ROLES
+    graph: Graph, tree: PyTree, *, roles: tuple[Role, ...] = BOTH
 ) -> dict[str, Any]:
     """{group: float[C, C]}: inner products of what belongs to each two channels.
 
@@ -260,7 +270,7 @@ def channel_scale(
     factors: Scores,
     tree: PyTree,
     *,
-    roles: tuple[str, ...] = BOTH_ROLES,
+    roles: tuple[Role, ...] = BOTH,
 ) -> PyTree:
     """The tree with every slot of channel c of group g multiplied by factors[g][c].
 
@@ -279,9 +289,10 @@ def channel_scale(
 
 
 def channel_count(
-    graph: Graph, *, roles: tuple[str, ...] = BOTH_ROLES
+    graph: Graph, *, roles: tuple[Role, ...] = BOTH
 ) -> dict[str, np.ndarray]:
     """{group: float[C]}: how many trained entries belong to each channel."""
+    check_roles(roles)
     counts = {name: np.zeros(group.size) for name, group in graph.groups.items()}
     by_path = {leaf.path: leaf for leaf in graph.leaves}
     for group in graph.groups.values():

@@ -85,11 +85,13 @@ def cut(
     kind: budgets.Kind,
     target: float,
     excess: float,
+    enough: Callable[[np.ndarray], bool],
 ) -> Link | None:
     """Cut the weakest units until `target` is saved; None where nothing may be cut.
 
-    What a unit saves beyond the `excess` over the budget is worth nothing. A unit whose
-    rise is not finite stays.
+    Or until these numbers of channels, int[G], are `enough`. What a unit saves beyond
+    the `excess` over the budget is worth nothing. A unit whose rise is not finite
+    stays.
     """
     start = np.array([len(channels) for channels in weakest])
     kept, saved = start.copy(), 0.0
@@ -109,6 +111,8 @@ def cut(
         kept[weak] = lower[weak]
         now = float(budgets.measure(graph, kind, kept))
         saved = before - now
+        if enough(kept):
+            break
     if not saved:
         return None
     gone = [int(n) for n in start - kept]

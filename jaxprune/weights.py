@@ -29,8 +29,9 @@ from jaxprune.base import (
     key_path,
     path_str,
 )
-from jaxprune.budget import Budget, rounded_up
+from jaxprune.budget import Budget, check, rounded_up
 from jaxprune.cost import cost
+from jaxprune.rules import linear
 from jaxprune.taps import Reading, readings
 from jaxprune.trace import trace
 
@@ -150,6 +151,7 @@ def keep_zeros() -> optax.GradientTransformation:
 
 def _check(graph: Graph, budget: Budget, uses: Mapping[Path, int]) -> str:
     """The budget's kind. Raises BudgetError for another one, or one out of reach."""
+    check(budget)
     kind = budget.kind
     if kind != "flops" and kind != "params":
         raise BudgetError(
@@ -211,14 +213,16 @@ def _uses(
 
 
 def _uses_in(reading: Reading) -> int:
-    """2 x the outputs that each weight has a part in."""
+    """2 x the products that each weight has a part in, as `cost` counts them."""
     params, shape = reading.eqn.params, reading.kernel.shape
     if reading.eqn.primitive.name == "dot_general":
         read = [kernel for kernel, _ in reading.pairs]
-        made = math.prod(n for axis, n in enumerate(shape) if axis not in read)
+        made, share = math.prod(n for a, n in enumerate(shape) if a not in read), 1.0
     else:
         made = shape[params["dimension_numbers"].rhs_spec[0]]
-    return 2 * math.prod(reading.eqn.outvars[0].aval.shape) // made
+        share = linear.positions(reading.eqn)
+    outputs = math.prod(reading.eqn.outvars[0].aval.shape) // made
+    return round(2 * share * outputs)
 
 
 def _nonzero(

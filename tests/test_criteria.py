@@ -371,6 +371,9 @@ def test_taylor_of_single_batches_under_ema():
     [
         (lambda: magnitude(3), ConfigError, "p is 1 or 2"),
         (lambda: taylor(0), ConfigError, "power is 1 or 2"),
+        (lambda: taylor(roles=("x",)), ConfigError, "roles="),
+        (lambda: score(magnitude, GRAPH, VARIABLES), ConfigError, r"it: magnitude\("),
+        (lambda: score(chain(ema(0), lamp()), GRAPH, VARIABLES), ConfigError, "first:"),
         (lambda: normalize("median"), ConfigError, "mean, max, sum, l2"),
         (lambda: ema(1), ConfigError, "decay is in"),
         (lambda: per_cost("time"), BudgetError, "'time'"),

@@ -159,6 +159,8 @@ def test_gradients_of_gates_that_are_not_zero_are_the_weights_own():
         ({"b": 1.0}, "weights name group 'b'"),
         ({}, "weights lack group 'a'"),
         ({"a": np.ones(2)}, "'a' has 3 channels"),
+        ({"a": np.array([1.0, -0.1, 1.0])}, "'a' are negative"),
+        (2.0, "weights=2.0: say of which group"),
     ],
 )
 def test_weights_that_do_not_fit_the_gates(weights, words):

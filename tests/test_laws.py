@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -263,6 +264,37 @@ def test_linen_and_nnx_have_the_same_groups() -> None:
         len(g.slots) for g in b.groups.values()
     ]
     assert jp.cost(a) == jp.cost(b)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [jp.magnitude(), jp.taylor(), jp.taylor(1, roles=("out",)), jp.fisher(), jp.lamp()],
+)
+def test_linen_and_nnx_have_the_same_scores(criterion: Any) -> None:
+    _, state, x = networks.nnx_net()
+    own, stats = nnx.to_pure_dict(state), ("mean", "var")
+    norm, names = own["norm"], {"stem": "Conv_0", "conv": "Conv_1", "head": "Dense_0"}
+    twin = {
+        "params": {
+            "BatchNorm_0": {n: v for n, v in norm.items() if n not in stats},
+            **{name: own[n] for n, name in names.items()},
+        },
+        "batch_stats": {"BatchNorm_0": {n: norm[n] for n in stats}},
+    }
+    found = []
+    for apply, variables in (
+        (networks.linen(networks.LinenTwin)[0], twin),
+        (networks.nnx_net()[0], state),
+    ):
+
+        def loss(v: Any, x: Any, apply: Any = apply) -> Any:
+            return jax.numpy.square(apply(v, x) - 1).mean()
+
+        graph = jp.trace(apply, variables, x)
+        scores = jp.score(criterion, graph, variables, loss=loss, batches=[x])
+        found.append(list(scores.values()))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
 def test_nnx_slim_is_mask() -> None:

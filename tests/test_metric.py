@@ -220,6 +220,25 @@ def test_blocks_die_as_one(spread):
     np.testing.assert_array_equal(jp.dead(SINGLE, gone)["l0"], np.arange(6) == 0)
 
 
+def test_nothing_is_shrunk_before_adam_has_seen_a_gradient():
+    """Between the steps of optax.MultiSteps, and where all that came was 0."""
+    variables = toygraphs.variables(GRAPH)
+    still = jax.tree.map(jnp.zeros_like, variables)
+    ones = jax.tree.map(jnp.ones_like, variables)
+    adam = optax.adam(1e-3)
+    late = optax.MultiSteps(adam, 3).gradient_transformation()
+    for inner, gradients in ((late, ones), (adam, still)):
+        tx = jp.preconditioned(inner, GRAPH, 0.1, steps=jp.adam_steps())
+        updates, state = tx.update(gradients, tx.init(variables), variables)
+        after = optax.apply_updates(variables, updates)
+        chex.assert_trees_all_close(after, variables, rtol=1e-6)
+    updates, _ = tx.update(ones, state, variables)
+    after = optax.apply_updates(variables, updates)
+    assert np.linalg.norm(rows(GRAPH, after, "l0")) < 0.9 * np.linalg.norm(
+        rows(GRAPH, variables, "l0")
+    )
+
+
 def test_no_params_is_an_error():
     tx = jp.preconditioned(optax.adam(0.1), SINGLE, 0.1, steps=jp.adam_steps())
     with pytest.raises(ConfigError, match="preconditioned needs the params"):

@@ -8,6 +8,7 @@ import networks
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.training.train_state import TrainState
 
 import jaxprune as jp
@@ -225,3 +226,47 @@ def test_a_train_state_that_lacks_a_parameter_is_an_error():
     rest = {k: v for k, v in whole.params.items() if k != missing}
     with pytest.raises(GraphError, match=f"lacks the leaf params/{missing}"):
         jp.shrink(graph, graph.full(), whole.replace(params=rest))
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_an_nnx_optimizer_sparsifies_and_what_is_left_is_cut(metric):
+    """nnx.Optimizer hands over params alone, as plain arrays; a norm has statistics."""
+    module = networks.NnxResNet(nnx.Rngs(0))
+    module.eval()
+    definition, state = nnx.split(module)
+    x = networks.images(0)
+
+    def apply(state, x):
+        return nnx.merge(definition, state)(x)
+
+    graph = jp.trace(apply, state, x)
+    inner = optax.adam(1e-2) if metric else optax.sgd(0.0)
+    step = jp.proximal(graph, 0.02)
+    tx = optax.chain(inner, step)
+    if metric:
+        tx = jp.preconditioned(inner, graph, 0.02, steps=jp.adam_steps())
+    optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
+    before = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    optimizer.update(module, nnx.grad(lambda m: jnp.square(m(x)).mean())(module))
+    after = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    keep = jp.dead(graph, nnx.state(module))
+    if not metric:
+        parts = [before["norm"][n][:, None] for n in ("scale", "bias")]
+        for layer in ("stem", "conv"):
+            kernel = before[layer]["kernel"]
+            parts += [kernel.reshape(-1, 8).T, before[layer]["bias"][:, None]]
+        parts += [jnp.moveaxis(before["conv"]["kernel"], 2, 0).reshape(8, -1)]
+        theta = np.concatenate([*parts, before["head"]["kernel"]], axis=1)
+        norm, pull = np.linalg.norm(theta, axis=1), 0.02 * theta.shape[1] ** 0.5
+        factor = np.maximum(0, 1 - pull / norm)
+        np.testing.assert_allclose(
+            after["norm"]["scale"], factor * before["norm"]["scale"], rtol=1e-5
+        )
+        (stays,) = keep.values()
+        np.testing.assert_array_equal(stays, factor > 0)
+    half = {n: np.arange(g.size) % 2 == 0 for n, g in graph.groups.items()}
+    small = jp.shrink(graph, half, nnx.as_pure(nnx.state(module, nnx.Param)))
+    assert jax.tree.leaves(small["norm"])[0].shape == (4,)
+    cut = jp.shrink(graph, half, nnx.state(optimizer))
+    moments = [m for m in jax.tree.leaves(cut) if jnp.ndim(m) == 4]
+    assert all(4 in m.shape for m in moments) and bool(moments) == metric

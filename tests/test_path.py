@@ -209,9 +209,12 @@ def test_images_that_do_not_count_and_the_default_risk():
     assert plain.steps[0].stderr == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", [None, "flops"])
 @pytest.mark.parametrize("budget", [flops(0.5), params(0.7), channels(0.25)])
-def test_until_is_met_by_the_last_step_alone(budget):
-    path = prune_path(GRAPH, VARIABLES, loss, make_batches(), until=budget, block=0.1)
+def test_until_is_met_by_the_last_step_alone(budget, kind):
+    path = prune_path(
+        GRAPH, VARIABLES, loss, make_batches(), until=budget, block=0.1, kind=kind
+    )
     graph_cost = [
         budgets.measure(
             GRAPH, budget.kind, np.array([k.sum() for k in s.keep.values()])
@@ -220,6 +223,23 @@ def test_until_is_met_by_the_last_step_alone(budget):
     ]
     ratios = np.array(graph_cost) / graph_cost[0]
     assert ratios[-1] <= budget.ratio and (ratios[:-1] > budget.ratio).all()
+    assert list(path) == list(path.steps) and path[-1] is path.steps[len(path) - 1]
+
+
+@pytest.mark.parametrize("kind", [None, "flops"])
+def test_a_wide_block_ends_where_until_is_met(kind):
+    """Within the most that one channel carries, whichever cost the blocks count."""
+    for budget in (params(0.5), channels(0.5)):
+        path = prune_path(
+            GRAPH, VARIABLES, loss, make_batches(1), until=budget, block=0.9, kind=kind
+        )
+        sizes = budgets.sizes(GRAPH)
+        each = budgets.marginal(GRAPH, budget.kind).max()
+        kept = np.array([k.sum() for k in path[-1].keep.values()])
+        ratio = budgets.measure(GRAPH, budget.kind, kept) / budgets.measure(
+            GRAPH, budget.kind, sizes
+        )
+        assert budget.ratio - each < ratio <= budget.ratio
 
 
 @pytest.mark.parametrize("kind", ["flops", "bytes"])
@@ -310,6 +330,12 @@ def test_a_network_that_breaks_is_named():
             DataError,
             "counts no image",
         ),
+        (
+            {"risk": lambda v, b: jnp.stack([squares(v, b)] * 5, axis=1)},
+            ConfigError,
+            r"risk is of shape \(8, 5\); it is one number an image",
+        ),
+        ({"until": 0.5}, BudgetError, r"budget=0.5: say of what, by jaxprune.flops"),
     ],
 )
 def test_errors(options, error, words):

@@ -131,6 +131,10 @@ def test_ranks_are_multiples_and_budgets_out_of_reach_are_named() -> None:
     least = float(str(error.value).split()[-1])
     lowest = cut(budget=jp.flops(least))
     assert all(c.rank == 1 for c in lowest.chains.values())
+    whole = cut(budget=jp.flops(1.0))
+    assert not whole.chains and whole.variables is VARIABLES
+    with pytest.raises(BudgetError, match="budget=0.5: say of what"):
+        cut(budget=0.5)
     with pytest.raises(BudgetError, match="flops.r. or jp.params"):
         cut(budget=jp.bytes(0.5))
     with pytest.raises(jp.base.ConfigError, match="a ratio for each kernel or a bud"):

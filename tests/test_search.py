@@ -192,6 +192,8 @@ def test_masks_without_a_finite_loss_are_not_chosen():
         (search.particle_filter, {"perturb": 1}, ConfigError, "perturb=1"),
         (search.best_of, {"batches": []}, DataError, "batches is empty"),
         (search.best_of, {"budget": jp.flops(0.01)}, BudgetError, "has 0.1396 of the"),
+        (search.best_of, {"budget": 0.5}, BudgetError, "budget=0.5: say of what"),
+        (search.particle_filter, {"budget": 0.5}, BudgetError, "budget=0.5: say of"),
         (
             search.particle_filter,
             {"budget": jp.flops(0.01)},

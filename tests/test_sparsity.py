@@ -438,6 +438,25 @@ def test_a_branch_that_dies_leaves_its_shortcut():
     [
         (lambda: proximal(GRAPH, -1.0), ConfigError, "strength=-1.0"),
         (lambda: proximal_gates(-1.0), ConfigError, "strength=-1.0"),
+        (lambda: proximal(GRAPH, np.float32(-1)), ConfigError, "not negative"),
+        (lambda: proximal(GRAPH, np.nan), ConfigError, "strength=nan"),
+        (lambda: proximal(GRAPH, 1.0, roles=("outt",)), ConfigError, "'outt'"),
+        (lambda: proximal(GRAPH, 1.0, roles="in"), ConfigError, "roles='in'"),
+        (
+            lambda: group_lasso(GRAPH, VARIABLES, roles=()),
+            ConfigError,
+            r"roles=\(\): \('out',\), \('in',\) or \('out', 'in'\)",
+        ),
+        (
+            lambda: proximal(GRAPH, 0.1, 2.0),
+            GraphError,
+            "weights=2.0: say of which group",
+        ),
+        (
+            lambda: group_lasso(GRAPH, VARIABLES, {"l0": 1.0, "l1": np.nan}),
+            GraphError,
+            "weights of group 'l1' are negative, or no numbers",
+        ),
         (
             lambda: proximal(GRAPH, 0.1).update(VARIABLES, None),
             ConfigError,

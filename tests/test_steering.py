@@ -166,11 +166,44 @@ def test_it_stays_in_the_graph_and_is_traced_once():
         (lambda: jp.steer(GRAPH, 0.5, start=0), ConfigError, "start=0: must be pos"),
         (lambda: jp.steer(GRAPH, 0.5, gain=-1), ConfigError, "gain=-1: must be pos"),
         (lambda: jp.steer(GRAPH, 0.5, kind="flop"), BudgetError, "no budget kind"),
+        # Of 43 multiply-adds 3 a + a b + 2 b, those of a = 5 and b = 1 are 22.
+        (
+            lambda: jp.proximal(
+                GRAPH, jp.steer(GRAPH, 0.5), {"l0": 0.0, "l1": np.ones(4)}
+            ),
+            BudgetError,
+            "target=0.5: what cannot die of l0 costs more, 0.5117 of the dense flops",
+        ),
+        (
+            lambda: jp.proximal_gates(
+                jp.steer(GRAPH, 0.5), {"l0": np.zeros(5), "l1": 1.0}
+            ),
+            BudgetError,
+            "what cannot die of l0",
+        ),
     ],
 )
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_network_without_groups_is_left_as_it_is():
+    params = {"head": {"kernel": jnp.ones((3, 2))}}
+    graph = jp.trace(lambda v, x: x @ v["head"]["kernel"], params, INPUTS)
+    assert not graph.groups and jp.adaptive(graph, {}) == {}
+    tx = jp.proximal(graph, jp.steer(graph, 1.0), jp.repriced(graph))
+    updates, state = tx.update(params, tx.init(params), params)
+    chex.assert_trees_all_equal(updates, params)
+    assert int(state.steps) == 1
+    with pytest.raises(BudgetError, match="target=0.5: one channel a group costs more"):
+        jp.steer(graph, 0.5)
+
+
+def test_weights_that_leave_the_target_in_reach_are_accepted():
+    for weights in ({"l0": 1.0, "l1": 0.0}, {"l0": np.eye(5)[0], "l1": 1.0}):
+        jp.proximal(GRAPH, jp.steer(GRAPH, 0.82), weights)
+        jp.proximal_gates(jp.steer(GRAPH, 0.82), weights)
 
 
 def test_an_even_start_gets_there_if_nothing_resists():

@@ -140,6 +140,33 @@ def test_what_is_cut_stays_cut_in_training_and_in_the_next_round():
     assert same is again
 
 
+class Up(nn.Module):
+    """A transposed convolution that makes 10 x 10 of 5 x 5, between two others."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (1, 1), name="one")(x))
+        x = nn.relu(nn.ConvTranspose(6, (3, 2), (2, 2), name="up")(x))
+        return nn.Conv(2, (1, 1), name="two")(x)
+
+
+def test_a_transposed_convolution_counts_at_each_of_its_inputs():
+    x = jnp.ones((3, 5, 5, 3))
+    variables = jax.tree.map(np.asarray, toygraphs.init(Up(), x))
+    by_hand = {"one": 75 * 3 * 4, "up": 75 * 3 * 2 * 4 * 6, "two": 300 * 6 * 2}
+    dense = jp.nonzero_cost(Up().apply, variables, x)
+    assert dense == jp.cost(jp.trace(Up().apply, variables, x))
+    assert dense.flops == 2 * sum(by_hand.values())
+    for name, products in by_hand.items():
+        others = jax.tree.map(np.copy, variables)
+        others["params"][name]["kernel"][:] = 0
+        found = jp.nonzero_cost(Up().apply, others, x).flops
+        assert dense.flops - found == 2 * products
+    cut = jp.prune_weights(Up().apply, variables, x, budget=jp.flops(0.3))
+    left = sum(n * np.mean(cut["params"][k]["kernel"] != 0) for k, n in by_hand.items())
+    assert 0.29 < left / sum(by_hand.values()) <= 0.3
+
+
 def test_stacked_biases_are_no_kernels():
     tree = {"bias": jnp.zeros((2, 3)), "kernel": jnp.zeros((2, 3)), "b": jnp.zeros(3)}
     ones = jax.tree.map(jnp.ones_like, tree)
@@ -158,6 +185,8 @@ def test_errors():
 
     with pytest.raises(BudgetError, match=r"save no channels; ask for flops"):
         pruned(budget=jp.channels(0.5))
+    with pytest.raises(BudgetError, match="budget=0.5: say of what"):
+        pruned(budget=0.5)
     with pytest.raises(ConfigError, match="scope='layer'"):
         pruned(scope="layer")
     # Biases are 6 + 4 + 4 + 3 of 162 + 144 + 8 + 12 + 17 numbers, 0.0496.

@@ -54,7 +54,7 @@ def _add_terms(
     shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
     if not all(isinstance(n, int) for shape in shapes for n in shape):
         return  # sizes are symbols where a function is exported; none counts it
-    scale = 1.0 if eqn.primitive.name == "dot_general" else _positions(eqn)
+    scale = 1.0 if eqn.primitive.name == "dot_general" else positions(eqn)
     out = eqn.outvars[0].aval
     written = list(zip(out.shape, value.labels))
     for flops, factor, axes in (
@@ -198,7 +198,7 @@ def _of_each_group(labels: Labels, axis: Axis, groups: int, cause: object) -> Ax
     return None
 
 
-def _positions(eqn: jx.Eqn) -> float:
+def positions(eqn: jx.Eqn) -> float:
     """Positions at which the window is applied, over those of the output.
 
     A transposed convolution applies it once per input position.
