@@ -118,8 +118,8 @@ def factorize(
     The last four are Zhang et al., 2016, "Accelerating very deep convolutional networks
     for classification and detection". Chains of window axes need two of them; a matrix
     has none: [in, r], [r, out]. A kernel stays where no rank saves anything, or the
-    budget is met without it. What runs
-    is plain convolutions, to be trained, traced and pruned like any others.
+    budget is met without it. What runs is plain convolutions, to be trained, traced and
+    pruned like any others.
 
     Raises ConfigError for an unknown method or a ratio outside (0, 1), BudgetError for
     a budget that no ranks meet, DataError for missing batches, GraphError for variables

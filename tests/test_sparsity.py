@@ -442,11 +442,7 @@ def test_a_branch_that_dies_leaves_its_shortcut():
         (lambda: proximal(GRAPH, np.nan), ConfigError, "strength=nan"),
         (lambda: proximal(GRAPH, 1.0, roles=("outt",)), ConfigError, "'outt'"),
         (lambda: proximal(GRAPH, 1.0, roles="in"), ConfigError, "roles='in'"),
-        (
-            lambda: group_lasso(GRAPH, VARIABLES, roles=()),
-            ConfigError,
-            r"roles=\(\): \('out',\), \('in',\) or \('out', 'in'\)",
-        ),
+        (lambda: proximal(GRAPH, 1.0, roles=()), ConfigError, r"roles=\(\): \('out'"),
         (
             lambda: proximal(GRAPH, 0.1, 2.0),
             GraphError,
