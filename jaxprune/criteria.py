@@ -142,7 +142,6 @@ def check_criterion(
 
     variables, batch: arrays or their shapes.
     """
-
     _check_measures(criterion)
 
     def update(variables: PyTree, batch: Any, key: Any) -> Scores:

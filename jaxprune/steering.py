@@ -252,11 +252,12 @@ def check_target(
         stay = np.sum(np.logical_not(can)) if np.ndim(can) else group.size * (not can)
         counts[name] = max(int(stay), 1)
     held = [n for n, c in counts.items() if c > 1]
-    why = f"what cannot die of {', '.join(held)} costs" if held else ""
-    why = why or "one channel a group costs"
-    cost = float(live_cost(graph, kind)(counts))
-    if target < cost:
+    least = float(live_cost(graph, kind)(counts))
+    if target < least:
+        what = (
+            f"what cannot die of {', '.join(held)}" if held else "one channel a group"
+        )
         raise BudgetError(
-            f"steer: target={target!r}: {why} more, {budget.rounded_up(cost)} of the "
-            f"dense {kind}"
+            f"steer: target={target!r}: {what} costs more, {budget.rounded_up(least)} "
+            f"of the dense {kind}"
         )
