@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import budget, trees
-from jaxprune.base import BOTH, ConfigError, Extent, Graph, GraphError, Role, Scores
+from jaxprune.base import (
+    BOTH,
+    ConfigError,
+    Extent,
+    Graph,
+    GraphError,
+    Role,
+    Scores,
+    check_roles,
+)
 from jaxprune.cost import parameter_extents, summands
 from jaxprune.criteria import check_scores
 
@@ -65,8 +74,9 @@ def repriced(
 
     Pass the result as `weights` of `group_lasso`, `proximal`, `proximal_gates`, .... A
     cost of one's own must be written in jax.numpy. Raises BudgetError as
-    `flops_weights` does.
+    `flops_weights` does, ConfigError for unknown roles.
     """
+    check_roles(roles)
     entries_of = _live_entries(graph, roles)
 
     def size(live: Counts) -> Mapping[str, Any]:
