@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jaxprune.base import (
     Leaf,
     Path,
     PyTree,
+    Role,
     Slot,
     key_path,
     path_str,
@@ -267,6 +268,47 @@ def kept_indices(graph: Graph, keep: Keep) -> list[tuple[np.ndarray | None, ...]
         tuple(kept_of(leaf, cuts, keep))
         for leaf, cuts in zip(graph.leaves, index_of(graph).cuts)
     ]
+
+
+def trained_axes(
+    leaf: Leaf, cuts: Cuts, roles: tuple[Role, ...]
+) -> Iterator[tuple[int, tuple[tuple[str, Slot], ...], np.ndarray | None]]:
+    """(axis, its slots with `roles`, what is new there) of a trained leaf.
+
+    What is new broadcasts against the leaf, bool; None: all. It is False for entries
+    that belong to the same channel by an axis before, as does the diagonal of the
+    kernel in x + conv(x): they are counted, and shrunk, once.
+    """
+    before: list[tuple[int, tuple[tuple[str, Slot], ...]]] = []
+    for axis, slots in cuts if leaf.trained else ():
+        wanted = tuple((g, s) for g, s in slots if s.role in roles)
+        if not wanted:
+            continue
+        new = None
+        for other, theirs in before:
+            for name in {g for g, _ in wanted} & {g for g, _ in theirs}:
+                here = _channels_along(leaf, axis, wanted, name)
+                there = _channels_along(leaf, other, theirs, name)
+                differ = (here != there) | (here < 0)
+                new = differ if new is None else new & differ
+        yield axis, wanted, new
+        before.append((axis, wanted))
+
+
+def _channels_along(
+    leaf: Leaf, axis: int, slots: tuple[tuple[str, Slot], ...], name: str
+) -> np.ndarray:
+    """The channel of group `name` at each index of an axis, or -1; as long as it."""
+    line = np.full(leaf.shape[axis], -1)
+    for group, slot in slots:
+        if group == name:
+            line[slot.indices] = np.arange(len(slot.indices))[:, None]
+    return aligned(line, axis, len(leaf.shape))
+
+
+def aligned(line: Any, axis: int, ndim: int) -> Any:
+    """[n] as [1, .., n, .., 1], to broadcast along an axis of an array."""
+    return line.reshape([-1 if a == axis else 1 for a in range(ndim)])
 
 
 def axis_values(

@@ -12,7 +12,14 @@ import optax
 
 from jaxprune import sparsity, steering, trees
 from jaxprune.base import BOTH, ConfigError, Graph, Leaf, PyTree, Role
-from jaxprune.matching import Cuts, axis_values, dense_shape, map_leaves
+from jaxprune.matching import (
+    Cuts,
+    aligned,
+    axis_values,
+    dense_shape,
+    map_leaves,
+    trained_axes,
+)
 from jaxprune.pricing import Weights, resolved
 from jaxprune.sparsity import Blocks
 from jaxprune.steering import Strength
@@ -229,17 +236,15 @@ def _scaled(
 
     def factor(leaf: Leaf, cuts: Cuts, d: Any) -> Any:
         whole = d
-        for axis, slots in cuts if leaf.trained else ():
-            wanted = tuple((g, s) for g, s in slots if s.role in roles)
-            if wanted:
-                shape = [-1 if a == axis else 1 for a in range(d.ndim)]
-                r, p = (
-                    axis_values(leaf.shape[axis], wanted, x, rest, d.dtype)
-                    for x, rest in ((radius, 1), (pull, 0))
-                )
-                r, p = r.reshape(shape), p.reshape(shape)
-                own = jnp.where(r > 0, r / jnp.where(r > 0, r + p * d, 1), 0)
-                whole = own if whole is d else whole * own
+        for axis, slots, new in trained_axes(leaf, cuts, roles):
+            r, p = (
+                axis_values(leaf.shape[axis], slots, x, rest, d.dtype)
+                for x, rest in ((radius, 1), (pull, 0))
+            )
+            r, p = (aligned(x, axis, d.ndim) for x in (r, p))
+            own = jnp.where(r > 0, r / jnp.where(r > 0, r + p * d, 1), 0)
+            own = own if new is None else jnp.where(new, own, 1)
+            whole = own if whole is d else whole * own
         return whole
 
     factors = map_leaves(graph, factor, each, dense_shape)

@@ -22,6 +22,7 @@ from jaxprune.base import (
     Extent,
     Graph,
     GraphError,
+    Path,
     Role,
     Scores,
     check_roles,
@@ -179,8 +180,10 @@ def checked_weights(sizes: Mapping[str, int], weights: Any) -> dict[str, Any]:
     found = fitting(sizes, weights, "weights")
     for name, weight in found.items():
         known = isinstance(weight, np.ndarray | np.generic | int | float)
-        if known and not np.all(np.asarray(weight) >= 0):
-            raise GraphError(f"weights of group {name!r} are negative, or no numbers")
+        if known and not np.all((np.asarray(weight) >= 0) & np.isfinite(weight)):
+            raise GraphError(
+                f"weights of group {name!r} are negative, infinite, or no numbers"
+            )
     return found
 
 
@@ -231,6 +234,15 @@ def _live_entries(
     """counts -> {group: trained entries of one of its channels}, of live ones alone."""
     trained = [leaf.path for leaf in graph.leaves if leaf.trained]
     axes = dict(zip(trained, parameter_extents(graph), strict=True))
+    # {group: {path: {axis: indices of each channel}}}
+    own: dict[str, dict[Path, dict[int, int]]] = {}
+    for name, group in graph.groups.items():
+        parts = own.setdefault(name, {})
+        for slot in group.slots:
+            if slot.path in axes and slot.role in roles:
+                columns = parts.setdefault(slot.path, {})
+                times = slot.indices.shape[1]
+                columns[slot.axis] = columns.get(slot.axis, 0) + times
 
     def length(extent: Extent, live: Counts) -> Any:
         return extent.fixed + sum(times * live[g] for g, times in extent.groups)
@@ -238,13 +250,15 @@ def _live_entries(
     def of(live: Counts) -> dict[str, Any]:
         live = {n: jnp.asarray(c, jnp.float32) for n, c in live.items()}
         found: dict[str, Any] = {}
-        for name, group in graph.groups.items():
+        for name, parts in own.items():
             total = jnp.zeros(())
-            for slot in group.slots:
-                if slot.path in axes and slot.role in roles:
-                    rest = enumerate(axes[slot.path])
-                    others = [length(e, live) for a, e in rest if a != slot.axis]
-                    total += slot.indices.shape[1] * math.prod(others)
+            for path, columns in parts.items():
+                lengths = [length(e, live) for e in axes[path]]
+                for axis, times in columns.items():
+                    lengths[axis], whole = times, lengths[axis]
+                    total += math.prod(lengths)
+                    # What lies on a later axis, too, was counted here.
+                    lengths[axis] = whole - times
             found[name] = total
         return found
 

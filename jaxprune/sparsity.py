@@ -46,9 +46,10 @@ def group_lasso(
     """sum over g, c of w[g,c] ||theta[g,c]||_2, a scalar; its gradient at 0 is 0.
 
     `weights` {group: float or float[C]}: sqrt of the number of entries in theta[g,c] by
-    default (Yuan & Lin, 2006), see also `flops_weights` and `repriced`. `blocks`: as
-    for `proximal`; a block counts once. Raises GraphError for weights or blocks that do
-    not fit the graph.
+    default (Yuan & Lin, 2006), in the network as the graph has it; `repriced(graph,
+    None)` counts live ones, so that a cut changes nothing; see also `flops_weights`.
+    `blocks`: as for `proximal`; a block counts once. Raises GraphError for weights or
+    blocks that do not fit the graph.
     """
     squares = channel_squares(graph, variables, roles)
     weights = resolved(graph, weights, roles, lambda: counted(graph, squares, roles))
@@ -105,8 +106,10 @@ def proximal(
       weights: as for `group_lasso`. Those of `repriced` follow the live channels.
       roles: ('out',) leaves the weights that read a channel out of theta[g,c]: filters;
         ('in',) those that make it: the channels of what reads (Wen et al., 2016). What
-        makes a dead channel then lives on, and may revive it; and where anything but
-        weights reads it, such as a norm over the channels, `mask` changes the function.
+        makes a dead channel then lives on, and may revive it. `mask` changes the
+        function of what they leave with ('out',) where a dead channel is not 0 to its
+        readers, as behind a sigmoid; with ('in',) where anything but weights reads it,
+        such as a norm over the channels.
       blocks: {name: groups} whose channels die together, with one norm over all of them
         and the weight sqrt(sum w[g,c]^2): the layers within a residual branch, say, so
         that the shortcut is what is left (depth, Wen et al., 2016). They may become 0
@@ -115,6 +118,10 @@ def proximal(
         of these steps, channels first (Jenatton et al., 2011), with weights 0 for the
         groups that a step is to pass.
 
+    optax.MultiSteps goes around the chain: before this step, every micro-step would be
+    shrunk. Params that are an average of others, as schedule_free evaluates, have no
+    exact zeros. optax.inject_hyperparams takes the weights of `repriced` for a
+    schedule, unless static_args name them.
     Weights that the optimiser holds fixed, as optax.multi_transform may, are shrunk
     like all others: give the groups that they belong to the weight 0. Params are best
     in float32: in bfloat16 a factor over 0.998 rounds to 1, and weak penalties do
@@ -147,7 +154,7 @@ def proximal(
             n: shrinkage(norm, s * own[n], last=n not in together)
             for n, norm in norms.items()
         }
-        scaled = trees.channel_scale(graph, factors, arrived, roles=roles)
+        scaled = trees.channel_scale(graph, factors, arrived, roles=roles, once=True)
         return difference(scaled, arrived, updates, params), state
 
     def init(params: PyTree) -> Any:
@@ -195,8 +202,8 @@ def dead(
 
     A group that is wholly 0 keeps its first channel, since none may be emptied; one
     that has no trained weight in these roles (a frozen backbone) keeps all. Of
-    roles=('in',) see `proximal`. Raises GraphError for variables that do not fit the
-    graph.
+    roles other than both see `proximal`. Raises GraphError for variables that do not
+    fit the graph.
     """
     sums = trees.channel_sum(
         graph, jax.tree.map(jnp.abs, floats(variables)), roles=roles

@@ -42,6 +42,7 @@ from jaxprune.base import (
 from jaxprune.keeps import check_keep
 from jaxprune.matching import (
     Cuts,
+    aligned,
     axis_values,
     check_factored,
     cut_shape,
@@ -49,6 +50,7 @@ from jaxprune.matching import (
     index_of,
     kept_of,
     map_leaves,
+    trained_axes,
 )
 from jaxprune.placement import from_cpu, gathered, is_numpy, on_cpu, placed_like
 from jaxprune.sharded import grown, lies_apart, taken
@@ -73,7 +75,7 @@ def zeroed(graph: Graph, keep: Keep, tree: PyTree) -> PyTree:
             if not (isinstance(stays, np.ndarray) and stays.all()):
                 numpy = is_numpy(x) and isinstance(stays, np.ndarray)
                 where: Any = np.where if numpy else jnp.where
-                x = where(_along(stays, axis, x.ndim), x, np.zeros((), x.dtype))
+                x = where(aligned(stays, axis, x.ndim), x, np.zeros((), x.dtype))
         return x
 
     return map_leaves(graph, masked, tree, dense_shape)
@@ -202,12 +204,10 @@ def channel_sum(
     sums: dict[str, Any] = dict.fromkeys(graph.groups, 0.0)
 
     def add(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
-        for axis, slots in cuts if leaf.trained else ():
-            wanted = [(g, s) for g, s in slots if s.role in roles]
-            if wanted:
-                line = along(x, axis)
-                for group, slot in wanted:
-                    sums[group] = sums[group] + line[slot.indices].sum(axis=1)
+        for axis, slots, new in trained_axes(leaf, cuts, roles):
+            line = along(x if new is None else x * new, axis)
+            for group, slot in slots:
+                sums[group] = sums[group] + line[slot.indices].sum(axis=1)
         return x
 
     map_leaves(graph, add, tree, dense_shape)
@@ -227,12 +227,13 @@ def channel_rows(
     rows: dict[str, list[Any]] = {n: [] for n in graph.groups}
 
     def add(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
-        for axis, slots in cuts if leaf.trained else ():
-            lines = jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+        for axis, slots, new in trained_axes(leaf, cuts, roles):
+            lines = _lines(jnp.asarray(x), axis)
             for group, slot in slots:
-                if slot.role in roles:
-                    own = lines[slot.indices]
-                    rows[group].append(own.reshape(len(slot.indices), -1))
+                own = lines[slot.indices]
+                if new is not None:
+                    own = own[_lines(np.broadcast_to(new, x.shape), axis)[slot.indices]]
+                rows[group].append(own.reshape(len(slot.indices), -1))
         return x
 
     map_leaves(graph, add, tree, dense_shape)
@@ -252,13 +253,12 @@ def channel_gram(
     }
 
     def add(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
-        for axis, slots in cuts if leaf.trained else ():
-            rows = jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+        for axis, slots, new in trained_axes(leaf, cuts, roles):
+            rows = _lines(jnp.asarray(x if new is None else x * new), axis)
             for group, slot in slots:
-                if slot.role in roles:
-                    own = rows[slot.indices].reshape(len(slot.indices), -1)
-                    product = jnp.matmul(own, own.T, precision="highest")
-                    grams[group] = grams[group] + product
+                own = rows[slot.indices].reshape(len(slot.indices), -1)
+                product = jnp.matmul(own, own.T, precision="highest")
+                grams[group] = grams[group] + product
         return x
 
     map_leaves(graph, add, tree, dense_shape)
@@ -271,18 +271,21 @@ def channel_scale(
     tree: PyTree,
     *,
     roles: tuple[Role, ...] = BOTH,
+    once: bool = False,
 ) -> PyTree:
     """The tree with every slot of channel c of group g multiplied by factors[g][c].
 
-    Only trained leaves, only slots with one of `roles`; factors may be traced.
+    Only trained leaves, only slots with one of `roles`; factors may be traced. once:
+    an entry that belongs to a channel by two axes is multiplied by its factor once.
     """
 
     def scaled(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
-        for axis, slots in cuts if leaf.trained else ():
-            wanted = tuple((g, s) for g, s in slots if s.role in roles and g in factors)
+        for axis, slots, new in trained_axes(leaf, cuts, roles):
+            wanted = tuple((g, s) for g, s in slots if g in factors)
             if wanted:
                 line = axis_values(leaf.shape[axis], wanted, factors, 1, x.dtype)
-                x = x * _along(line, axis, x.ndim)
+                scaled = x * aligned(line, axis, x.ndim)
+                x = jnp.where(new, scaled, x) if once and new is not None else scaled
         return x
 
     return map_leaves(graph, scaled, tree, dense_shape)
@@ -294,15 +297,18 @@ def channel_count(
     """{group: float[C]}: how many trained entries belong to each channel."""
     check_roles(roles)
     counts = {name: np.zeros(group.size) for name, group in graph.groups.items()}
-    by_path = {leaf.path: leaf for leaf in graph.leaves}
-    for group in graph.groups.values():
-        for slot in group.slots:
-            leaf = by_path[slot.path]
-            if leaf.trained and slot.role in roles:
-                rest = np.prod(leaf.shape, dtype=float) / leaf.shape[slot.axis]
-                counts[group.name] += rest * slot.indices.shape[1]
+    for leaf, cuts in zip(graph.leaves, index_of(graph).cuts, strict=True):
+        for axis, slots, new in trained_axes(leaf, cuts, roles):
+            length = leaf.shape[axis]
+            line = np.full(length, np.prod(leaf.shape, dtype=float) / length)
+            if new is not None:
+                line = sum_along(np.broadcast_to(new, leaf.shape), axis)
+            for group, slot in slots:
+                counts[group] += line[slot.indices].sum(axis=1)
     return counts
 
 
-def _along(line: Any, axis: int, ndim: int) -> Any:
-    return line.reshape([-1 if a == axis else 1 for a in range(ndim)])
+def _lines(x: Any, axis: int) -> Any:
+    """[n, rest]: the entries at each index of an axis."""
+    xp = np if isinstance(x, np.ndarray) else jnp
+    return xp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)

@@ -123,6 +123,8 @@ def test_a_penalty_that_is_repriced_follows_the_zeros():
 def test_a_cost_that_there_is_none_of():
     with pytest.raises(BudgetError, match="flop"):
         jp.repriced(toygraphs.chain(3), "flop")
+    with pytest.raises(GraphError, match="group 'l0' are negative, infinite"):
+        jp.proximal(toygraphs.chain(3), 0.0, {"l0": np.inf})
     with pytest.raises(ConfigError, match="roles='in'"):
         jp.repriced(toygraphs.chain(3), roles="in")
     graph, _, _ = toygraphs.frozen_backbone()

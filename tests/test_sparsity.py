@@ -451,7 +451,7 @@ def test_a_branch_that_dies_leaves_its_shortcut():
         (
             lambda: group_lasso(GRAPH, VARIABLES, {"l0": 1.0, "l1": np.nan}),
             GraphError,
-            "weights of group 'l1' are negative, or no numbers",
+            "weights of group 'l1' are negative, infinite, or no numbers",
         ),
         (
             lambda: proximal(GRAPH, 0.1).update(VARIABLES, None),
