@@ -117,7 +117,7 @@ def steer(
         live = after(strength)
         change = jnp.exp(gain * jnp.clip((live / plan - 1) / _BAND, -1, 1))
         level = jnp.clip(state.level * change, 1e-6 * start, 1e6 * start)
-        return strength, SteeredState(_next(steps), level, live)
+        return strength, SteeredState(_next(steps), jnp.float32(level), live)
 
     def init() -> SteeredState:
         one, level = jnp.ones((), jnp.float32), jnp.float32(start)
@@ -252,7 +252,10 @@ def check_target(
         stay = np.sum(np.logical_not(can)) if np.ndim(can) else group.size * (not can)
         counts[name] = max(int(stay), 1)
     held = [n for n, c in counts.items() if c > 1]
-    least = float(live_cost(graph, kind)(counts))
+    with (
+        jax.ensure_compile_time_eval()
+    ):  # the optimiser may be made in a jitted function
+        least = float(live_cost(graph, kind)(counts))
     if target < least:
         what = (
             f"what cannot die of {', '.join(held)}" if held else "one channel a group"

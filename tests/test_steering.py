@@ -227,6 +227,37 @@ def test_an_even_start_gets_there_if_nothing_resists():
         steering.even_start(WIDE, deaths, 0.01, total)
 
 
+def test_an_optimiser_can_be_made_within_jit():
+    """As optax.inject_hyperparams does, and init under jit or eval_shape."""
+    variables = toygraphs.variables(GRAPH)
+
+    def make(rate, controller=None):
+        controller = controller or jp.steer(GRAPH, 0.5, rate=rate)
+        return optax.chain(optax.sgd(rate), jp.proximal(GRAPH, controller))
+
+    for more in ({}, {"controller": jp.steer(GRAPH, 0.5, rate=0.01)}):
+        tx = optax.inject_hyperparams(make, static_args="controller")(rate=0.01, **more)
+        state, plain = tx.init(variables), make(0.01)
+        found, _ = jax.jit(tx.update)(variables, state, variables)
+        wanted, _ = plain.update(variables, plain.init(variables), variables)
+        chex.assert_trees_all_close(found, wanted, rtol=1e-6)
+    assert jax.eval_shape(lambda v: make(0.01).init(v), variables)
+    with pytest.raises(BudgetError, match="target=0.01"):
+        jax.jit(lambda v: jp.proximal(GRAPH, jp.steer(GRAPH, 0.01)).init(v))(variables)
+
+
+@pytest.mark.parametrize("name", ["gain", "start"])
+def test_the_state_keeps_its_types(name):
+    """As a carry of lax.scan must, also with 64 bits enabled and given."""
+    variables = toygraphs.variables(GRAPH)
+    value = {"gain": 0.02, "start": 1e-3}[name]
+    with jax.enable_x64(True):
+        tx = jp.proximal(GRAPH, jp.steer(GRAPH, 0.5, **{name: np.float64(value)}))
+        state = tx.init(variables)
+        _, after = tx.update(variables, state, variables)
+        chex.assert_trees_all_equal_dtypes(state, after)
+
+
 def test_deaths_are_the_least_strengths_that_make_zeros():
     variables, weights = toygraphs.variables(WIDE), jp.flops_weights(WIDE)
     deaths = jp.sparsity.deaths(WIDE, variables, weights)
