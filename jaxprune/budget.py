@@ -42,6 +42,8 @@ class Budget:
                 f"{self.kind}({self.ratio!r}): a budget is the fraction that stays, a "
                 "number in (0, 1]; 0.4 keeps 40 %"
             )
+        # Of NumPy's halves, a product with FLOPs would be infinite.
+        object.__setattr__(self, "ratio", float(self.ratio))
 
 
 def check(budget: Any) -> None:

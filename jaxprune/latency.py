@@ -28,6 +28,7 @@ from jaxprune import jaxpr as jx
 from jaxprune.base import Apply, BudgetError, Graph, GraphError, PyTree
 from jaxprune.base import Path as KeyPath
 from jaxprune.budget import Budget
+from jaxprune.select import MultipleOf, check_positive, in_channels
 from jaxprune.taps import Reading, readings
 
 
@@ -122,7 +123,7 @@ def timings(
     variables: PyTree,
     *inputs: Any,
     points: int = 4,
-    multiple_of: int = 8,
+    multiple_of: MultipleOf = 8,
     repeats: int = 5,
     cache: str | os.PathLike | None = None,
     **kwargs: Any,
@@ -131,15 +132,18 @@ def timings(
 
     inputs, kwargs: as of `trace`; arrays or jax.ShapeDtypeStruct, of the batch that is
     to be fast. Each runs jitted on zeros, at up to `points` widths of what it reads and
-    of what it makes, evenly spaced and multiples of `multiple_of` (the full ones
-    besides); the median of `repeats` bursts of at least 2 ms counts. Times that fall as
-    a width grows are raised to those of the smaller width. Convolutions in groups, but
-    for depthwise ones, and all that is no product, do not count. cache: a JSON file of
-    earlier measurements on this kind of device, read and added to.
+    of what it makes, evenly spaced and multiples of `multiple_of`, as of `select` (the
+    full ones besides); the median of `repeats` bursts of at least 2 ms counts. Times
+    that fall as a width grows are raised to those of the smaller width. Convolutions in
+    groups, but for depthwise ones, and all that is no product, do not count. cache: a
+    JSON file of earlier measurements on this kind of device, read and added to.
 
     Raises GraphError where there is nothing to measure, BudgetError for a cache that
-    cannot be read, DiskError for one that cannot be written.
+    cannot be read, DiskError for one that cannot be written, ConfigError for points,
+    multiple_of or repeats that are no positive numbers.
     """
+    multiple_of = in_channels(multiple_of)
+    check_positive(points=points, repeats=repeats)
     known = _Known(None if cache is None else Path(cache))
     products = []
     for reading in readings(apply, variables, inputs, kwargs, depthwise=True):

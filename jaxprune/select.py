@@ -4,7 +4,7 @@
 import difflib
 import fnmatch
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -82,6 +82,21 @@ def alignment(platform: str | None = None) -> int:
     return 128 if (platform or jax.devices()[0].platform) == "tpu" else 8
 
 
+def in_channels(multiple_of: MultipleOf) -> int:
+    """`multiple_of` as a number, 'auto' being `alignment`'s; else ConfigError."""
+    if multiple_of == "auto":
+        return alignment()
+    check_positive(multiple_of=multiple_of)
+    return multiple_of
+
+
+def check_positive(**values: Any) -> None:
+    """Raise ConfigError naming the first that is no positive integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r}: a positive integer is needed")
+
+
 def allowed_counts(
     graph: Graph, multiple_of: MultipleOf, min_channels: int
 ) -> dict[str, np.ndarray]:
@@ -90,11 +105,8 @@ def allowed_counts(
     Multiples of `multiple_of` from `min_channels` on, and the full size. Raises
     ConfigError where one of the two is not a positive integer (or 'auto').
     """
-    if multiple_of == "auto":
-        multiple_of = alignment()
-    for name, value in (("multiple_of", multiple_of), ("min_channels", min_channels)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r}: a positive integer is needed")
+    multiple_of = in_channels(multiple_of)
+    check_positive(min_channels=min_channels)
     counts = {}
     for name, group in graph.groups.items():
         steps = np.arange(multiple_of, group.size, multiple_of)

@@ -65,8 +65,9 @@ class Path:
         least risk within it, as a fraction of the first step. Steps whose risk is not
         finite are never chosen.
 
-        Raises BudgetError where no step meets the budget, ConfigError for another rule,
-        DataError where no risk is finite, or '1se' finds no standard error.
+        Raises BudgetError where no step meets the budget, or for an unknown kind of
+        cost; ConfigError for another rule, or a path without steps; DataError where no
+        risk is finite, or '1se' finds no standard error.
         """
         if isinstance(rule, Budget):
             return _least_risk(self._within(rule))
@@ -91,10 +92,14 @@ class Path:
         return [s for s in self.steps if -math.inf < s.risk <= most][-1]
 
     def _within(self, budget: Budget) -> list[Step]:
-        ratios = [
-            _cost(s, budget.kind) / _cost(self.steps[0], budget.kind)
-            for s in self.steps
-        ]
+        if not self.steps:
+            raise ConfigError("the path has no steps")
+        dense = _cost(self.steps[0], budget.kind)
+        if not dense:
+            raise BudgetError(
+                f"the first step has no {budget.kind}; choose another kind of cost"
+            )
+        ratios = [_cost(s, budget.kind) / dense for s in self.steps]
         found = [
             s for s, r in zip(self.steps, ratios) if r <= budget.ratio * (1 + 1e-12)
         ]
@@ -138,6 +143,7 @@ class Path:
 
 
 def _cost(step: Step, kind: budgets.Kind) -> float:
+    budgets.check_kind(kind)
     counts = [int(k.sum()) for k in step.keep.values()]
     if kind == "channels":
         return sum(counts)

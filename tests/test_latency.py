@@ -16,7 +16,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import budget
-from jaxprune.base import BudgetError, DiskError, GraphError
+from jaxprune.base import BudgetError, ConfigError, DiskError, GraphError
 from jaxprune.latency import Product
 
 
@@ -223,3 +223,6 @@ def test_what_cannot_be_measured_is_said(net, tmp_path) -> None:
         jp.timings(apply, graph, variables, x, cache=cache / "in")
     with pytest.raises(GraphError, match="is the graph this function's"):
         jp.timings(apply, other, variables, x)
+    for name in ("points", "multiple_of", "repeats"):
+        with pytest.raises(ConfigError, match=f"{name}=0: a positive integer"):
+            jp.timings(apply, graph, variables, x, **{name: 0})

@@ -206,6 +206,17 @@ def test_bad_scores(change, words):
         select(graph, scores, flops(0.5))
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_a_budget_may_be_a_scalar_of_numpy(kind):
+    """A half times so many FLOPs would be infinite in float16."""
+    graph = toygraphs.chain(64, 64)
+    scores = random_scores(graph, 0)
+    found = select(graph, scores, flops(kind(0.25)))
+    np.testing.assert_array_equal(
+        counts(found), counts(select(graph, scores, flops(0.25)))
+    )
+
+
 def test_auto_is_a_multiple_that_suits_the_device():
     graph = toygraphs.chain(32, 20)
     by_hand = select(graph, random_scores(graph, 0), flops(0.5), multiple_of=8)

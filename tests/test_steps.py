@@ -45,6 +45,14 @@ def test_choices_by_hand():
         TABLE.select(flops(0.05))
     with pytest.raises(ConfigError, match="'1se', 'min', 'knee' or a budget"):
         TABLE.select("best")
+    with pytest.raises(BudgetError, match="no budget kind 'flop'"):
+        TABLE.select("knee", kind="flop")
+    for rule in ("min", flops(0.5)):
+        with pytest.raises(ConfigError, match="the path has no steps"):
+            Path(()).select(rule)
+    nothing = Path((Step(0.0, {}, Cost(9, 9, 9), 0.1, 0.1),))
+    with pytest.raises(BudgetError, match="the first step has no channels"):
+        nothing.select(channels(0.5))
 
 
 def test_equal_risks_choose_the_smaller():
