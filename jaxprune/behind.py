@@ -88,9 +88,15 @@ def _walk(
     known.update((var, _FREE) for var in program.constvars)
     uses = program.uses()
 
+    def note_shared(variables: Sequence[Any], tags: _Tags) -> None:
+        for var, t in zip(variables, tags, strict=True):
+            if t and t.kind == "made" and uses[var] > 1:
+                found.shared.add(t.number)
+
     def tag(atom: Any) -> _Tag | None:
         return _FREE if jx.is_literal(atom) else known[atom]
 
+    note_shared(program.invars, tags)
     for eqn in program.eqns:
         values, here = [list(map(g, eqn.invars)) for g in (read, tag)]
         name = eqn.primitive.name
@@ -99,9 +105,7 @@ def _walk(
         else:
             outs = jx.bind(eqn, *values)
             of = [_after(eqn, values, outs, here, found)] * len(outs)
-        for var, t in zip(eqn.outvars, of, strict=True):
-            if t and t.kind == "made" and uses[var] > 1:
-                found.shared.add(t.number)
+        note_shared(eqn.outvars, of)
         env.update(zip(eqn.outvars, outs, strict=True))
         known.update(zip(eqn.outvars, of, strict=True))
     return [read(a) for a in program.outvars], [tag(a) for a in program.outvars]

@@ -182,13 +182,16 @@ def whole_kernel(chain: Sequence[Any]) -> Any:
 
 
 def _chained(eqn: jx.Eqn, x: jax.Array, chain: Sequence[Any]) -> jax.Array:
-    """The product with the kernel, factor by factor."""
+    """The product with the kernel, factor by factor, each in the dtypes of the one."""
     p = eqn.params
+    read = x.dtype
+    chain = [factor.astype(eqn.invars[1].aval.dtype) for factor in chain]
+    alike = {k: p[k] for k in ("precision", "preferred_element_type")}
     if eqn.primitive.name == "dot_general":
         (axis,), _ = p["dimension_numbers"][0]
         for factor in chain:
             contract = (((axis,), (0,)), ((), ()))
-            x = jax.lax.dot_general(x, factor, contract, precision=p["precision"])
+            x = jax.lax.dot_general(x.astype(read), factor, contract, **alike)
             axis = x.ndim - 1
         return x.astype(eqn.outvars[0].aval.dtype)
     ndim = chain[0].ndim
@@ -201,7 +204,7 @@ def _chained(eqn: jx.Eqn, x: jax.Array, chain: Sequence[Any]) -> jax.Array:
         mine = [move == i for move in moves]
         depthwise = i > 0 and factor.shape[-2] == 1 != chain[i - 1].shape[-1]
         x = jax.lax.conv_general_dilated(
-            x,
+            x.astype(read),
             factor,
             [s if m else 1 for s, m in zip(p["window_strides"], mine)],
             [s if m else (0, 0) for s, m in zip(p["padding"], mine)],
@@ -213,7 +216,7 @@ def _chained(eqn: jx.Eqn, x: jax.Array, chain: Sequence[Any]) -> jax.Array:
                 dims.out_spec if i == len(chain) - 1 else image,
             ),
             feature_group_count=factor.shape[-1] if depthwise else 1,
-            precision=p["precision"],
+            **alike,
         )
     return x.astype(eqn.outvars[0].aval.dtype)
 

@@ -122,12 +122,19 @@ def factorize(
     pruned like any others.
 
     Raises ConfigError for an unknown method or a ratio outside (0, 1), BudgetError for
-    a budget that no ranks meet, DataError for missing batches, GraphError for variables
-    that do not fit the graph or are no dicts, and where no kernel can be factorised so.
+    a budget that no ranks meet, DataError for missing batches or such as give answers
+    that are not finite, GraphError for variables that are not, do not fit the graph or
+    are no dicts, and where no kernel can be factorised so.
     """
-    _check(method, ratio, budget, batches, multiple_of)
+    _check(method, ratio, budget, batches, multiple_of, positions, only)
     _check_tree(graph, variables, method)
     readings = _readings(method, apply, variables, inputs, kwargs, only)
+    if not readings and list(only) != ["*"]:
+        some = next((path_str(x.path) for x in graph.leaves if len(x.shape) > 1), "")
+        raise GraphError(
+            f"factorize: only={list(only)!r} names no kernel that {method!r} cuts; it "
+            f"holds fnmatch patterns of key paths such as {some!r}"
+        )
     seen_by = None
     if method in _SEEING and readings:
         seen_by = responses.sampler(
@@ -283,7 +290,13 @@ def _readings(
 
 
 def _check(
-    method: str, ratio: Any, budget: Any, batches: Any, multiple_of: Any
+    method: str,
+    ratio: Any,
+    budget: Any,
+    batches: Any,
+    multiple_of: Any,
+    positions: Any,
+    only: Any,
 ) -> None:
     known = get_args(Method)
     if method not in known:
@@ -296,8 +309,11 @@ def _check(
         check(budget)
     if budget is not None and budget.kind not in ("flops", "params"):
         raise BudgetError("factorize: a budget is jp.flops(r) or jp.params(r)")
-    if not isinstance(multiple_of, int) or multiple_of < 1:
-        raise ConfigError(f"factorize(multiple_of={multiple_of!r}): 1 or more")
+    for name, value in (("multiple_of", multiple_of), ("positions", positions)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"factorize({name}={value!r}): 1 or more")
+    if isinstance(only, str):
+        raise ConfigError(f"factorize(only={only!r}): a list of patterns, [{only!r}]")
     if method in _SEEING and batches is None:
         raise DataError(f"factorize: {method!r} needs batches=[inputs of apply, ...]")
 
@@ -328,7 +344,10 @@ def _at(tree: PyTree, path: Path) -> Any:
 
 
 def _float64(tree: PyTree, path: Path) -> np.ndarray:
-    return np.asarray(_at(tree, path), np.float64)
+    kernel = np.asarray(_at(tree, path), np.float64)
+    if not np.isfinite(kernel).all():
+        raise GraphError(f"factorize: {path_str(path)} is not finite")
+    return kernel
 
 
 def _biased(variables: PyTree, path: Path, kernel: np.ndarray) -> bool:

@@ -79,10 +79,14 @@ def sampler(
         found = [collect(variables, i, k) for i, k in zip(inputs, keys, strict=True)]
 
         def of(path: Path) -> Sample:
-            answers, before = zip(*(x[path_str(path)] for x in found), strict=True)
-            if before[0] is None:
-                return Sample(_joined(answers), None)
-            return Sample(_joined(answers), _joined(before))
+            parts, before = zip(*(x[path_str(path)] for x in found), strict=True)
+            answers = _joined(parts)
+            if not np.isfinite(answers).all():
+                raise DataError(
+                    f"factorize: what {path_str(path)} answers to the batches is not "
+                    "finite; are they, and the variables?"
+                )
+            return Sample(answers, None if before[0] is None else _joined(before))
 
         return of
 

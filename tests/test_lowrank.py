@@ -315,15 +315,48 @@ def test_derivatives_of_ones_own_and_other_uses_are_kept() -> None:
     np.testing.assert_array_equal(slope, 0)  # relu'(0) = 0
 
 
+@pytest.mark.parametrize("method", sorted(by.METHODS))
+@pytest.mark.parametrize("lower", [jnp.bfloat16, jnp.float16])
+def test_a_chain_computes_in_its_products_precision(method: str, lower: Any) -> None:
+    """Parameters in float32, computation in 16 bits: as the dense network does."""
+    net = nn.Conv(8, (3, 3), dtype=lower)
+    x = normal(2, 6, 6, 8)
+    apply, variables, graph = one_layer(net, x)
+    thin = jp.factorize(
+        apply, graph, variables, x, method=method, ratio=0.9, batches=[x]
+    )
+    program = jax.make_jaxpr(thin.apply)(thin.variables, x)
+    convs = [e for e in program.eqns if e.primitive.name == "conv_general_dilated"]
+    assert len(convs) > 1
+    assert all(v.aval.dtype == lower for e in convs for v in e.invars)
+    plain = nn.Conv(8, (3, 3))
+    whole = jp.factorized(plain.apply)(thin.variables, x)
+    got = thin.apply(thin.variables, x)
+    assert got.dtype == lower
+    np.testing.assert_allclose(
+        np.float32(got), whole, rtol=0, atol=0.05 * np.abs(whole).max()
+    )
+
+
 def test_what_cannot_be_is_said() -> None:
     x = normal(1, 6, 6, 8)
     apply, variables, graph = one_layer(nn.Conv(12, (3, 3)), x)
+    bad = jax.tree.map(lambda w: w * np.nan, variables)
+    with pytest.raises(GraphError, match="params/kernel is not finite"):
+        jp.factorize(apply, graph, bad, x)
     for more, error, match in (
         ({"method": "tucker"}, ConfigError, "one of svd, separable, cp, pred"),
         ({"ratio": 1.0}, ConfigError, "ratio=1.0"),
         ({"method": "responses"}, DataError, "needs batches"),
         ({"method": "responses", "batches": []}, DataError, "batches is empty"),
-        ({"only": ["head*"]}, GraphError, "no kernel of head"),
+        ({"only": ["head*"]}, GraphError, r"only=\['head\*'\] names no kernel"),
+        ({"only": "head*"}, ConfigError, r"a list of patterns, \['head\*'\]"),
+        ({"positions": 0}, ConfigError, "positions=0"),
+        (
+            {"method": "responses", "batches": [x * np.nan]},
+            DataError,
+            "params/kernel answ",
+        ),
     ):
         with pytest.raises(error, match=match):
             jp.factorize(apply, graph, variables, x, **more)

@@ -73,6 +73,21 @@ def test_a_relu_is_found_behind_a_bias_and_a_batch_norm() -> None:
     np.testing.assert_allclose(before, want + p["norm"]["bias"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("call", [jax.jit, jax.checkpoint, lambda f: f])
+def test_another_reader_in_a_called_program_is_seen(call: Any) -> None:
+    """Only of what the ReLU alone reads is `before` known, inlined or not."""
+    x, variables = np.ones((2, 4)), {"w": np.eye(4), "b": np.ones(4)}
+    variables["v"] = np.ones((4, 3))
+    alone, both = call(nn.relu), call(lambda y: nn.relu(y) + y)
+
+    def net(variables: Any, x: jax.Array) -> jax.Array:
+        return both(alone(x @ variables["w"] + variables["b"]) @ variables["v"])
+
+    found = {}
+    behind(net, lambda a: found.setdefault(a.path, a.before is not None))(variables, x)
+    assert found == {("w",): True, ("v",): False}
+
+
 def test_each_element_goes_where_its_cost_is_least() -> None:
     target, given = np.linspace(-2, 2, 9)[:, None], np.linspace(-2, 2, 11)[None]
     grid = np.linspace(-5, 5, 20001)
