@@ -351,7 +351,18 @@ def needed(evidence: Evidence, name: str) -> tuple[Any, Any]:
             f"{name} needs {missing}; call score({name}(), graph, variables, "
             "loss=lambda variables, batch: ..., batches=[...])"
         )
-    return loss, batch
+
+    def checked(variables: PyTree, batch: Any) -> jax.Array:
+        found = loss(variables, batch)
+        if not jax.tree_util.all_leaves([found]) or jnp.shape(found) != ():
+            shapes = jax.tree.map(jnp.shape, found)
+            raise ConfigError(
+                f"{name}: the loss returns arrays of shape {shapes}, not one number; "
+                "reduce it, by jnp.mean, say, and return nothing beside it"
+            )
+        return found
+
+    return checked, batch
 
 
 def _gradient_times_weight(loss: Any, variables: PyTree, batch: Any) -> PyTree:

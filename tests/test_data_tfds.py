@@ -87,6 +87,24 @@ def test_a_prepared_data_set_reads_by_its_name(root, tmp_path):
     np.testing.assert_array_equal(split.labels, theirs.labels)
 
 
+def test_the_newest_version_is_read(pets, tmp_path):
+    """By its numbers, not by its letters; several data sets are to be named."""
+    (old,) = (pets / "pets").iterdir()
+    home = write(tmp_path / "more", train=5, test=1)
+    prepare(home, tmp_path / "other", "pets")
+    (new,) = (tmp_path / "other/pets").iterdir()
+    old.rename(pets / "pets/1.9.0")
+    new.rename(pets / "pets/1.10.0")
+    cache = tmp_path / "cache"
+    assert len(data.load("tfds:pets", pets, "train", cache=cache).stems) == 5
+    assert len(data.load("tfds:pets/1.9.0", pets, "train", cache=cache).stems) == 11
+    (pets / "pets/large").mkdir()
+    (pets / "pets/1.9.0").rename(pets / "pets/large/1.9.0")
+    with pytest.raises(DataError, match="several data sets: name one, pets, pets/lar"):
+        data.load("tfds:pets", pets, "train", cache=cache)
+    assert len(data.load("tfds:pets/large", pets, "train", cache=cache).stems) == 11
+
+
 def test_faults_are_named(root, tmp_path):
     cache = tmp_path / "cache"
     with pytest.raises(DataError, match="--set data.root=DIR"):

@@ -7,7 +7,9 @@ import functools
 import itertools
 from pathlib import Path
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -271,6 +273,16 @@ def test_segnet_computes_what_vgg_does(tmp_path, normed):
         assert_near(given[ours], y)
         y = np.maximum(y, 0)
     assert y.shape == (2, 6, 2, 4)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_weights_in_16_bits_are_read(tmp_path, kind):
+    state = {k: x.astype(jnp.dtype(kind)) for k, x in vgg_state(False).items()}
+    args = {"widths": WIDTHS}
+    _, _, got = imported("segnet", args, state, tmp_path, ".safetensors", **PLAIN)
+    wanted = {k: np.float32(x) for k, x in state.items()}
+    _, _, want = imported("segnet", args, wanted, tmp_path, **PLAIN)
+    chex.assert_trees_all_equal(got, want)
 
 
 def test_the_mean_and_deviation_of_images_are_folded_in(tmp_path):

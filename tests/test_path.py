@@ -318,6 +318,14 @@ def test_a_network_that_breaks_is_named():
 
 
 @pytest.mark.parametrize(
+    "bad", [lambda v, b: squares(v, b), lambda v, b: (loss(v, b), {"more": b})]
+)
+def test_a_loss_that_is_not_one_number_is_told(bad):
+    with pytest.raises(ConfigError, match=r"the loss returns arrays of shape.*\(8,"):
+        prune_path(GRAPH, VARIABLES, bad, make_batches(1), risk=loss)
+
+
+@pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"block": 1.0}, ConfigError, "block=1.0"),

@@ -237,13 +237,23 @@ def _prepare_camvid(
 
 
 def _find_prepared(root: Path, name: str) -> Path:
-    found = sorted(path.parent for path in (root / name).rglob("dataset_info.json"))
+    found = [path.parent for path in (root / name).rglob("dataset_info.json")]
     if not found:
         raise DataError(
             f"{root / name}: no prepared data set; run download_and_prepare once with"
             f" data_dir={str(root)!r} and file_format='array_record'"
         )
-    return found[-1]  # the newest version
+    configs = sorted({str(path.parent.relative_to(root)) for path in found})
+    if len(configs) > 1:
+        raise DataError(
+            f"{root / name} holds several data sets: name one, {', '.join(configs)}"
+        )
+    return max(found, key=_version)
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """The number that a version's folder is called by, 1.10.0 above 1.9.0."""
+    return tuple(int(n) if n.isdecimal() else -1 for n in path.name.split("."))
 
 
 def _parse(text: str) -> tuple[str, dict[str, str]]:

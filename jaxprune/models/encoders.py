@@ -205,7 +205,8 @@ def _array(
             f"{file}: {name} has shape {given.shape}, the network's is {shape}; are "
             "its widths and depths those of the file?"
         )
-    if given.dtype.kind != "f" or not np.isfinite(given).all():
+    real = jnp.issubdtype(given.dtype, jnp.floating)  # bfloat16, too
+    if not real or not np.isfinite(given.astype(np.float64)).all():
         raise base.CheckpointError(f"{file}: {name} holds what is no finite number")
     return given.astype(np.float64)
 
