@@ -72,7 +72,8 @@ def test_heads_by_the_papers_widths() -> None:
     fine += sum(conv(n, 256, 3) for n in (1024, 512, 256))
     far = 4 * conv(512, 512, 3) + conv(512, 256, 3) - conv(256, 256, 3)
     far += 2 * 4 * conv(256, 256, 3)
-    want = backbone + coarse + fine + far + conv(256, 21, 3)
+    last = 2 * 2 * conv(256, 256, 3)  # two units before the classifier
+    want = backbone + coarse + fine + far + last + conv(256, 21, 3)
     assert count(tree["params"]) == want
 
 

@@ -31,7 +31,9 @@ def _path(p: int) -> list[str]:
     for source in ("near", "far")[: 1 if p == 4 else 2]:
         names += [f"refine{p}_{source}{u}_conv{i}" for u in (1, 2) for i in (1, 2)]
         names.append(f"refine{p}_{source}_fuse")
-    return [*names, *(f"refine{p}_{part}" for part in _REST)]
+    # Two more units before the classifier, the paper's end of the finest.
+    last = [f"last{u}_conv{i}" for u in (1, 2) for i in (1, 2)] if p == 1 else []
+    return [*names, *(f"refine{p}_{part}" for part in (*_REST, *last))]
 
 
 _REST = ("pool1", "pool2", "out_conv1", "out_conv2")
@@ -44,10 +46,10 @@ def _ties() -> dict[str, str]:
         fused = f"refine{p}_near_fuse"
         before = {"near": f"refine{p}_reduce", "far": f"refine{p + 1}_near_fuse"}
         for name in _path(p):
-            if name.endswith(("_far_fuse", "pool1", "pool2", "out_conv2")):
+            if name.endswith("_far_fuse") or "_pool" in name:
                 ties[name] = fused
             elif name.endswith("_conv2"):
-                ties[name] = before["near" if "_near" in name else "far"]
+                ties[name] = next((b for s, b in before.items() if s in name), fused)
     return ties
 
 
@@ -116,6 +118,8 @@ class RefineNet(nn.Module):
                 chained = conv(chained, f"refine{p}_pool{i}")
                 x = x + chained
             x = unit(x, f"refine{p}_out")
+        for u in (1, 2):
+            x = unit(x, f"refine1_last{u}")
         x = layers.conv(x, "classifier", self.num_classes, dtype=self.dtype)
         x = layers.resize(x, images)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
