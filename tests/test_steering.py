@@ -249,12 +249,12 @@ def test_an_optimiser_can_be_made_within_jit():
 @pytest.mark.parametrize("name", ["gain", "start"])
 def test_the_state_keeps_its_types(name):
     """As a carry of lax.scan must, also with 64 bits enabled and given."""
-    variables = toygraphs.variables(GRAPH)
-    value = {"gain": 0.02, "start": 1e-3}[name]
+    value = np.float64({"gain": 0.02, "start": 1e-3}[name])
     with jax.enable_x64(True):
-        tx = jp.proximal(GRAPH, jp.steer(GRAPH, 0.5, **{name: np.float64(value)}))
-        state = tx.init(variables)
-        _, after = tx.update(variables, state, variables)
+        controller = jp.steer(GRAPH, 0.5, **{name: value})
+        deaths = {n: jnp.ones(g.size) for n, g in GRAPH.groups.items()}
+        state = controller.init()
+        _, after = controller.update(state, deaths)
         chex.assert_trees_all_equal_dtypes(state, after)
 
 
