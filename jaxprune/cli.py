@@ -182,6 +182,8 @@ def _predict(args: argparse.Namespace) -> int:
         )
     if args.out == streams.STDIN or any(map(streams.is_stream, args.inputs)):
         return _predict_stream(args)
+    if args.raw:
+        raise base.ConfigError("--raw says how frames of standard input lie: name -")
     files = predict.find(args.inputs)
     pruned = checkpoint.load(inspection.saved(args.folder))
     for path in predict.write(

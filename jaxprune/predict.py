@@ -89,9 +89,9 @@ def read_image(file: Path, data: bytes | None = None) -> np.ndarray:
     Grey, palette, 16-bit and CMYK files become RGB. Raises DataError, naming the file,
     where it is damaged or no image.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    image = ImageOps.exif_transpose(image_files.decode(file, data))
+    image = image_files.decode(file, data)
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
     if "A" in image.getbands() or "transparency" in image.info:

@@ -67,7 +67,8 @@ def test_heads_by_the_papers_widths() -> None:
     assert count(tree["params"]) == backbone + convs + norms + conv(256, 21)
 
     _, tree = shapes("refinenet")
-    coarse = conv(2048, 512, 3) + (4 + 1 + 2 + 2) * conv(512, 512, 3)
+    # Nothing is fused there: units, pooling, unit.
+    coarse = conv(2048, 512, 3) + (4 + 2 + 2) * conv(512, 512, 3)
     fine = 3 * (4 + 1 + 1 + 2 + 2) * conv(256, 256, 3)  # near, both fusions, the rest
     fine += sum(conv(n, 256, 3) for n in (1024, 512, 256))
     far = 4 * conv(512, 512, 3) + conv(512, 256, 3) - conv(256, 256, 3)

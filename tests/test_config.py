@@ -122,8 +122,11 @@ def test_gates_carry_no_optimiser(empty):
             configs.load_config(empty, ["prune.method=weights", setting])
     with pytest.raises(ConfigError, match="prune.reconstruct = 0: .*'layerwise'"):
         configs.load_config(empty, ["prune.method=layerwise"])
-    with pytest.raises(ConfigError, match="prune.stages = 9: must be from 1 to"):
-        configs.load_config(empty, ["prune.trials=8", "prune.stages=9"])
+    with pytest.raises(ConfigError, match="prune.stages = 9: must be at most prune"):
+        more = ["prune.method=particles", "prune.trials=8", "prune.stages=9"]
+        configs.load_config(empty, more)
+    few = ["prune.method=random_masks", "prune.trials=4"]
+    assert configs.load_config(empty, few).prune.trials == 4
     with pytest.raises(ConfigError, match="carry_optimizer = True.*false.*'gates'"):
         configs.load_config(empty, ["prune.method=gates", "prune.carry_optimizer=true"])
 
@@ -170,6 +173,10 @@ def test_gates_carry_no_optimiser(empty):
             + ["prune.target=0.4"],
             "strength = 0.*: must be positive with a target where",
         ),
+        (["prune.choose=1se"], "choose = '1se': must be 'budget' where"),
+        (["prune.estimate=fisher"], "estimate = 'fisher': must be 'taylor' where"),
+        (["prune.method=path", "prune.scope=local"], "scope = 'local': must be 'glo"),
+        (["prune.method=path", "prune.per_cost=yes"], "per_cost = True: must be fa"),
         (["prune.adaptive=1"], "adaptive = 1.*: must be 0 where"),
         (["prune.method=lasso", "prune.adaptive=-1"], "adaptive = -1.*in .0, 4."),
     ],

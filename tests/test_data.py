@@ -91,6 +91,35 @@ def test_resizing_averages_images_and_samples_labels(tmp_path):
     assert 80 < split.images.min() <= split.images.max() < 120
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_read_upright(tmp_path, orientation):
+    """As their EXIF orientation says, and as the masks and `predict` have them."""
+    upright = np.arange(24 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    # By the standard: in which order rows and columns lie in the file.
+    as_filed = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    write_pair(tmp_path, "train", "a", upright, np.zeros((4, 6)))
+    filed = Image.fromarray(np.ascontiguousarray(as_filed[orientation]))
+    filed.save(tmp_path / "train" / "a.png", exif=exif)
+    np.testing.assert_array_equal(load(tmp_path).images[0], upright)
+    filed.resize((filed.width * 8, filed.height * 8)).save(
+        tmp_path / "train" / "b.jpg", exif=exif
+    )
+    write_pair(tmp_path, "train", "b", upright, np.zeros((32, 48)))
+    (tmp_path / "train" / "b.png").unlink()
+    assert load(tmp_path, size=(8, 12)).images.shape == (2, 8, 12, 3)
+
+
 def test_count_takes_the_first(root):
     assert load(root, count=2).stems == ("frame0", "frame1")
 

@@ -223,6 +223,11 @@ def test_numbers_as_people_read_them(function, value, shown):
     assert function(value) == shown
 
 
+def test_what_loses_nothing_is_not_said_to():
+    groups = [{"name": "a", "before": 8, "after": 8}]
+    assert words.widths(groups) == "All 8 channels stay"
+
+
 def test_frozen_axes_are_summed_up_by_cause():
     frozen = [(f"params/c{i}/kernel", 0, 3, "sort") for i in range(5)]
     rows = words.by_cause([*frozen, ("params/d/kernel", 1, 8, "cumsum")])

@@ -198,6 +198,26 @@ def test_a_point_is_cut_out_as_the_prune_stage_does(
         cutout.cut_out(folder, place, out)
 
 
+def test_a_point_behind_a_round_that_no_training_followed(tmp_path, monkeypatch):
+    """prune.recovery_epochs = 0, the default: what was cut is what is walked on."""
+    folder = tmp_path / "work"
+    job, graph, dense = prepared(folder, rounds=2, recovery_epochs=0.0)
+    tinyrun.ship(monkeypatch, job.splits)
+    dense = loop.train(
+        dataclasses.replace(job, stage="train"), dense.average, Progress(folder)
+    )
+    found = cut.prune_stage(job, graph, dense, Progress(folder))
+    write_text(folder / "config.json", to_json(job.config))
+    write_text(folder / "graph.json", graph.to_json())
+    rows = json.loads((folder / "prune.json").read_text())["path"]
+    mine = [row for row in rows if row["round"] == 2]
+    place = next(i for i, row in enumerate(mine) if row["chosen"])
+    cutout.cut_out(folder, place, tmp_path / "point")
+    point = jp.load(tmp_path / "point", apply=tinyrun.Net().apply)
+    chex.assert_trees_all_equal(point.keep, found.keep)
+    chex.assert_trees_all_equal(point.variables, found.variables)
+
+
 def test_a_path_of_other_weights_is_not_cut_out(pruned_run, tiny, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(pruned_run[0], folder)

@@ -16,6 +16,7 @@ from jaxprune.base import ConfigError
 from jaxprune.report import plots
 from jaxprune.train import study, tabulate
 from jaxprune.train.config import Config
+from jaxprune.train.loop import Splits
 
 FIT = train.Fit(epochs=1, batch=8, ema=0.5)
 CONFIG = train.Config(
@@ -57,6 +58,9 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
         cuts_in_training=1,
         reconstruct=1,
         carry_optimizer=True,
+        estimate="fisher",
+        scope="local",
+        per_cost=True,
     )
     steered = dataclasses.replace(CONFIG, prune=steered)
     for method in study.METHODS:
@@ -77,6 +81,12 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
     assert (both.prune.rounds, both.retrain.epochs) == (2, 0.75)
     with pytest.raises(ConfigError, match="no method 'tailor'; is 'taylor' meant"):
         study.planned(CONFIG, "tailor", 0.5, 0, ["l1"])
+
+
+def test_who_begins_anew_has_the_widths_of_the_first_that_cuts_channels():
+    assert study._narrower(CONFIG, ["weights", "svd", "l1", "path"]) == ["l1"]
+    assert study._narrower(CONFIG, ["path", "l1"]) == ["path"]
+    assert study._narrower(CONFIG, ["weights", "cp"]) == []
 
 
 def network(val, test, flops, error=None):
@@ -220,7 +230,7 @@ def test_without_times_the_frontier_is_of_flops_alone(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
+def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch, capsys):
     config = tmp_path / "tiny.py"
     config.write_text(
         "import test_study\n\n\ndef get_config():\n    return test_study.CONFIG\n"
@@ -286,6 +296,12 @@ def test_a_study_shares_the_dense_network_and_goes_on(tmp_path, monkeypatch):
     assert cli.main([*command, "--methods", "l1"]) == 2
     rows = (folder / "random-0.6-seed0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(r)["stage"] for r in rows].count("train") >= 1
+    # What was trained on other images of that name and number is not taken for its own.
+    other = Splits(*(tinyrun.split(n, c, 9) for n, c in tinyrun.COUNTS.items()))
+    tinyrun.ship(monkeypatch, other)
+    capsys.readouterr()
+    assert cli.main([*command, "--methods", "activation"]) == 2
+    assert "'train' is not what this run began with" in capsys.readouterr().err
 
 
 def test_bad_requests_are_named(tmp_path, capsys):
@@ -310,7 +326,9 @@ def test_of_several_processes_one_takes_a_dense_network_over(tmp_path, monkeypat
     """The others wait for it: two that copy into one folder would trip each other."""
     first, folder = tmp_path / "first", tmp_path / "second"
     (first / "checkpoints" / "train" / "3").mkdir(parents=True)
-    (first / "metrics.jsonl").write_text('{"stage": "train"}\n{"stage": "retrain"}\n')
+    rows = '{"stage": "train"}\n{"stage": "retrain"}\n{"stage": "tr'  # cut off
+    (first / "metrics.jsonl").write_text(rows)
+    (first / "data.json").write_text('{"train": {"count": 24}}')
     (first / "timings.json").write_text('{"a": 1.5}')
     monkeypatch.setattr(study, "_trained", lambda *_: first)
     waits = []
@@ -322,5 +340,6 @@ def test_of_several_processes_one_takes_a_dense_network_over(tmp_path, monkeypat
     assert waits == [f"jaxprune began {folder}"] * 3
     assert (folder / "checkpoints" / "train" / "3").is_dir()
     assert (folder / "metrics.jsonl").read_text() == '{"stage": "train"}\n'
+    assert (folder / "data.json").read_text() == '{"train": {"count": 24}}'
     # All methods cut by the same clock.
     assert (folder / "timings.json").read_text() == '{"a": 1.5}'

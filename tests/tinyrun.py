@@ -26,6 +26,7 @@ from jaxprune.train.progress import Progress
 SIZE = (8, 12)
 # What of a row of metrics.jsonl differs from run to run.
 TIMED = ("time", "images_per_s", "host_bytes", "device_bytes")
+COUNTS = {"train": 24, "val": 5, "test": 5}
 CLASSES = data.Classes(("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 0, 255)))
 
 
@@ -62,7 +63,7 @@ def job(folder: Path, epochs: float = 4, **fields: object) -> Job:
         evaluate=Evaluate(every=1),
         save_every=1.0,
     )
-    splits = Splits(split("train", 24), split("val", 5, 1), split("test", 5, 2))
+    splits = Splits(*(split(n, c, i) for i, (n, c) in enumerate(COUNTS.items())))
     folder.mkdir(parents=True, exist_ok=True)
     values = {"stage": "train", "apply": Net().apply, "fit": fit, "config": config}
     return Job(**{**values, "splits": splits, "workdir": folder, **fields})

@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.base import DataError
 from jaxprune.data.types import Classes, Size
 
+_ORIENTATION = 0x0112  # of EXIF; above 4, width and height are swapped
 _IMAGE_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "1", "CMYK", "YCbCr")
 
 
@@ -22,7 +23,7 @@ class Pair(NamedTuple):
 
 
 def header(pair: Pair) -> Size:
-    """Height and width of a pair, from the files' headers alone.
+    """Height and width of a pair, upright, from the files' headers alone.
 
     Raises DataError for a file that is no image, an image of high bit depth, a mask
     that is not one label a pixel, or two sizes.
@@ -74,9 +75,11 @@ def fit(
 def decode(path: Path, data: bytes | None = None) -> Any:
     """The decoded PIL image of a file, or of `data` where `path` is only its name.
 
+    Upright, as its EXIF orientation says.
+
     Raises DataError, naming `path`, if it is damaged.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         if path.suffix.lower() == ".png":
@@ -84,6 +87,7 @@ def decode(path: Path, data: bytes | None = None) -> Any:
                 image.verify()  # checksums, which load() skips
         with Image.open(_file(path, data)) as image:
             image.load()
+            ImageOps.exif_transpose(image, in_place=True)
             return image
     except Exception as error:  # PIL raises half a dozen kinds for damaged data
         raise _damaged(path, error) from error
@@ -98,7 +102,11 @@ def _peek(path: Path) -> tuple[tuple[int, int], str]:
 
     try:
         with Image.open(path) as image:
-            return image.size, image.mode
+            width, height = image.size
+            # Of a PNG only the chunk before the pixels: to look behind is to decode.
+            named = image.format != "PNG" or "exif" in image.info
+            turned = named and image.getexif().get(_ORIENTATION, 1) > 4
+            return ((height, width) if turned else (width, height)), image.mode
     except Exception as error:
         raise _damaged(path, error) from error
 

@@ -27,10 +27,11 @@ def conv_names(depths: Sequence[int] = resnet.DEPTHS) -> tuple[str, ...]:
 def _path(p: int) -> list[str]:
     """The convolutions of refinement p: units, fusion, chained pooling, unit."""
     names = [f"refine{p}_reduce"]
-    # What comes from the path before has units of its own; the coarsest has none.
+    # What comes from the path before has units of its own; the coarsest has none, and
+    # with nothing to be fused with passes the fusion as it is.
     for source in ("near", "far")[: 1 if p == 4 else 2]:
         names += [f"refine{p}_{source}{u}_conv{i}" for u in (1, 2) for i in (1, 2)]
-        names.append(f"refine{p}_{source}_fuse")
+        names += [] if p == 4 else [f"refine{p}_{source}_fuse"]
     # Two more units before the classifier, the paper's end of the finest.
     last = [f"last{u}_conv{i}" for u in (1, 2) for i in (1, 2)] if p == 1 else []
     return [*names, *(f"refine{p}_{part}" for part in (*_REST, *last))]
@@ -39,12 +40,17 @@ def _path(p: int) -> list[str]:
 _REST = ("pool1", "pool2", "out_conv1", "out_conv2")
 
 
+def _fused(p: int) -> str:
+    """The first of the convolutions whose outputs add up to refinement p's own."""
+    return f"refine{p}_near_fuse" if p < 4 else f"refine{p}_reduce"
+
+
 def _ties() -> dict[str, str]:
     """{convolution: the one to whose output its own is added}, by refinement."""
     ties = {}
     for p in _PATHS:
-        fused = f"refine{p}_near_fuse"
-        before = {"near": f"refine{p}_reduce", "far": f"refine{p + 1}_near_fuse"}
+        fused = _fused(p)
+        before = {"near": f"refine{p}_reduce", "far": _fused(p + 1)}
         for name in _path(p):
             if name.endswith("_far_fuse") or "_pool" in name:
                 ties[name] = fused
@@ -97,10 +103,11 @@ class RefineNet(nn.Module):
             y = conv(nn.relu(x), f"{name}_conv1")
             return x + conv(nn.relu(y), f"{name}_conv2")
 
+        def units(x, name):
+            return unit(unit(x, f"{name}1"), f"{name}2")
+
         def fused(x, name):
-            for u in (1, 2):
-                x = unit(x, f"{name}{u}")
-            return conv(x, f"{name}_fuse")
+            return conv(units(x, name), f"{name}_fuse")
 
         stages = resnet.features(
             images, width, self.depths, train=train, dtype=self.dtype
@@ -108,8 +115,10 @@ class RefineNet(nn.Module):
         x: Any = None
         for p in _PATHS:
             near = conv(stages[p - 1], f"refine{p}_reduce")
-            near = fused(near, f"refine{p}_near")
-            if x is not None:
+            if x is None:
+                near = units(near, f"refine{p}_near")
+            else:
+                near = fused(near, f"refine{p}_near")
                 near = near + layers.resize(fused(x, f"refine{p}_far"), near)
             # Chained residual pooling.
             x = chained = nn.relu(near)
@@ -118,8 +127,7 @@ class RefineNet(nn.Module):
                 chained = conv(chained, f"refine{p}_pool{i}")
                 x = x + chained
             x = unit(x, f"refine{p}_out")
-        for u in (1, 2):
-            x = unit(x, f"refine1_last{u}")
+        x = units(x, "refine1_last")
         x = layers.conv(x, "classifier", self.num_classes, dtype=self.dtype)
         x = layers.resize(x, images)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

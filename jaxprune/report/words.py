@@ -117,6 +117,8 @@ def widths(groups: Sequence[Mapping[str, Any]], unit: str = "channels") -> str:
     """What the widths (or ranks) before and after show."""
     before = sum(g["before"] for g in groups)
     after = sum(g["after"] for g in groups)
+    if after == before:
+        return f"All {before:,} {unit} stay"
     least = min(groups, key=lambda g: g["after"] / g["before"])
     return (
         f"{after:,} of {before:,} {unit} stay; {shorten(least['name'])} loses most "

@@ -165,7 +165,10 @@ def widened(
 
 
 def estimates(job: Job, count: int) -> list[Any]:
-    """Training batches that estimates see: whole images, in a seeded order."""
+    """Training batches that estimates see: no flips or colours, in a seeded order.
+
+    Whole images where `data.stored` has the aspect of `data.size`, else crops of them.
+    """
     how = data.Augment(crop=job.config.data.size, flip=False)
     batches = data.batches(
         job.splits.train, batch=job.fit.batch, seed=job.config.seed, augment=how

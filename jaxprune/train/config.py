@@ -249,7 +249,12 @@ def _check_prune(prune: Prune) -> None:
         ("cuts_in_training", prune.cuts_in_training >= 0, "0 or more"),
         ("block", 0 <= prune.block < 1, "in [0, 1)"),
         ("trials", prune.trials > 0, "positive"),
-        ("stages", 0 < prune.stages <= prune.trials, "from 1 to prune.trials"),
+        ("stages", prune.stages > 0, "positive"),
+        (
+            "stages",
+            prune.method != "particles" or prune.stages <= prune.trials,
+            "at most prune.trials where the method is 'particles'",
+        ),
         ("reconstruct", prune.reconstruct >= 0, "0 or more"),
         (
             "reconstruct",
@@ -271,6 +276,7 @@ def _check_prune(prune: Prune) -> None:
 
 def _penalty_rules(prune: Prune) -> list[tuple[str, bool, str]]:
     """What other methods would pass over is refused."""
+    walk = "where the method walks no path"
     off = "where the method is not"
     own = "where the method trains under no penalty"
     return [
@@ -283,6 +289,18 @@ def _penalty_rules(prune: Prune) -> list[tuple[str, bool, str]]:
             "metric",
             not prune.accelerated or prune.metric == "plain",
             "'plain' where gates are accelerated: no Adam moves them",
+        ),
+        ("choose", prune.walked or prune.choose == "budget", f"'budget' {walk}"),
+        ("estimate", prune.walked or prune.estimate == "taylor", f"'taylor' {walk}"),
+        (
+            "scope",
+            not prune.walked or prune.scope == "global",
+            "'global' where the method walks a path: it orders all groups by cost",
+        ),
+        (
+            "per_cost",
+            not (prune.walked and prune.per_cost),
+            "false where the method walks a path: it is by cost",
         ),
         ("accelerated", prune.gated or not prune.accelerated, f"false {off} 'gates'"),
         ("repriced", prune.sparse or not prune.repriced, f"false {own}"),

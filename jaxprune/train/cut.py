@@ -277,7 +277,9 @@ def recovery(job: Job, number: int) -> Job:
     """The job of the retraining behind round `number`; its apply is still the job's."""
     fit = job.config.retrain
     epochs = job.config.prune.recovery_epochs
-    fit = dataclasses.replace(fit, epochs=epochs, warmup=min(fit.warmup, epochs))
+    # At least half of it on the way down: what is cut next is judged at its end.
+    warmup = min(fit.warmup, epochs / 2)
+    fit = dataclasses.replace(fit, epochs=epochs, warmup=warmup)
     around, stage = held(job.config.prune), f"recover{number}"
     return dataclasses.replace(job, stage=stage, fit=fit, around=around)
 

@@ -21,6 +21,7 @@ from jaxprune.slim import slim
 from jaxprune.steps import Path as Walked
 from jaxprune.steps import Rule, Step
 from jaxprune.train import cut, folder, points, stages
+from jaxprune.train import layout as layouts
 from jaxprune.train.config import Config
 from jaxprune.train.loop import Job, Splits, finished
 from jaxprune.train.sparsify import sparsified
@@ -101,8 +102,12 @@ def _before(job: Job, graph: Graph, net: Any, number: int) -> cut.Cut:
     store = checkpoint.open_store(job.workdir / "checkpoints" / "prune", keep_last=None)
     keep = keep_from_text(store.meta(number - 1)["keep"])
     keep = check_keep(graph, keep, concrete=True)
-    trained = finished(cut.recovery(job, number - 1), shrink(graph, keep, start))
-    return cut.Cut(keep, trained.average)
+    small = shrink(graph, keep, start)
+    recovery = cut.recovery(job, number - 1)
+    if recovery.end:
+        return cut.Cut(keep, finished(recovery, small).average)
+    tree, _ = store.restore(number - 1, {"variables": small})  # not trained on
+    return cut.Cut(keep, layouts.settled(tree["variables"]))
 
 
 def _check_walked(workdir: Path, number: int, before: cut.Cut) -> None:

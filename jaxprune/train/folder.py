@@ -23,7 +23,7 @@ from jaxprune.train.config import Config
 
 CONFIG = "config.json"
 TIMINGS = "timings.json"
-_DATA = "data.json"
+DATA = "data.json"
 _LOCK = ".lock"
 # Fields that may differ when a run is resumed: they change no result. Of data.root it
 # is `check_data` that sees to this; with on_nan = 'skip', save_every does change some.
@@ -104,7 +104,7 @@ def check_data(splits: Sequence[Split], workdir: Path) -> None:
 
     The first call notes down what that is.
     """
-    path = workdir / _DATA
+    path = workdir / DATA
     here = {split.name: _contents(split) for split in splits}
     if not path.exists():
         write_json(path, here)

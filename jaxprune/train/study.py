@@ -30,6 +30,7 @@ from jaxprune.train import stages, tabulate
 from jaxprune.train.config import Config, Prune, check, to_json
 from jaxprune.train.folder import (
     CONFIG,
+    DATA,
     TIMINGS,
     check_free,
     read_config,
@@ -85,9 +86,9 @@ def study(
     The json holds each run's scores beside the rows, which are over seeds.
     Methods that train under a penalty are steered to the budget, cut once, and retrain
     that much shorter. Where the config asks for a network from scratch, it is of the
-    first method's widths, of a budget and a seed. Of 'weights', the budget is the share
-    of FLOPs or parameters that are not of zeros; its rows tell the cost on hardware for
-    dense products, and that share beside it.
+    widths of the first method that cuts channels, of a budget and a seed. Of 'weights',
+    the budget is the share of FLOPs or parameters that are not of zeros; its rows tell
+    the cost on hardware for dense products, and that share beside it.
     Raises ConfigError for an unknown method, or a run that another config has begun,
     BudgetError for a budget that no network meets, before any work (of milliseconds,
     before the training of each run), and what `run` does.
@@ -97,7 +98,9 @@ def study(
         (method, budget, seed, planned(config, method, budget, seed, scratched))
         for seed in seeds
         for budget in budgets
-        for scratched in [_scratched(workdir, budget, seed) or methods[:1]]
+        for scratched in [
+            _scratched(workdir, budget, seed) or _narrower(config, methods)
+        ]
         for method in methods
     ]
     if not plans:
@@ -132,6 +135,15 @@ def _scratched(workdir: Path, budget: float, seed: int) -> list[str]:
     folders = {method: workdir / _name(method, budget, seed) for method in METHODS}
     begun = [m for m, folder in folders.items() if (folder / CONFIG).exists()]
     return [m for m in begun if read_config(folders[m]).scratch]
+
+
+def _narrower(config: Config, methods: Sequence[str]) -> list[str]:
+    """The first of the methods that leaves widths to begin anew from, if any does."""
+    for method in methods:
+        prune = dataclasses.replace(config.prune, **METHODS.get(method, {}))
+        if not (prune.irregular or prune.low_rank):
+            return [method]
+    return []
 
 
 def _trained(workdir: Path, plan: Config, images: int) -> Path | None:
@@ -267,6 +279,10 @@ def _without_others(prune: Prune) -> Prune:
         off["accelerated"] = False
     if prune.irregular or prune.low_rank:
         off["reconstruct"] = 0
+    if prune.walked:
+        off |= {"scope": "global", "per_cost": False}
+    else:
+        off["estimate"] = "taylor"
     return dataclasses.replace(prune, **off)
 
 
@@ -299,13 +315,23 @@ def _begin(folder: Path, plan: Config) -> None:
         write_text(folder / CONFIG, to_json(plan))
 
 
+def _stage(row: str) -> str | None:
+    """The stage of a row of metrics; None for one that was cut off."""
+    try:
+        return json.loads(row).get("stage")
+    except ValueError:
+        return None
+
+
 def _copy(first: Path, folder: Path, plan: Config) -> None:
     """The other run's checkpoints and rows of its dense network; the plan's config."""
     partial = folder / "checkpoints" / ".train.taken"
     shutil.rmtree(partial, ignore_errors=True)
     _begin(folder, plan)
+    if (first / DATA).exists():  # so that the run tells other data than it trained on
+        write_text(folder / DATA, (first / DATA).read_text("utf-8"))
     rows = (first / "metrics.jsonl").read_text("utf-8").splitlines()
-    mine = [row for row in rows if json.loads(row).get("stage") == "train"]
+    mine = [row for row in rows if _stage(row) == "train"]
     write_text(folder / "metrics.jsonl", "".join(f"{row}\n" for row in mine))
     shutil.copytree(first / "checkpoints" / "train", partial)
     partial.rename(folder / "checkpoints" / "train")
