@@ -180,7 +180,8 @@ def check_scores(graph: Graph, scores: Scores) -> dict[str, np.ndarray]:
                 f"are not finite, the first is channel {bad[0]}; are weights, loss "
                 "and batches finite?"
             )
-        checked[name] = value
+        real = jnp.issubdtype(value.dtype, jnp.inexact)
+        checked[name] = value if real else value.astype(np.float64)
     return checked
 
 

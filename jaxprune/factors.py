@@ -154,21 +154,41 @@ def alternate(
     """Of each axis of the kernel [length, rank], and the squared error by sweep."""
     rng = np.random.default_rng(seed)
     parts = [rng.normal(size=(n, rank)) for n in kernel.shape]
-    flat = [np.moveaxis(kernel, a, 0).reshape(kernel.shape[a], -1) for a in range(4)]
+    last = np.moveaxis(kernel, 3, 0).reshape(kernel.shape[3], -1)
     size, errors = np.sum(kernel**2), [np.inf]
     for _ in range(_SWEEPS):
         for axis in range(4):
             others = [parts[a] for a in range(4) if a != axis]
             gram = math.prod(p.T @ p for p in others)
-            spread = np.einsum("ar,br,cr->abcr", *others).reshape(-1, rank)
             # A little of ridge: columns that grow alike would cancel each other.
             ridge = 1e-10 * np.trace(gram) / rank
             gram = gram + (ridge or 1.0) * np.eye(rank)  # 1: of a kernel of zeros
-            parts[axis] = np.linalg.solve(gram, (flat[axis] @ spread).T).T
-        errors.append(float(np.sum((flat[3] - parts[3] @ spread.T) ** 2)))
+            rest = _contracted(kernel, parts, axis)
+            parts[axis] = np.linalg.solve(gram, rest.T).T
+        spread = np.einsum("ar,br,cr->abcr", *parts[:3]).reshape(-1, rank)
+        errors.append(float(np.sum((last - parts[3] @ spread.T) ** 2)))
         if errors[-2] - errors[-1] < 1e-7 * size:
             break
     return parts, errors[1:]
+
+
+def _contracted(kernel: np.ndarray, parts: list[np.ndarray], axis: int) -> np.ndarray:
+    """[length, rank]: the kernel times the parts of all axes but one.
+
+    The longest first, so that no product of two long axes and the rank is made.
+    """
+    left = [a for a in range(4) if a != axis]
+    longest = max(left, key=lambda a: kernel.shape[a])
+    found = np.tensordot(kernel, parts[longest], (longest, 0))
+    rest = [a for a in range(4) if a != longest]  # found's axes before the rank
+    for other in left:
+        if other != longest:
+            place = rest.index(other)
+            line = [1] * found.ndim
+            line[place], line[-1] = parts[other].shape
+            found = (found * parts[other].reshape(line)).sum(axis=place)
+            rest.remove(other)
+    return found
 
 
 def predicted(kernel: np.ndarray, rank: int, seed: int = 0) -> list[np.ndarray]:

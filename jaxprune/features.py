@@ -7,6 +7,7 @@ convolutions are not looked into: what only those read has no score, which is an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -166,11 +167,14 @@ def _of_gram(
         for name, mine in readers.items():
             # [n, C, outputs]; a channel of several indices adds what they all add.
             added = [v[a][:, slot.indices].sum(axis=2) for slot, a, v in mine]
-            new[name] = sum(jnp.einsum("nco,ndo->cd", z, z) for z in added)
+            new[name] = sum(_einsum("nco,ndo->cd", z, z) for z in added)
         grams = {n: g + new[n] for n, g in grams.items()}
         return {n: scored(g) for n, g in grams.items()}, (count + 1, grams)
 
     return Criterion(init, update)
+
+
+_einsum = functools.partial(jnp.einsum, precision="highest")
 
 
 def _added(reading: Reading, axis: int, positions: int, key: Any) -> jax.Array:
@@ -183,7 +187,7 @@ def _added(reading: Reading, axis: int, positions: int, key: Any) -> jax.Array:
     line = np.broadcast_to(np.arange(kernel.shape[axis]).reshape(shape), kernel.shape)
     place = np.asarray(reading.matrix(line))[:, 0]
     order = np.argsort(place, kind="stable").reshape(kernel.shape[axis], -1)
-    return jnp.einsum("nck,cko->nco", rows[:, order], reading.matrix(kernel)[order])
+    return _einsum("nck,cko->nco", rows[:, order], reading.matrix(kernel)[order])
 
 
 def lasting(gram: jax.Array, steps: int, wanted: jax.Array | None = None) -> jax.Array:
@@ -221,7 +225,7 @@ def lasso_path(
 
     def step(beta: Any, strength: Any) -> Any:
         # The product anew, lest rounding adds up.
-        start = beta, gram @ beta, strength
+        start = beta, _einsum("cd,d->c", gram, beta), strength
         beta, _, _ = jax.lax.fori_loop(0, sweeps, sweep, start)
         return beta, beta
 

@@ -14,7 +14,7 @@ import optax
 
 from jaxprune import sparsity, steering, trees
 from jaxprune.base import ConfigError, Graph, Group, PyTree
-from jaxprune.pricing import Weights, checked_weights, fitting
+from jaxprune.pricing import Weights, checked_weights, concrete, fitting
 from jaxprune.sharded import fetched
 from jaxprune.steering import Strength
 
@@ -38,7 +38,12 @@ def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
     Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
     networks", 2018. Theirs may leave 0 again; here 0 is final, as it is for `dead`.
     """
-    gates = fitting({n: g.size for n, g in graph.groups.items()}, gates, "gates")
+    sizes = {n: g.size for n, g in graph.groups.items()}
+    gates = fitting(sizes, gates, "gates")
+    gates = {
+        n: g if np.ndim(g) else jnp.broadcast_to(g, (sizes[n],))
+        for n, g in gates.items()
+    }
     counts = trees.channel_count(graph, roles=("in",))
     read = {n: g for n, g in gates.items() if counts[n].any()}
     unread = {n: g for n, g in gates.items() if n not in read}
@@ -196,7 +201,9 @@ def accelerated_gates(
         mu = momentum(steps) if callable(momentum) else momentum
         z = {n: params[n] + updates[n] for n in params}
         point, inner = _thresholded(strength, weights, params, z, state.proximal)
-        ahead = {n: p + mu * (p - state.point[n]) for n, p in point.items()}
+        ahead = {
+            n: (p + mu * (p - state.point[n])).astype(p.dtype) for n, p in point.items()
+        }
         return {n: ahead[n] - params[n] for n in params}, AcceleratedState(point, inner)
 
     def init(params: PyTree) -> AcceleratedState:
@@ -230,6 +237,9 @@ def deaths(
 def _check(strength: Strength, weights: Weights | None) -> None:
     """Raises for a strength, or a target that it cannot reach with these weights."""
     steering.check_strength(strength)
+    if isinstance(weights, Mapping):
+        weights = concrete(weights)
+        checked_weights({n: np.size(w) for n, w in weights.items()}, weights)
     if isinstance(strength, steering.Steering) and isinstance(weights, Mapping):
         known = {n: w for n, w in weights.items() if not isinstance(w, jax.core.Tracer)}
         strength.check({n: np.asarray(w) > 0 for n, w in known.items()})
@@ -264,5 +274,5 @@ def _thresholded(
     if each is not None:
         own = {n: w * each[n] for n, w in own.items()}
     s, state = steering.stepped(strength, state, lambda: steering.deaths_of(sizes, own))
-    shrunk = {n: g * sparsity.shrinkage(sizes[n], s * own[n]) for n, g in z.items()}
-    return shrunk, state
+    factors = {n: sparsity.shrinkage(sizes[n], s * own[n]) for n in z}
+    return {n: (g * factors[n]).astype(g.dtype) for n, g in z.items()}, state

@@ -77,7 +77,7 @@ class Timings:
                         f"{self} was measured for a graph with the group "
                         f"{missing[0]!r}, which this one lacks"
                     )
-                line = xp.full(kept.shape[:-1], float(fixed))
+                line = xp.full(kept.shape[:-1], float(fixed), kept.dtype)
                 for name, count in times.items():
                     line = line + count * kept[..., column[name]]
                 lengths.append(line)

@@ -27,11 +27,15 @@ from jaxprune.reconstruct import (
     check_batches,
     consumers,
     leaves_of,
+    ones,
     replaced,
     sampled,
 )
 from jaxprune.select import MultipleOf, select
 from jaxprune.taps import Reading, readings
+
+# Compiled once for all groups of a size.
+_lasting = jax.jit(lasting, static_argnums=1)
 
 
 def lasso_select(
@@ -90,7 +94,7 @@ def lasso_select(
         apply, variables, consumers(graph, widths), given, positions, seed, kwargs
     )
     readers = _readers(graph, widths, seen.readings)
-    masked, stays = variables, jax.tree.map(np.ones_like, variables)
+    masked, stays = variables, ones(variables)
     for path in seen.readings:
         undecided = [
             name
@@ -189,7 +193,7 @@ def _scores(
         wanted = wanted + mine @ ((read.T @ rest) * kernel).sum(axis=1)
     scale = np.trace(gram) / count or 1.0
     return np.asarray(
-        lasting(jnp.float32(gram / scale), steps, jnp.float32(wanted / scale))
+        _lasting(jnp.float32(gram / scale), steps, jnp.float32(wanted / scale))
     )
 
 

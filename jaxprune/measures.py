@@ -34,7 +34,8 @@ def floats(tree: PyTree) -> PyTree:
 
 
 def _wide(x: Any) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.asarray(x, jax.dtypes.canonicalize_dtype(wide))
 
 
 def _is_float(x: Any) -> bool:

@@ -221,6 +221,12 @@ def _looked_at(walk: _Walk, alpha: float, keep: Keep, variables: PyTree) -> Step
 def _recovered(graph: Graph, recover: Recover, step: Step, variables: PyTree) -> PyTree:
     """The variables after the user's retraining, masked before and behind it."""
     before = mask(graph, step.keep, variables)
+    # What `mask` passes on is the caller's: a training step may donate what it gets.
+    before = jax.tree.map(
+        lambda b, v: b.copy() if b is v and isinstance(b, jax.Array) else b,
+        before,
+        variables,
+    )
     after = recover(step, before)
     if _shapes(after) != _shapes(before):
         raise GraphError(

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxprune import disk, formats
 from jaxprune.base import DataError, Graph, PyTree
+from jaxprune.placement import placed_like
 from jaxprune.sharded import fetched
 from jaxprune.steps import Step, from_plain, to_plain
 from jaxprune.trees import expand, shrink
@@ -167,9 +168,10 @@ def load_variables(
 def masked_variables(
     graph: Graph, file: File, number: int, step: Step, like: PyTree
 ) -> PyTree:
-    """The same at their dense shapes, zero where removed."""
+    """The same at their dense shapes, zero where removed; on the mesh of `like`."""
     small = load_variables(graph, file, number, step, like)
-    return expand(graph, step.keep, small)
+    dense = expand(graph, step.keep, small)
+    return jax.tree.map(placed_like, like, dense)
 
 
 def checksum(tree: PyTree) -> int:

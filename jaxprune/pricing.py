@@ -29,6 +29,7 @@ from jaxprune.base import (
 )
 from jaxprune.cost import parameter_extents, summands
 from jaxprune.criteria import check_scores
+from jaxprune.sharded import fetched
 
 Counts = Mapping[str, Any]
 Repriced = Callable[[Counts], Mapping[str, Any]]
@@ -173,6 +174,15 @@ def resolved(
         return {n: np.sqrt(c) for n, c in counts.items()}
     found = weights(live()) if callable(weights) else weights
     return checked_weights({n: g.size for n, g in graph.groups.items()}, found)
+
+
+def concrete(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights, in NumPy where their numbers are known."""
+
+    def known(x: Any) -> bool:
+        return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+
+    return {n: fetched(w) if known(w) else w for n, w in weights.items()}
 
 
 def checked_weights(sizes: Mapping[str, int], weights: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from jaxprune.base import (
     key_path,
     path_str,
 )
+from jaxprune.placement import placed_like
 from jaxprune.taps import Reading, taps
 
 
@@ -76,7 +77,7 @@ def reconstruct(
             "reconstruct: what is cut is read by loops, branches, grouped convolutions "
             "or products of features alone; none of them can be refitted"
         )
-    stays = trees.mask(graph, keep, jax.tree.map(np.ones_like, variables))
+    stays = trees.mask(graph, keep, ones(variables))
     for path in seen.readings:
         read = seen.rows(masked, [path])[path]
         masked = replaced(masked, seen.refitted(path, read, stays, ridge))
@@ -147,7 +148,9 @@ def sampled(
         return {path_str(path): jnp.concatenate(x) for path, x in seen.items()}
 
     keys = jax.random.split(jax.random.key(seed), len(given))
-    dense = {p: np.asarray(x, np.float64) for p, x in leaves_of(variables).items()}
+    own = {*wanted, *((*path[:-1], "bias") for path in wanted)}
+    leaves = leaves_of(variables).items()
+    dense = {p: np.asarray(x, np.float64) for p, x in leaves if p in own}
 
     def rows(
         tree: PyTree, paths: Collection[Path], then: Callable[..., Any] = lambda p, x: x
@@ -218,11 +221,16 @@ def leaves_of(tree: PyTree) -> dict[Path, Any]:
     return {key_path(keys): x for keys, x in flat}
 
 
+def ones(tree: PyTree) -> PyTree:
+    """float32 ones of the leaves' shapes, of random keys, too."""
+    return jax.tree.map(lambda x: np.ones(np.shape(x), np.float32), tree)
+
+
 def replaced(tree: PyTree, changed: Mapping[Path, Any]) -> PyTree:
-    """The tree with new numbers at some key paths, of the leaves' own dtypes."""
+    """The tree with new numbers at some key paths, of the leaves' dtypes and place."""
 
     def of(keys: Any, x: Any) -> Any:
         new = changed.get(key_path(keys))
-        return x if new is None else jnp.asarray(new, x.dtype)
+        return x if new is None else placed_like(x, jnp.asarray(new, x.dtype))
 
     return jax.tree_util.tree_map_with_path(of, tree)

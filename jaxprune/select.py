@@ -140,13 +140,12 @@ def _rank(
 ) -> _Blocks:
     group, size, rank = [], [], []
     for i, (name, ends) in enumerate(counts.items()):
-        below = np.concatenate(
-            [[0.0], np.cumsum(scores[name][orders[name]], dtype=float)]
-        )
+        ranked = scores[name][orders[name]].astype(float)[: ends[-1]]
         sizes = np.diff(ends)
         if scope == "global":
+            means = np.add.reduceat(ranked, ends[:-1]) / sizes
             # Rounding must not put a block before one that it follows.
-            keys = np.maximum.accumulate(-np.diff(below[ends]) / sizes)
+            keys = np.maximum.accumulate(-means)
         else:
             keys = ends[1:] / len(scores[name])
         group.append(np.full(len(sizes), i))

@@ -28,7 +28,7 @@ from jaxprune.base import (
     check_roles,
 )
 from jaxprune.measures import floats
-from jaxprune.pricing import Counts, Weights, resolved
+from jaxprune.pricing import Counts, Weights, concrete, resolved
 from jaxprune.sharded import fetched
 from jaxprune.steering import Strength
 
@@ -306,6 +306,8 @@ def checked(
     steering.check_strength(strength)
     check_roles(roles)
     _check_blocks(graph, blocks)
+    if isinstance(weights, Mapping):
+        weights = concrete(weights)
     own = None if callable(weights) else resolved(graph, weights, roles, dict)
     if isinstance(strength, steering.Steering):
         strength.check(_mortal(graph, own, roles, blocks))

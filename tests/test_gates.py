@@ -45,6 +45,37 @@ def test_gates_scale_each_channel_once_where_it_is_read():
     chex.assert_trees_all_equal(gate(GRAPH, init_gates(GRAPH), VARIABLES), VARIABLES)
 
 
+def test_one_gate_may_be_for_all_of_a_group():
+    gates = {"l0": 0.5, "l1": np.ones(4)}
+    whole = {**gates, "l0": np.full(5, 0.5)}
+    chex.assert_trees_all_equal(
+        gate(GRAPH, gates, VARIABLES), gate(GRAPH, whole, VARIABLES)
+    )
+
+
+@pytest.mark.parametrize("make", [proximal_gates, accelerated_gates])
+def test_gates_of_16_bits_keep_their_types(make):
+    """Params and state, so that a step is traced once and may be a scan's carry."""
+    gates = jax.tree.map(lambda g: g.astype(jnp.bfloat16), init_gates(GRAPH))
+    tx = (
+        make(jaxprune.steer(GRAPH, 0.5), momentum=lambda n: n / (n + 3.0))
+        if (make is accelerated_gates)
+        else make(jaxprune.steer(GRAPH, 0.5))
+    )
+    state = tx.init(gates)
+    updates, new = tx.update(jax.tree.map(jnp.zeros_like, gates), state, gates)
+    chex.assert_trees_all_equal_dtypes((gates, state), (updates, new))
+
+
+def test_weights_of_jax_are_checked_as_any():
+    for make in (
+        lambda w: proximal_gates(0.1, w),
+        lambda w: jaxprune.proximal(GRAPH, 0.1, w),
+    ):
+        with pytest.raises(GraphError, match="group 'l1' are negative"):
+            make({"l0": jnp.ones(5), "l1": -jnp.ones(4)})
+
+
 def test_binary_gates_mask():
     keep = {"l0": np.array([1, 0, 1, 0, 1], bool), "l1": np.array([0, 1, 1, 0], bool)}
     gates = {n: k.astype(np.float32) for n, k in keep.items()}

@@ -2,6 +2,7 @@
 """The path against brute force, and the laws that every path obeys."""
 
 import itertools
+import warnings
 
 import chex
 import jax
@@ -315,6 +316,26 @@ def test_a_network_that_breaks_is_named():
     )
     with pytest.raises(jaxprune.base.GraphError, match="'l1'.*not finite"):
         prune_path(GRAPH, VARIABLES, loss, make_batches(1), criterion=broken)
+
+
+def test_a_recovery_may_donate_what_it_is_given():
+    """The caller's variables stay, also where nothing of them is masked."""
+    given = jax.tree.map(jnp.copy, VARIABLES)
+    still = jax.jit(lambda v: jax.tree.map(lambda x: x + 0, v), donate_argnums=0)
+
+    def recover(step, variables):
+        after = still(variables)
+        for x in jax.tree.leaves(variables):
+            if not x.is_deleted():  # where the device does not donate
+                x.delete()
+        return after
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prune_path(
+            GRAPH, given, loss, make_batches(1), recover=recover, until=flops(0.5)
+        )
+    chex.assert_trees_all_equal(given, VARIABLES)
 
 
 @pytest.mark.parametrize(

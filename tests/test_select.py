@@ -206,6 +206,29 @@ def test_bad_scores(change, words):
         select(graph, scores, flops(0.5))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, bool])
+def test_scores_may_be_integers(dtype):
+    """Of uint8 the negative wraps, of int8 that of -128, of bool there is none."""
+    graph = toygraphs.chain(8)
+    order = np.array([3, 1, 0, 2, 2, 1, 0, 3])
+    values = {np.uint8: order, np.int8: order * 64 - 128, bool: order > 1}[dtype]
+    scores = {"l0": values.astype(dtype)}
+    real = {"l0": values.astype(float)}
+    np.testing.assert_array_equal(
+        select(graph, scores, flops(0.5))["l0"], select(graph, real, flops(0.5))["l0"]
+    )
+
+
+def test_one_great_score_does_not_hide_the_others():
+    """Their mean is not the difference of sums that begin with it."""
+    graph = toygraphs.chain(8, 8)
+    low = {"l0": np.full(8, 5e-6), "l1": np.full(8, 1e-6)}
+    high = {**low, "l0": np.concatenate([[1e12], low["l0"][1:]])}
+    wanted, found = (counts(select(graph, s, flops(0.5))) for s in (low, high))
+    np.testing.assert_array_equal(found, wanted)
+    assert wanted[0] == 8 > wanted[1]
+
+
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
 def test_a_budget_may_be_a_scalar_of_numpy(kind):
     """A half times so many FLOPs would be infinite in float16."""
