@@ -127,6 +127,10 @@ def test_a_cost_that_there_is_none_of():
         jp.proximal(toygraphs.chain(3), 0.0, {"l0": np.inf})
     with pytest.raises(ConfigError, match="roles='in'"):
         jp.repriced(toygraphs.chain(3), roles="in")
+    one = toygraphs.chain(3)
+    both = r"roles=\(\): \('out',\), \('in',\) or \('out', 'in'\)"
+    with pytest.raises(ConfigError, match=both):
+        jp.group_lasso(one, toygraphs.variables(one), roles=())
     graph, _, _ = toygraphs.frozen_backbone()
     with pytest.raises(BudgetError, match="has no flops"):
         pricing.live_cost(graph, "flops")

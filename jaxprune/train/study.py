@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import os
 import shutil
@@ -316,11 +315,12 @@ def _begin(folder: Path, plan: Config) -> None:
 
 
 def _stage(row: str) -> str | None:
-    """The stage of a row of metrics; None for one that was cut off."""
+    """The stage of a row of metrics; None for one that was cut off, as for `rewind`."""
     try:
-        return json.loads(row).get("stage")
+        found = formats.parse(row)
     except ValueError:
         return None
+    return found.get("stage") if isinstance(found, dict) else None
 
 
 def _copy(first: Path, folder: Path, plan: Config) -> None:
