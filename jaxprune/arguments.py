@@ -38,8 +38,9 @@ COMPARE = (
     "prune one network by several methods, and tabulate",
     (
         "Trains the config's dense network once a seed, then runs each method to each "
-        "budget with the config's retraining. Writes comparison.md and frontier.png; "
-        "the same command resumes a stopped study."
+        "budget with the config's retraining. Writes comparison.md and frontier.png, "
+        "of all runs of the config that have ended there; the same command resumes a "
+        "stopped study."
     ),
 )
 BENCH = (

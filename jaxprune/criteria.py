@@ -6,7 +6,7 @@ that measure (jaxprune/measures.py) put new scores in, those that transform
 (`normalize`, `per_cost`, `ema`) change what arrives, and `chain` strings them together.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -44,13 +44,16 @@ class Criterion(NamedTuple):
     Scores are {group: float[C]}, higher = more important. `update` is traced once and
     called for every batch, so the state is a pytree of arrays. numpy: given NumPy
     arrays it computes with NumPy, so that for variables in a CPU's memory nothing is
-    compiled. transforms: it changes scores that are there, and measures none.
+    compiled. transforms: it changes scores that are there, and measures none. costly:
+    making scores of the state is much of the work; before the last batch, what no state
+    needs of it is left out, by a program of its own.
     """
 
     init: Callable[[Graph, PyTree], PyTree]
     update: Callable[[Scores, PyTree, Evidence], tuple[Scores, PyTree]]
     numpy: bool = False
     transforms: bool = False
+    costly: bool = False
 
 
 def score(
@@ -91,6 +94,10 @@ def scorer(
         evidence = Evidence(graph, variables, loss, batch, key)
         return criterion.update(zeros, state, evidence)
 
+    @jax.jit
+    def advance(*args: Any) -> PyTree:
+        return update(*args)[1]
+
     def run(
         variables: PyTree,
         *,
@@ -107,13 +114,27 @@ def scorer(
                 evidence = Evidence(graph, arrays, loss, None, key)
                 scores, _ = criterion.update(empty, state, evidence)
                 return check_scores(graph, jax.tree.map(_canonical, scores))
-        for batch in [None] if batches is None else batches:
-            scores, state = update(state, keep, variables, batch, key)
+        for batch, last in _marking_last([None] if batches is None else batches):
+            if last or not criterion.costly:
+                scores, state = update(state, keep, variables, batch, key)
+            else:
+                state = advance(state, keep, variables, batch, key)
         if scores is None:
             raise DataError("batches is empty (or an iterator that was used up before)")
         return check_scores(graph, scores)
 
     return run
+
+
+def _marking_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each with whether it is the last."""
+    known: list[Any] = []
+    for item in items:
+        if known:
+            yield known.pop(), False
+        known.append(item)
+    if known:
+        yield known.pop(), True
 
 
 def _check_measures(criterion: Criterion) -> None:
@@ -205,8 +226,8 @@ def chain(*criteria: Criterion) -> Criterion:
             states.append(s)
         return scores, tuple(states)
 
-    numpy = all(c.numpy for c in criteria)
-    return Criterion(init, update, numpy, criteria[0].transforms)
+    numpy, costly = all(c.numpy for c in criteria), any(c.costly for c in criteria)
+    return Criterion(init, update, numpy, criteria[0].transforms, costly)
 
 
 def stateless(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,56 +37,73 @@ def activation(statistic: Literal["mean", "std", "apoz"] = "mean") -> Criterion:
     efficient inference", 2017, section 2.2 (activation); Hu et al., "Network trimming",
     2016, eq. 1 (APoZ).
     """
-    if statistic not in _MOMENTS:
-        known = ", ".join(_MOMENTS)
+    if statistic not in _AVERAGED:
+        known = ", ".join(_AVERAGED)
         raise ConfigError(f"activation({statistic!r}): the statistic is one of {known}")
-    moments = _MOMENTS[statistic]
+    averaged = _AVERAGED[statistic]
 
-    def look(reading: Reading) -> dict[int, jax.Array]:
-        return {k: _means(reading.features, axis, moments) for k, axis in reading.pairs}
+    def look(reading: Reading) -> dict[int, _Moments]:
+        return {k: _moments(averaged(reading.features), a) for k, a in reading.pairs}
 
     def init(graph: Graph, variables: PyTree) -> PyTree:
         del variables
-        shapes = {n: (len(moments), g.size) for n, g in graph.groups.items()}
-        return jnp.zeros(()), {n: jnp.zeros(s) for n, s in shapes.items()}
+        zeros = {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
+        return jnp.zeros(()), {n: _Moments(z, z) for n, z in zeros.items()}
 
     def update(scores: Scores, state: PyTree, evidence: Evidence):
         del scores
         seen = _seen(evidence, "activation", look)
-        new = {
-            name: sum(
-                v[axis][:, slot.indices].mean(axis=2) for slot, axis, v in readers
-            )
-            / len(readers)
-            for name, readers in _readers(evidence.graph, seen, "activation").items()
-        }
-        count, average = state
-        count = count + 1
-        average = {n: a + (new[n] - a) / count for n, a in average.items()}
-        return {n: _of_moments(*a) for n, a in average.items()}, (count, average)
+        count, known = state
+        found = {}
+        for name, readers in _readers(evidence.graph, seen, "activation").items():
+            mine = [_pooled(*(m[s.indices] for m in v[a])) for s, a, v in readers]
+            new = _pooled(*(jnp.stack(part, axis=-1) for part in zip(*mine)))
+            found[name] = _joined(known[name], new, count)
+        return {n: shown(m) for n, m in found.items()}, (count + 1, found)
+
+    def shown(moments: _Moments) -> jax.Array:
+        return jnp.sqrt(moments.variance) if statistic == "std" else moments.mean
 
     return Criterion(init, update)
 
 
-# What of each feature is averaged.
-_MOMENTS: dict[str, tuple[Callable[[jax.Array], jax.Array], ...]] = {
-    "mean": (jnp.abs,),
-    "std": (lambda x: x, jnp.square),
-    "apoz": (lambda x: (x != 0).astype(x.dtype),),
+# What of each feature is averaged; of 'std', its spread counts.
+_AVERAGED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "mean": jnp.abs,
+    "std": lambda x: x,
+    "apoz": lambda x: x != 0,
 }
 
 
-def _means(features: jax.Array, axis: int, moments: Any) -> jax.Array:
-    """[moments, length of the axis]."""
+class _Moments(NamedTuple):
+    """Mean and variance, each float[...].
+
+    Variances about their own means: mean squares less squared means would cancel in
+    float32 where a mean is far over the deviation.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+
+
+def _moments(features: jax.Array, axis: int) -> _Moments:
+    """Of shape [length of the axis], over all other axes."""
     others = tuple(a for a in range(features.ndim) if a != axis)
     x = features.astype(jnp.float32)
-    return jnp.stack([moment(x).mean(axis=others) for moment in moments])
+    return _Moments(x.mean(axis=others), x.var(axis=others))
 
 
-def _of_moments(first: jax.Array, second: jax.Array | None = None) -> jax.Array:
-    if second is None:
-        return first
-    return jnp.sqrt(jnp.maximum(second - jnp.square(first), 0))
+def _pooled(mean: jax.Array, variance: jax.Array) -> _Moments:
+    """Of several samples of one size, along the last axis."""
+    return _Moments(mean.mean(axis=-1), variance.mean(axis=-1) + mean.var(axis=-1))
+
+
+def _joined(known: _Moments, new: _Moments, count: jax.Array) -> _Moments:
+    """Of `count` samples and one more of their size (Chan et al., 1983, eq. 2.1)."""
+    part = 1 / (count + 1)
+    apart = new.mean - known.mean
+    spread = (1 - part) * (known.variance + part * jnp.square(apart))
+    return _Moments(known.mean + part * apart, spread + part * new.variance)
 
 
 def reconstruction(positions: int = 128, steps: int = 48) -> Criterion:
@@ -171,7 +188,7 @@ def _of_gram(
         grams = {n: g + new[n] for n, g in grams.items()}
         return {n: scored(g) for n, g in grams.items()}, (count + 1, grams)
 
-    return Criterion(init, update)
+    return Criterion(init, update, costly=True)
 
 
 _einsum = functools.partial(jnp.einsum, precision="highest")

@@ -31,6 +31,7 @@ from jaxprune.base import (
 from jaxprune.budget import Budget, check
 from jaxprune.chains import factorized, is_plain
 from jaxprune.reconstruct import replaced
+from jaxprune.select import check_positive
 from jaxprune.taps import Reading, taps
 from jaxprune.trace import struct
 
@@ -309,9 +310,7 @@ def _check(
         check(budget)
     if budget is not None and budget.kind not in ("flops", "params"):
         raise BudgetError("factorize: a budget is jp.flops(r) or jp.params(r)")
-    for name, value in (("multiple_of", multiple_of), ("positions", positions)):
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"factorize({name}={value!r}): 1 or more")
+    check_positive(multiple_of=multiple_of, positions=positions)
     if isinstance(only, str):
         raise ConfigError(f"factorize(only={only!r}): a list of patterns, [{only!r}]")
     if method in _SEEING and batches is None:

@@ -222,6 +222,28 @@ def test_activation_averages_over_all_that_read() -> None:
         jp.activation("max")  # type: ignore[arg-type]
 
 
+def test_deviations_far_under_their_mean_are_seen() -> None:
+    """1000 ± 0.1, the means of the batches 0.3 apart."""
+    variables = {n: np.eye(4, dtype=np.float32) for n in ("a", "b")}
+
+    def apply(variables: Any, x: Any) -> Any:
+        return jax.nn.relu(x @ variables["a"]) @ variables["b"]
+
+    spread = np.float32([0.1, 0.2, 0.05, 0.4])
+    batches = [np.float32(1000 + 0.3 * i + spread * normal(50, 4)) for i in range(3)]
+    graph = jp.trace(apply, variables, batches[0])
+    found = jp.score(
+        jp.activation("std"),
+        graph,
+        variables,
+        loss=lambda v, b: apply(v, b).sum(),
+        batches=batches,
+    )
+    (deviations,) = found.values()
+    want = np.float64(np.concatenate(batches)).std(axis=0)
+    np.testing.assert_allclose(deviations, want, rtol=1e-3)
+
+
 def test_the_lasso_path_meets_its_subgradient_conditions() -> None:
     z = normal(40, 7)
     z[:, 6] = z[:, 0] + 1e-3 * z[:, 5]  # nearly twice the same
@@ -276,6 +298,20 @@ def test_reconstruction_is_the_share_of_the_path_on_which_a_channel_lasts() -> N
     size = np.abs(betas).mean(axis=0)
     want = (np.abs(betas) > 1e-6).mean(axis=0) + 1e-3 * size / (1 + size)
     np.testing.assert_allclose(found[name], want, atol=1e-4)
+
+
+@pytest.mark.parametrize("behind", [(), (jp.normalize(),), (jp.ema(0.5),)])
+def test_scores_that_are_dear_are_those_of_all_batches(behind: Any) -> None:
+    """Left out before the last batch, but where something behind averages them."""
+    apply, variables, x = networks.two_layers(jax.nn.relu)
+    graph = jp.trace(apply, variables, x)
+    criterion = jp.chain(jp.reconstruction(positions=4, steps=6), *behind)
+    look = {"loss": lambda v, b: apply(v, b).sum(), "key": jax.random.key(0)}
+    look["batches"] = [normal(5, 3) for _ in range(3)]
+    found = jp.score(criterion, graph, variables, **look)
+    want = jp.score(criterion._replace(costly=False), graph, variables, **look)
+    for name, scores in want.items():
+        np.testing.assert_allclose(found[name], scores, rtol=1e-4)
 
 
 def test_reconstruction_ranks_by_what_readers_miss() -> None:

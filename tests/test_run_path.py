@@ -198,14 +198,18 @@ def test_a_point_is_cut_out_as_the_prune_stage_does(
         cutout.cut_out(folder, place, out)
 
 
-def test_a_point_behind_a_round_that_no_training_followed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("epochs", [1.0, 0.0])
+def test_a_point_behind_a_round_that_no_training_followed(
+    tmp_path, monkeypatch, epochs
+):
     """prune.recovery_epochs = 0, the default: what was cut is what is walked on."""
     folder = tmp_path / "work"
     job, graph, dense = prepared(folder, rounds=2, recovery_epochs=0.0)
     tinyrun.ship(monkeypatch, job.splits)
-    dense = loop.train(
-        dataclasses.replace(job, stage="train"), dense.average, Progress(folder)
-    )
+    fit = dataclasses.replace(job.config.train, epochs=epochs, warmup=0.0)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, train=fit))
+    trained = dataclasses.replace(job, stage="train", fit=fit)
+    dense = loop.train(trained, dense.average, Progress(folder))
     found = cut.prune_stage(job, graph, dense, Progress(folder))
     write_text(folder / "config.json", to_json(job.config))
     write_text(folder / "graph.json", graph.to_json())

@@ -51,7 +51,7 @@ def evaluate_stage(
     file = job.workdir / _FILE
     if file.exists():
         progress.note("evaluate: done already")
-        evaluation = _read(file)
+        evaluation = read(job.workdir)
     else:
         classes = job.splits.train.classes
         progress.rewind("evaluate", -1)
@@ -97,8 +97,12 @@ def _margin(result: Mapping[str, Any]) -> str:
     return "" if error is None else f" ± {error:.4f}"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """An evaluation that holds all that the closing card shows."""
+def read(workdir: Path) -> dict[str, Any]:
+    """A run's evaluation, which holds all that the closing card shows.
+
+    Raises CheckpointError for a file that is none.
+    """
+    file = workdir / _FILE
     try:
         evaluation = formats.parse(formats.read_text(file))
         _card_rows(evaluation)

@@ -160,7 +160,7 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
         ("save_every", config.save_every > 0, "positive"),
         (
             "scratch",
-            not config.scratch or not (prune.low_rank or prune.irregular),
+            not config.scratch or prune.channelwise,
             f"false where the method is {prune.method!r}: no widths change",
         ),
         *(
@@ -188,7 +188,7 @@ def _rules(config: Config) -> list[tuple[str, bool, str]]:
 
 def _scale_rules(config: Config) -> list[tuple[str, bool, str]]:
     scale, prune = config.scale, config.prune
-    on_host = prune.low_rank or prune.irregular or prune.reconstruct > 0
+    on_host = not prune.channelwise or prune.reconstruct > 0
     batches = [getattr(config, where).batch for where in ("train", "retrain")]
     even = scale.accumulate > 0 and all(b % scale.accumulate == 0 for b in batches)
     return [

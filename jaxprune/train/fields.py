@@ -238,6 +238,11 @@ class Prune:
         """Whether single weights are cut; all arrays stay as large as before."""
         return self.method == "weights"
 
+    @property
+    def channelwise(self) -> bool:
+        """Whether whole channels go, so that a narrower network is left."""
+        return not self.irregular and not self.low_rank
+
 
 @dataclasses.dataclass(frozen=True)
 class Distill:

@@ -32,14 +32,23 @@ FREE = ("data.cache", "data.root", "save_every")
 
 def check_free(config: Config, workdir: Path) -> None:
     """Raise ConfigError unless the folder is empty, new, or made by this config."""
-    path = workdir / CONFIG
-    if path.exists():
-        _compare(config, _text(path), workdir)
+    if (workdir / CONFIG).exists():
+        changed = _changed(config, workdir)
+        if changed:
+            raise ConfigError(
+                f"{workdir} was made by another config: {', '.join(changed)}; choose "
+                "another --workdir, or set this back"
+            )
     elif workdir.exists() and not _empty(workdir):
         raise ConfigError(
             f"{workdir} is no work folder (no {CONFIG}), and not empty; choose another "
             "--workdir"
         )
+
+
+def made_by(config: Config, workdir: Path) -> bool:
+    """Whether a work folder is this config's, which may go on with it."""
+    return not _changed(config, workdir)
 
 
 def _empty(workdir: Path) -> bool:
@@ -169,24 +178,21 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _compare(config: Config, text: str, folder: Path) -> None:
-    """Raise ConfigError unless a work folder's config.json agrees with `config`."""
+def _changed(config: Config, workdir: Path) -> list[str]:
+    """Where `config` is not a work folder's, but for what changes no result."""
+    text = _text(workdir / CONFIG)
     try:
-        there = settings.flatten(dataclasses.asdict(configs.from_json(text)))
+        made = configs.from_json(text)
     except ConfigError as error:
         raise ConfigError(
-            f"{folder / CONFIG}: {error}; choose another --workdir"
+            f"{workdir / CONFIG}: {error}; choose another --workdir"
         ) from error
+    there = settings.flatten(dataclasses.asdict(made))
     here = settings.flatten(dataclasses.asdict(config))
     skips = "skip" in (config.train.on_nan, config.retrain.on_nan)
     free = [name for name in FREE if not (skips and name == "save_every")]
-    changed = [
+    return [
         f"{name} (there {there[name]!r}, now {value!r})"
         for name, value in here.items()
         if name not in free and there[name] != value
     ]
-    if changed:
-        raise ConfigError(
-            f"{folder} was made by another config: {', '.join(changed)}; choose "
-            "another --workdir, or set this back"
-        )

@@ -124,6 +124,8 @@ def train(job: Job, variables: PyTree, progress: Progress) -> steps.State:
         progress.note(f"{job.stage}: {what} step {state.step} of {job.end}")
     start = int(state.step)
     progress.rewind(job.stage, start)
+    if store.latest() is None and job.end == 0:
+        _save(store, job, state, so_far)  # for `finished`
     if start < job.end:
         with stoppable() as stop, jax.set_mesh(layout.mesh):
             while int(state.step) < job.end:

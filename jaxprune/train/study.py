@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,13 +26,14 @@ from jaxprune import checkpoint, disk, formats, peers
 from jaxprune.base import CheckpointError, ConfigError
 from jaxprune.bench import bench
 from jaxprune.lowrank import Method as LowRank
-from jaxprune.train import stages, tabulate
+from jaxprune.train import compare, stages, tabulate
 from jaxprune.train.config import Config, Prune, check, to_json
 from jaxprune.train.folder import (
     CONFIG,
     DATA,
     TIMINGS,
     check_free,
+    made_by,
     read_config,
     write_json,
     write_text,
@@ -71,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
 _ROOM = 0.95
 
 _LATENCIES = "latencies.json"
+_NAME = re.compile(rf"({'|'.join(METHODS)})-([\d.e-]+)-seed(\d+)")  # as of `_name`
 
 
 def study(
@@ -82,7 +85,8 @@ def study(
 ) -> list[dict[str, Any]]:
     """Run all, time their networks, and write comparison.json and .md; the rows.
 
-    The json holds each run's scores beside the rows, which are over seeds.
+    The rows are over seeds, of these runs and of all that have ended in the folder; the
+    json holds the scores of each beside them.
     Methods that train under a penalty are steered to the budget, cut once, and retrain
     that much shorter. Where the config asks for a network from scratch, it is of the
     widths of the first method that cuts channels, of a budget and a seed. Of 'weights',
@@ -109,13 +113,11 @@ def study(
         check_free(plan, workdir / _name(method, budget, seed))
     train = stages.load_split(config, "train")
     stages.check_methods([plan for *_, plan in plans], len(train.classes))
-    found = []
     for method, budget, seed, plan in plans:
         folder = workdir / _name(method, budget, seed)
         _take_over(workdir, folder, plan, len(train))
-        networks = stages.run(plan, folder)["networks"]
-        which = {"method": method, "budget": budget, "seed": seed, "name": folder.name}
-        found.append({**which, **networks})
+        stages.run(plan, folder)
+    found = _ended(config, workdir)
     times = timed(config, workdir, [run["name"] for run in found])
     runs = tabulate.scores(found, times)
     rows = tabulate.table(runs)
@@ -129,6 +131,22 @@ def _name(method: str, budget: float, seed: int) -> str:
     return f"{method}-{budget:g}-seed{seed}"
 
 
+def _ended(config: Config, workdir: Path) -> list[dict[str, Any]]:
+    """{method, budget, seed, name} and the networks of each run of `config` there."""
+    found = []
+    for folder in sorted(workdir.glob("*-seed*")):
+        named = _NAME.fullmatch(folder.name)
+        if named is None or not checkpoint.is_saved(folder / "final"):
+            continue
+        method, budget, seed = named[1], float(named[2]), int(named[3])
+        scratched = [method] if read_config(folder).scratch else []
+        if made_by(planned(config, method, budget, seed, scratched), folder):
+            which = {"method": method, "budget": budget, "seed": seed}
+            networks = compare.read(folder)["networks"]
+            found.append({**which, "name": folder.name, **networks})
+    return found
+
+
 def _scratched(workdir: Path, budget: float, seed: int) -> list[str]:
     """The methods that have begun with a network from scratch of their widths."""
     folders = {method: workdir / _name(method, budget, seed) for method in METHODS}
@@ -140,7 +158,7 @@ def _narrower(config: Config, methods: Sequence[str]) -> list[str]:
     """The first of the methods that leaves widths to begin anew from, if any does."""
     for method in methods:
         prune = dataclasses.replace(config.prune, **METHODS.get(method, {}))
-        if not (prune.irregular or prune.low_rank):
+        if prune.channelwise:
             return [method]
     return []
 
@@ -253,9 +271,7 @@ def planned(
         seed=config.seed + seed,
         prune=prune,
         retrain=retrain,
-        scratch=config.scratch
-        and method in scratched
-        and not (prune.irregular or prune.low_rank),
+        scratch=config.scratch and method in scratched and prune.channelwise,
     )
 
 
@@ -276,7 +292,7 @@ def _without_others(prune: Prune) -> Prune:
         off["roles"] = "both"
     if not prune.gated:
         off["accelerated"] = False
-    if prune.irregular or prune.low_rank:
+    if not prune.channelwise:
         off["reconstruct"] = 0
     if prune.walked:
         off |= {"scope": "global", "per_cost": False}
