@@ -458,6 +458,10 @@ def test_a_run_starts_from_the_encoder_that_its_config_names(tmp_path, monkeypat
     file.unlink()
     with pytest.raises(ConfigError, match=r"network.encoder = '.*vgg.npz': .*No such"):
         stages.run(config, tmp_path / "run")
+    # It need not be there any more once the dense network is trained.
+    monkeypatch.setattr(stages, "ended", lambda job: job.stage == "train")
+    with pytest.raises(KeyboardInterrupt):
+        stages.run(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

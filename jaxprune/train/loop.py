@@ -176,6 +176,12 @@ def _back(
     return state, SoFar(there.losses, [*so_far.skipped, (good, error.step)])
 
 
+def ended(job: Job) -> bool:
+    """Whether the training has been saved at its last step."""
+    store = checkpoint.open_store(job.workdir / "checkpoints" / job.stage)
+    return store.latest() == job.end
+
+
 def finished(job: Job, variables: PyTree) -> steps.State:
     """The state that `train(job, variables, ...)` ended with, as it returns it.
 

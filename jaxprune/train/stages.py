@@ -30,7 +30,7 @@ from jaxprune.train import layout as layouts
 from jaxprune.train import step as steps
 from jaxprune.train.compare import Contender
 from jaxprune.train.config import Config, Scale, check, differences
-from jaxprune.train.loop import Job, Splits, counts_of, train
+from jaxprune.train.loop import Job, Splits, counts_of, ended, train
 from jaxprune.train.metrics import judged
 from jaxprune.train.progress import Progress
 
@@ -98,7 +98,8 @@ def _stages(
     key = jax.random.key(config.seed)
     start = models.init(net, key, config.data.size)
     cut.check_latency(job, graph, start)
-    start = _encoded(net, config, start)
+    if not ended(job):  # the encoder's file is not needed for ever
+        start = _encoded(net, config, start)
     dense = train(job, start, progress)
     teacher = (net.apply, dense.average) if config.distill.weight else None
     job = dataclasses.replace(job, stage="retrain", fit=config.retrain, teacher=teacher)
