@@ -47,7 +47,8 @@ else:
         raise AttributeError(message, name=name, obj=sys.modules[__name__])
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__getattr__("__all__")})
+        own = {name for name in globals() if name.startswith("__")}
+        return sorted({*own, *__getattr__("__all__")})
 
 
 class _Package(ModuleType):

@@ -82,6 +82,12 @@ def factorized(apply: Apply) -> Apply:
     return run
 
 
+def is_factor(path: Path) -> bool:
+    """Whether a leaf is a factor of a kernel."""
+    number = path[-1].removeprefix(NAME)
+    return number != path[-1] and number.isdigit()
+
+
 def is_factorized(graph: Graph) -> bool:
     """Whether the graph is of a network whose kernels are chains."""
     return any(leaf.path[-1] == f"{NAME}0" for leaf in graph.leaves)

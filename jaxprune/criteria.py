@@ -137,12 +137,17 @@ def _marking_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         yield known.pop(), True
 
 
-def _check_measures(criterion: Criterion) -> None:
-    """Raises ConfigError for what is no criterion, or has no scores to change."""
+def _check_is(criterion: Any) -> None:
+    """Raises ConfigError for anything else, such as a function that makes one."""
     if not hasattr(criterion, "init") or not hasattr(criterion, "update"):
         called = getattr(criterion, "__name__", None)
         hint = f"; call it: {called}()" if called else ""
         raise ConfigError(f"{criterion!r:.80} is no criterion{hint}")
+
+
+def _check_measures(criterion: Criterion) -> None:
+    """Raises ConfigError for what is no criterion, or has no scores to change."""
+    _check_is(criterion)
     if getattr(criterion, "transforms", False):
         raise ConfigError(
             "the criterion begins with a step that changes scores, and there are none "
@@ -209,10 +214,12 @@ def check_scores(graph: Graph, scores: Scores) -> dict[str, np.ndarray]:
 def chain(*criteria: Criterion) -> Criterion:
     """Criteria one after the other, each fed with the scores of the one before.
 
-    The first one is to measure. Raises ConfigError for none at all.
+    The first one is to measure. Raises ConfigError for none at all, and what is none.
     """
     if not criteria:
         raise ConfigError("chain() of no criterion; chain(magnitude(), normalize())")
+    for criterion in criteria:
+        _check_is(criterion)
 
     def init(graph: Graph, variables: PyTree) -> PyTree:
         return tuple(c.init(graph, variables) for c in criteria)

@@ -110,7 +110,10 @@ def reconstruction(positions: int = 128, steps: int = 48) -> Criterion:
     """How long a channel lasts as the LASSO selects those that rebuild what is read.
 
     With z[c] what channel c adds to its readers' outputs at `positions` sampled ones of
-    each batch, beta minimises ||sum z[c] - sum beta[c] z[c]||^2 / 2 + lambda ||beta||_1
+    each batch (all, where it has less), beta minimises
+
+        ||sum z[c] - sum beta[c] z[c]||^2 / 2 + lambda ||beta||_1
+
     for `steps` values of lambda, in equal factors from the largest that keeps any
     channel to a thousandth of it. The score is the share of them at which beta[c] is
     not 0, plus a thousandth of its mean size there, which settles ties. It ranks the
@@ -136,7 +139,8 @@ def reconstruction_error(positions: int = 128) -> Criterion:
     """What the readers of a channel lose with it: ||z[c]||^2 / ||sum z||^2.
 
     z[c] is what channel c adds to its readers' outputs at `positions` sampled ones of
-    each batch; all are summed over readers, positions and batches. The relative error
+    each batch (all, where it has less); all are summed over readers, positions and
+    batches, which weigh the same from that size on. The relative error
     when only c is cut and nothing refitted, so that groups compare. Keeps [C, C]
     numbers a group.
 

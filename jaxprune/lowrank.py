@@ -118,9 +118,9 @@ def factorize(
 
     The last four are Zhang et al., 2016, "Accelerating very deep convolutional networks
     for classification and detection". Chains of window axes need two of them; a matrix
-    has none: [in, r], [r, out]. A kernel stays where no rank saves anything, or the
-    budget is met without it. What runs is plain convolutions, to be trained, traced and
-    pruned like any others.
+    has none: [in, r], [r, out]. A kernel stays where no rank saves anything, where it
+    is a factor already, or the budget is met without it. What runs is plain
+    convolutions, to be trained, traced and pruned like any others.
 
     Raises ConfigError for an unknown method or a ratio outside (0, 1), BudgetError for
     a budget that no ranks meet, DataError for missing batches or such as give answers
@@ -155,6 +155,8 @@ def factorize(
         raise GraphError(
             f"factorize: no kernel of {', '.join(only)} can be cut to "
             f"{ratio or 0.5:.0%} by {method!r}; try another ratio or method"
+            + "; factors are not cut anew"
+            * chains.is_factorized(graph)
         )
     if seen_by is None or own is None:
         made = {
@@ -285,6 +287,7 @@ def _readings(
         for path, readings in found.items()
         if len(readings) == 1
         and is_plain(readings[0])
+        and not chains.is_factor(path)
         and factors.full_rank(method, readings[0].kernel.shape)
         and any(fnmatch.fnmatchcase(path_str(path), pattern) for pattern in only)
     }

@@ -47,12 +47,12 @@ def reconstruct(
 
         mean ||X W + b - Y||^2 + ridge * mean(X^2) ||W - W0||^2
 
-    over `positions` random outputs of each batch (None: all), X being what the masked
-    network reads there, with the kernels before refitted, Y the dense network's
-    outputs, W0 the old kernel. A bias b beside the kernel ('bias' for 'kernel') takes
-    the mean along. What loops, branches and grouped convolutions read stays as it is.
-    Then: `shrink(graph, keep, reconstruct(...))`. Holds every consumer's rows of a
-    batch, and solves in float64 on the host.
+    over `positions` random outputs of each batch (all, where it has less, or for None),
+    X being what the masked network reads there, with the kernels before refitted, Y the
+    dense network's outputs, W0 the old kernel. A bias b beside the kernel ('bias' for
+    'kernel') takes the mean along. What loops, branches and grouped convolutions read
+    stays as it is. Then: `shrink(graph, keep, reconstruct(...))`. Holds every
+    consumer's rows of a batch, and solves in float64 on the host.
 
     Raises GraphError for a keep or variables that do not fit, or where nothing that is
     cut has a consumer that can be refitted; DataError for empty batches; ConfigError

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxprune.base import Apply, DataError, Path, PyTree, path_str
 from jaxprune.behind import Answers, behind
+from jaxprune.taps import drawn
 
 _RIDGE = 1e-9  # in units of the mean variance of the answers
 _WEIGHTS = (0.01,) * 25 + (1.0,) * 25  # of the relaxation, the paper's lambda
@@ -63,11 +64,7 @@ def sampler(
             if found.path not in wanted:
                 return None
             y, own = found.rows(found.answers), order.index(found.path)
-            at: Any = slice(None)
-            if len(y) > positions:
-                at = jax.random.randint(
-                    jax.random.fold_in(key, own), (positions,), 0, len(y)
-                )
+            at = drawn(len(y), positions, jax.random.fold_in(key, own))
             before = found.before
             return y[at], None if before is None else found.rows(before)[at]
 

@@ -51,6 +51,7 @@ def group_lasso(
     `blocks`: as for `proximal`; a block counts once. Raises GraphError for weights or
     blocks that do not fit the graph.
     """
+    _check_blocks(graph, blocks)
     squares = channel_squares(graph, variables, roles)
     weights = resolved(graph, weights, roles, lambda: counted(graph, squares, roles))
     each, norms = penalised(graph, squares, weights, blocks)
@@ -333,8 +334,12 @@ def _mortal(
 
 def _check_blocks(graph: Graph, blocks: Blocks | None) -> None:
     """Raises GraphError for blocks that do not fit the graph."""
+    if not isinstance(blocks, Mapping | None):
+        raise GraphError(f"blocks={blocks!r:.80}: {{name: [group, ...]}}")
     seen: dict[str, str] = {}
     for block, names in (blocks or {}).items():
+        if isinstance(names, str):
+            raise GraphError(f"block {block!r}={names!r}: a list, [{names!r}]")
         if not names:
             raise GraphError(f"block {block!r} names no group")
         for name in names:

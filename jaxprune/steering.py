@@ -101,6 +101,11 @@ def steer(
     for name, value in (("start", start), ("gain", gain)):
         if not value > 0:
             raise ConfigError(f"steer: {name}={value!r}: must be positive")
+    if isinstance(target, budget.Budget):
+        raise BudgetError(
+            f"steer: target={target!r}: say its ratio and its kind, steer(graph, "
+            f"{target.ratio}, kind={target.kind!r:.40})"
+        )
     if not callable(target):
         check_target(graph, target, kind)
     cost = live_cost(graph, kind)
@@ -187,7 +192,9 @@ def check_strength(strength: Strength) -> None:
     """Raises ConfigError for a number that is negative, or none."""
     if callable(strength) or isinstance(strength, Steering | jax.core.Tracer):
         return
-    if np.ndim(strength) or not np.asarray(strength) >= 0:
+    number = np.asarray(strength)
+    known = number.ndim == 0 and jnp.issubdtype(number.dtype, jnp.number)
+    if not known or not number >= 0:
         raise ConfigError(f"strength={strength!r}: one number, not negative")
 
 

@@ -73,7 +73,7 @@ class Reading(NamedTuple):
         return (*read, *made), len(read)
 
     def rows(self, count: int | None = None, key: Any = None) -> jax.Array:
-        """[n, read]: what makes the outputs at `count` random positions, or at all.
+        """[n, read]: what makes the outputs at positions as of `drawn`, or at all.
 
         rows() @ matrix(kernel) are the outputs there. With the same key, of arrays of
         the same shape, positions are the same.
@@ -83,7 +83,7 @@ class Reading(NamedTuple):
             x = jnp.moveaxis(self.features, summed, range(-len(summed), 0))
             read = math.prod(self.features.shape[a] for a in summed)
             x = x.reshape(-1, read)
-            return x[_drawn(len(x), count, key)]
+            return x[drawn(len(x), count, key)]
         p = self.eqn.params
         dims = p["dimension_numbers"]
         batch, feature, *space = dims.lhs_spec
@@ -94,7 +94,7 @@ class Reading(NamedTuple):
         x = jax.lax.pad(x, zero, [(0, 0, 0), *wide, (0, 0, 0)])
         out = self.eqn.outvars[0].aval.shape
         grid = (out[dims.out_spec[0]], *(out[a] for a in dims.out_spec[2:]))
-        chosen = _drawn(math.prod(grid), count, key)
+        chosen = drawn(math.prod(grid), count, key)
         first, *corner = jnp.unravel_index(chosen, grid)
         ndim = len(space)
         index: list[Any] = [first.reshape(-1, *[1] * ndim)]
@@ -106,10 +106,15 @@ class Reading(NamedTuple):
         return x[tuple(index)].reshape(len(chosen), -1)
 
 
-def _drawn(length: int, count: int | None, key: Any) -> jax.Array:
-    if count is None:
+def drawn(length: int, count: int | None, key: Any) -> jax.Array:
+    """int[count], rising: one of each of `count` equal parts; all where there are less.
+
+    So that none is drawn twice, and a batch's images are seen alike.
+    """
+    if count is None or count >= length:
         return jnp.arange(length)
-    return jax.random.randint(key, (count,), 0, length)
+    ends = np.arange(count + 1) * length // count
+    return jnp.asarray(ends[:-1]) + jax.random.randint(key, (count,), 0, np.diff(ends))
 
 
 def taps(

@@ -338,6 +338,33 @@ def test_a_chain_computes_in_its_products_precision(method: str, lower: Any) -> 
     )
 
 
+def test_factors_are_not_cut_anew() -> None:
+    x = normal(4, 16)
+    variables = {n: {"kernel": normal(16, 16)} for n in "ab"}
+
+    def apply(variables: Any, x: Any) -> Any:
+        return jax.nn.relu(x @ variables["a"]["kernel"]) @ variables["b"]["kernel"]
+
+    def again(thin: Any, **more: Any) -> Any:
+        graph = jp.trace(thin.apply, thin.variables, x)
+        return jp.factorize(thin.apply, graph, thin.variables, x, **more)
+
+    graph = jp.trace(apply, variables, x)
+    thin = jp.factorize(apply, graph, variables, x, only=["a*"])
+    both = again(thin, ratio=0.3)
+    assert list(both.chains) == ["b/kernel"]
+    for name, factor in thin.variables["a"]["kernel"].items():
+        np.testing.assert_array_equal(both.variables["a"]["kernel"][name], factor)
+    whole = {
+        n: {"kernel": v["kernel"]["factor0"] @ v["kernel"]["factor1"]}
+        for n, v in both.variables.items()
+    }
+    found, want = both.apply(both.variables, x), apply(whole, x)
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-3)
+    with pytest.raises(GraphError, match="factors are not cut anew"):
+        again(both)
+
+
 def test_what_cannot_be_is_said() -> None:
     x = normal(1, 6, 6, 8)
     apply, variables, graph = one_layer(nn.Conv(12, (3, 3)), x)

@@ -2,6 +2,7 @@
 """One's own folder of images and masks, through the commands as a user types them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,17 @@ def test_a_folder_is_trained_pruned_and_evaluated(own):
                 found = np.sum(network["splits"][split]["confusion"], 1)
                 np.testing.assert_array_equal(found, expected)
     assert (work / "report" / "index.html").exists()
+
+
+def test_a_split_without_labels_is_told_before_any_work(own, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(own[0], data)
+    for file in (data / "val" / "masks").iterdir():
+        Image.fromarray(np.full(SIZE, 255, np.uint8)).save(file)
+    command = ["run", str(own[1]), "--workdir", str(tmp_path / "work")]
+    assert cli.main([*command, "--set", f"data.root={data}"]) == 2
+    assert "the split 'val' of folder: no pixel of its" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
 
 
 def test_eval_tells_the_miou_of_what_predict_writes(own, tmp_path, capsys):

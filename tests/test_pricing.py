@@ -136,6 +136,32 @@ def test_a_cost_that_there_is_none_of():
         pricing.live_cost(graph, "flops")
 
 
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ({"b": ["l7"]}, "block 'b' names group 'l7'"),
+        ({"b": ["l0"], "c": ["l0"]}, "'l0' is in the blocks 'b' and 'c'"),
+        ({"b": "l0"}, r"block 'b'='l0': a list, \['l0'\]"),
+        ([["l0"]], r"blocks=\[\['l0'\]\]: {name"),
+    ],
+)
+def test_blocks_are_those_of_the_graph(blocks, words):
+    graph = toygraphs.chain(3)
+    for call in (
+        lambda: jp.group_lasso(graph, toygraphs.variables(graph), blocks=blocks),
+        lambda: jp.proximal(graph, 0.1, blocks=blocks),
+    ):
+        with pytest.raises(GraphError, match=words):
+            call()
+
+
+def test_what_is_no_strength_and_no_target():
+    with pytest.raises(ConfigError, match="strength='l0': one number"):
+        jp.proximal(toygraphs.chain(3), "l0")
+    with pytest.raises(BudgetError, match=r"steer\(graph, 0.5, kind='flops'\)"):
+        jp.steer(toygraphs.chain(3), jp.flops(0.5))
+
+
 def test_adaptive_weights_by_hand():
     """Zou (2006), eq. 4: w over |beta|^gamma, |beta| here relative to its mean."""
     graph = toygraphs.chain(4, 2)

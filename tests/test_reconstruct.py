@@ -16,7 +16,7 @@ from solvers import by_bounded_descent
 import jaxprune as jp
 from jaxprune.base import ConfigError, DataError, GraphError
 from jaxprune.features import lasso_path
-from jaxprune.taps import taps
+from jaxprune.taps import drawn, taps
 
 RNG = np.random.default_rng(0)
 
@@ -353,10 +353,33 @@ def test_reconstruction_error_is_what_a_reader_misses_of_all_that_it_reads() -> 
     # Batches of one position, so that it does not matter which are drawn.
     found = scored(np.split(x, 20), key=jax.random.key(0))
     np.testing.assert_allclose(found[name], want, rtol=1e-4)
+    # And of one that has as few as are asked for, each once.
+    found = scored([x], key=jax.random.key(1))
+    np.testing.assert_allclose(found[name], want, rtol=1e-4)
     with pytest.raises(ConfigError, match="reconstruction_error needs a key"):
         scored([x])
     with pytest.raises(ConfigError, match="positions=0"):
         jp.reconstruction_error(0)
+
+
+@pytest.mark.parametrize(("length", "count"), [(12, 5), (7, 7), (7, 9), (5, None)])
+def test_outputs_are_drawn_once_and_from_every_part(length: int, count: Any) -> None:
+    seen = np.zeros(length, int)
+    for seed in range(200):
+        places = np.asarray(drawn(length, count, jax.random.key(seed)))
+        assert (np.diff(places) > 0).all()
+        assert len(places) == min(length, count or length)
+        parts = places * len(places) // length
+        assert len(places) < length or (parts == np.arange(length)).all()
+        seen[places] += 1
+    # 5 of 12: parts of 2 or 3, so that each is drawn 100 or 67 times, more or less.
+    share = min(length, count or length) / length
+    np.testing.assert_allclose(seen / 200, share, atol=0.2)
+
+
+def test_what_makes_a_criterion_is_none_in_a_chain() -> None:
+    with pytest.raises(ConfigError, match=r"is no criterion; call it: normalize\(\)"):
+        jp.chain(jp.magnitude(), jp.normalize)  # type: ignore[arg-type]
 
 
 def test_convolutional_networks_are_scored() -> None:

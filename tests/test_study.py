@@ -79,6 +79,11 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
     assert (lasso.prune.rounds, lasso.retrain.epochs) == (1, 1.0)
     both = study.planned(rounds, "lasso_then_path", 0.5, 3, ["l1"])
     assert (both.prune.rounds, both.retrain.epochs) == (2, 0.75)
+    # A penalty that is to train for longer than there is time leaves half of it.
+    longer = dataclasses.replace(CONFIG.prune, lasso_epochs=20.0)
+    longer = dataclasses.replace(CONFIG, prune=longer)
+    plan = train.config.check(study.planned(longer, "gates", 0.5, 3, ["l1"]))
+    assert (plan.prune.lasso_epochs, plan.retrain.epochs) == (0.5, 0.5)
     with pytest.raises(ConfigError, match="no method 'tailor'; is 'taylor' meant"):
         study.planned(CONFIG, "tailor", 0.5, 0, ["l1"])
 

@@ -19,7 +19,7 @@ import jax
 
 import jaxprune
 from jaxprune import checkpoint, data, formats, models, peers
-from jaxprune.base import CheckpointError, ConfigError, Graph, PyTree
+from jaxprune.base import CheckpointError, ConfigError, DataError, Graph, PyTree
 from jaxprune.cost import cost
 from jaxprune.graph_io import graph_from_json, graph_to_json
 from jaxprune.pruned import Pruned
@@ -197,16 +197,25 @@ def network_args(config: Config, classes: int) -> dict[str, Any]:
 def load_split(config: Config, name: str, *, evaluated: bool = False) -> data.Split:
     """A split of the data; 'train' as stored for training, unless it is evaluated.
 
-    Raises ConfigError for a name that is none of 'train', 'val' and 'test'.
+    Raises ConfigError for a name that is none of 'train', 'val' and 'test', and
+    DataError for a split without a labelled pixel.
     """
     if name not in _SPLITS:
         raise ConfigError(f"split {name!r}: must be one of {', '.join(_SPLITS)}")
     where = config.data
     stored = where.stored if name == "train" and not evaluated else None
     count = where.counts and where.counts[_SPLITS.index(name)]
-    return data.load(
+    found = data.load(
         where.source, where.root, name, stored or where.size, where.cache, count=count
     )
+    ignore = found.classes.ignore
+    if not any((label != ignore).any() for label in found.labels):
+        raise DataError(
+            f"the split {name!r} of {where.source}: no pixel of its {len(found)} "
+            f"images is labelled, all are {ignore}, which counts for nothing; take "
+            "images with labels for it"
+        )
+    return found
 
 
 def _check_choice(config: Config, val: data.Split) -> None:

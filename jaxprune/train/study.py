@@ -86,12 +86,13 @@ def study(
     """Run all, time their networks, and write comparison.json and .md; the rows.
 
     The rows are over seeds, of these runs and of all that have ended in the folder; the
-    json holds the scores of each beside them.
-    Methods that train under a penalty are steered to the budget, cut once, and retrain
-    that much shorter. Where the config asks for a network from scratch, it is of the
-    widths of the first method that cuts channels, of a budget and a seed. Of 'weights',
-    the budget is the share of FLOPs or parameters that are not of zeros; its rows tell
-    the cost on hardware for dense products, and that share beside it.
+    json holds the scores of each beside them. Methods that train under a penalty are
+    steered to the budget, cut once, and retrain that much shorter: they have
+    `prune.lasso_epochs` of the epochs for it, half of them at most. Where the config
+    asks for a network from scratch, it is of the widths of the first method that cuts
+    channels, of a budget and a seed. Of 'weights', the budget is the share of FLOPs or
+    parameters that are not of zeros; its rows tell the cost on hardware for dense
+    products, and that share beside it.
     Raises ConfigError for an unknown method, or a run that another config has begun,
     BudgetError for a budget that no network meets, before any work (of milliseconds,
     before the training of each run), and what `run` does.
@@ -234,11 +235,12 @@ def planned(
     retrain = config.retrain
     if prune.sparse:
         # Steered to the budget, with room for zeros that stay, and cut once; or half of
-        # the way, and the other half along the path.
+        # the way, and the other half along the path. Half of the epochs at least are
+        # behind the first cut, and of these, half behind the last one.
         total = retrain.epochs + prune.recovery_epochs * (prune.rounds - 1)
-        spent = min(prune.lasso_epochs, total)
+        spent = min(prune.lasso_epochs, total / 2)
         rounds = 2 if prune.walked else 1
-        recovery = min(prune.recovery_epochs, total - spent)
+        recovery = min(prune.recovery_epochs, (total - spent) / 2)
         rest = total - spent - recovery * (rounds - 1)
         prune = dataclasses.replace(
             prune,
