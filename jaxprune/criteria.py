@@ -206,6 +206,8 @@ def check_scores(graph: Graph, scores: Scores) -> dict[str, np.ndarray]:
                 f"are not finite, the first is channel {bad[0]}; are weights, loss "
                 "and batches finite?"
             )
+        if np.iscomplexobj(value):
+            raise GraphError(f"group {name!r}: the scores are complex; say which order")
         real = jnp.issubdtype(value.dtype, jnp.inexact)
         checked[name] = value if real else value.astype(np.float64)
     return checked

@@ -231,7 +231,7 @@ def lasso_path(
     diagonal = jnp.diagonal(gram)
     safe = jnp.where(diagonal > 0, diagonal, 1)
     top = jnp.maximum(jnp.abs(whole).max(), jnp.finfo(gram.dtype).tiny)
-    lambdas = top * 1e-3 ** (jnp.arange(1, steps + 1) / steps)
+    lambdas = top * (1e-3 ** (np.arange(1, steps + 1) / steps)).astype(gram.dtype)
 
     def coordinate(c: Any, carry: Any) -> Any:
         beta, product, strength = carry  # product = G beta

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxprune import sparsity, steering, trees
-from jaxprune.base import ConfigError, Graph, Group, PyTree
+from jaxprune.base import ConfigError, Graph, GraphError, Group, PyTree
 from jaxprune.pricing import Weights, checked_weights, concrete, fitting
 from jaxprune.sharded import fetched
 from jaxprune.steering import Strength
@@ -21,7 +21,7 @@ from jaxprune.steering import Strength
 
 def init_gates(graph: Graph) -> dict[str, jax.Array]:
     """Gates {group: float32[C]} of ones: every channel passes unchanged."""
-    return {n: jnp.ones(g.size) for n, g in graph.groups.items()}
+    return {n: jnp.ones(g.size, jnp.float32) for n, g in graph.groups.items()}
 
 
 def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
@@ -32,8 +32,9 @@ def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
     the bias beside it. What reads a channel otherwise, a norm over the channels or an
     elementwise product, sees the ungated value, until the gate is 0: then everything
     that belongs to the channel is 0, and no gradient reaches it or its gate. So gates
-    of 0 and 1 do what `mask` does. Raises GraphError for gates that do not fit the
-    graph.
+    of 0 and 1 do what `mask` does. A kernel that both makes and reads a channel (tied
+    embeddings) is scaled once, so that a gate between them counts twice there. Raises
+    GraphError for gates that do not fit the graph.
 
     Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
     networks", 2018. Theirs may leave 0 again; here 0 is final, as it is for `dead`.
@@ -218,8 +219,12 @@ def gates_to_keep(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The keep that cuts channels whose gate is exactly 0; no group is emptied.
 
     `shrink(graph, gates_to_keep(gates), gate(graph, gates, variables))` is the network.
+    Raises GraphError for one gate for a whole group, which cannot be cut alone.
     """
     found = {n: fetched(g) for n, g in gates.items()}
+    for name, own in found.items():
+        if own.ndim != 1:
+            raise GraphError(f"the gates of group {name!r} are {own.shape}, not [C]")
     return {n: sparsity.never_empty(g != 0, np.abs(g)) for n, g in found.items()}
 
 

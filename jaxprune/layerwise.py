@@ -28,6 +28,7 @@ from jaxprune.reconstruct import (
     consumers,
     leaves_of,
     ones,
+    refittable,
     replaced,
     sampled,
 )
@@ -131,9 +132,8 @@ def check_readers(
     """
     widths = _widths(graph, budget, multiple_of, min_channels)
     (given,) = check_batches("lasso_select", [inputs])
-    wanted = consumers(graph, widths)
-    found = {r.path: r for r in readings(apply, variables, given, kwargs)}
-    _readers(graph, widths, {p: r for p, r in found.items() if p in wanted})
+    found = readings(apply, variables, given, kwargs)
+    _readers(graph, widths, refittable(found, consumers(graph, widths)))
 
 
 def _widths(

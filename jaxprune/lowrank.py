@@ -346,6 +346,8 @@ def _at(tree: PyTree, path: Path) -> Any:
 
 
 def _float64(tree: PyTree, path: Path) -> np.ndarray:
+    if jnp.iscomplexobj(_at(tree, path)):
+        raise GraphError(f"factorize: {path_str(path)} is complex, not real")
     kernel = np.asarray(_at(tree, path), np.float64)
     if not np.isfinite(kernel).all():
         raise GraphError(f"factorize: {path_str(path)} is not finite")

@@ -243,6 +243,7 @@ def _check_complete(graph: Graph, index: _Index, found: dict[Path, set[int]]) ->
                 where = f" under {path_str(context)}" if context else ""
                 raise GraphError(
                     f"the tree lacks the leaf {path_str(leaf.path)} {leaf.shape}{where}"
+                    "; optax.masked and multi_transform show parts of it"
                 )
 
 

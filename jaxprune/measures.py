@@ -29,17 +29,22 @@ from jaxprune.placement import is_numpy, power_sums
 def floats(tree: PyTree) -> PyTree:
     """The tree in float32 at least; zeros for what is not floating point."""
     return jax.tree.map(
-        lambda x: _wide(x) if _is_float(x) else jnp.zeros(x.shape), tree
+        lambda x: _wide(x) if _is_float(x) else jnp.zeros(jnp.shape(x)), tree
     )
 
 
+def square(x: jax.Array) -> jax.Array:
+    """|x|^2, real."""
+    return jnp.real(x * jnp.conj(x)) if jnp.iscomplexobj(x) else jnp.square(x)
+
+
 def _wide(x: Any) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = jnp.promote_types(jnp.result_type(x), jnp.float32)
     return jnp.asarray(x, jax.dtypes.canonicalize_dtype(wide))
 
 
 def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Criterion:
@@ -65,8 +70,7 @@ def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Cr
             measure = functools.partial(trees.channel_sum, along=along)
             sums = _made_by(measure, graph, tree, roles)
             return sums if p == 1 else {n: np.sqrt(s) for n, s in sums.items()}, state
-        power = jnp.abs if p == 1 else jnp.square
-        tree = jax.tree.map(power, floats(tree))
+        tree = jax.tree.map(jnp.abs if p == 1 else square, floats(tree))
         sums = _made_by(trees.channel_sum, graph, tree, roles)
         return sums if p == 1 else jax.tree.map(jnp.sqrt, sums), state
 

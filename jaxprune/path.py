@@ -111,13 +111,15 @@ def prune_path(
         check_budget(graph, until, multiple_of, min_channels)
     batches = finite(batches)
     held = batches if validation is None else finite(validation, "validation")
+    risk_of = risks.evaluator(graph, risk or loss)
+    loss_of = risk_of if risk is None else risks.evaluator(graph, loss)
     walk = _Walk(
         graph,
         batches,
         held,
         scorer(criterion or taylor(), graph, loss),
-        risks.evaluator(graph, loss) if measured else None,
-        risks.evaluator(graph, risk or loss),
+        loss_of if measured else None,
+        risk_of,
         recover,
         allowed_counts(graph, multiple_of, min_channels),
         kind or (until.kind if until else "flops"),

@@ -52,7 +52,8 @@ def flops_weights(
     unknown kind, or one that the dense network has nothing of.
     """
     share = budget.marginal(graph, kind)
-    mean = share @ budget.sizes(graph) / max(graph.channels, 1)
+    # 1 where no channel has a part in the cost, and all weights are 0.
+    mean = share @ budget.sizes(graph) / max(graph.channels, 1) or 1.0
     counts = trees.channel_count(graph, roles=roles)
     if gates:
         counts = {n: np.ones_like(count) for n, count in counts.items()}
@@ -235,7 +236,7 @@ def _parts(graph: Graph, kind: budget.Kind) -> Callable[[jax.Array], jax.Array]:
     names = list(graph.groups)
     if hasattr(kind, "summands"):
         return lambda kept: kind.summands(names, kept) / dense
-    return lambda kept: jnp.asarray(kind.at(names, kept))[..., None] / dense
+    return lambda kept: jnp.float32(kind.at(names, kept))[..., None] / dense
 
 
 def _live_entries(

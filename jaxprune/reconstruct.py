@@ -50,8 +50,9 @@ def reconstruct(
     over `positions` random outputs of each batch (all, where it has less, or for None),
     X being what the masked network reads there, with the kernels before refitted, Y the
     dense network's outputs, W0 the old kernel. A bias b beside the kernel ('bias' for
-    'kernel') takes the mean along. What loops, branches and grouped convolutions read
-    stays as it is. Then: `shrink(graph, keep, reconstruct(...))`. Holds every
+    'kernel') takes the mean along: X and Y count from theirs. What loops, branches and
+    grouped convolutions read stays as it is, and a kernel that another product reads
+    along other axes. Then: `shrink(graph, keep, reconstruct(...))`. Holds every
     consumer's rows of a batch, and solves in float64 on the host.
 
     Raises GraphError for a keep or variables that do not fit, or where nothing that is
@@ -74,8 +75,9 @@ def reconstruct(
     seen = sampled(apply, variables, wanted, given, positions, seed, kwargs)
     if not seen.readings:
         raise GraphError(
-            "reconstruct: what is cut is read by loops, branches, grouped convolutions "
-            "or products of features alone; none of them can be refitted"
+            "reconstruct: what is cut is read by loops, branches, grouped "
+            "convolutions, products of features, or kernels that other products read "
+            "along other axes alone; none of them can be refitted"
         )
     stays = trees.mask(graph, keep, ones(variables))
     for path in seen.readings:
@@ -124,33 +126,43 @@ class Seen(NamedTuple):
 def sampled(
     apply: Apply,
     variables: PyTree,
-    wanted: Sequence[Path],
+    wanted: Mapping[Path, set[int]],
     given: Sequence[tuple[Any, ...]],
     positions: int | None,
     seed: int,
     kwargs: Mapping[str, Any],
 ) -> Seen:
-    """What the kernels at `wanted` read; see `reconstruct` for the other arguments."""
+    """What the kernels at `wanted`, as of `consumers`, read; else as `reconstruct`.
+
+    Raises GraphError for kernels of complex numbers.
+    """
     readings: dict[Path, Reading] = {}
+    order = list(wanted)
 
     @jax.jit
     def collect(tree: PyTree, inputs: Any, key: Any) -> dict[str, Any]:
+        here: list[Reading] = []
+
         def rows(reading: Reading) -> Any:
             if reading.path not in wanted:
                 return None
-            own = jax.random.fold_in(key, wanted.index(reading.path))
+            own = jax.random.fold_in(key, order.index(reading.path))
             abstract = jax.ShapeDtypeStruct(reading.kernel.shape, reading.kernel.dtype)
-            bare = reading._replace(features=None, kernel=abstract)
-            readings.setdefault(reading.path, bare)
+            here.append(reading._replace(features=None, kernel=abstract))
             return reading.rows(positions, own)
 
         _, seen = taps(apply, rows)(tree, *inputs, **kwargs)
-        return {path_str(path): jnp.concatenate(x) for path, x in seen.items()}
+        fit = refittable(here, wanted)
+        readings.update(fit)
+        return {path_str(path): jnp.concatenate(seen[path]) for path in fit}
 
     keys = jax.random.split(jax.random.key(seed), len(given))
     own = {*wanted, *((*path[:-1], "bias") for path in wanted)}
-    leaves = leaves_of(variables).items()
-    dense = {p: np.asarray(x, np.float64) for p, x in leaves if p in own}
+    leaves = {p: x for p, x in leaves_of(variables).items() if p in own}
+    for path, x in leaves.items():
+        if jnp.iscomplexobj(x):
+            raise GraphError(f"{path_str(path)} is complex, and only real ones are fit")
+    dense = {p: np.asarray(x, np.float64) for p, x in leaves.items()}
 
     def rows(
         tree: PyTree, paths: Collection[Path], then: Callable[..., Any] = lambda p, x: x
@@ -179,16 +191,34 @@ def check_batches(name: str, batches: Iterable[Any]) -> list[tuple[Any, ...]]:
     return given
 
 
-def consumers(graph: Graph, keep: Keep) -> list[Path]:
-    """The leaves that read a group of which something is cut, in the graph's order."""
-    return list(
-        dict.fromkeys(
-            slot.path
-            for name, group in graph.groups.items()
-            for slot in group.slots
-            if slot.role == "in" and not keep[name].all()
-        )
-    )
+def consumers(graph: Graph, keep: Keep) -> dict[Path, set[int]]:
+    """{leaf that reads a group of which something is cut: along which of its axes}."""
+    found: dict[Path, set[int]] = {}
+    for name, group in graph.groups.items():
+        for slot in group.slots:
+            if slot.role == "in" and not keep[name].all():
+                found.setdefault(slot.path, set()).add(slot.axis)
+    return found
+
+
+def refittable(
+    found: Iterable[Reading], wanted: Mapping[Path, set[int]]
+) -> dict[Path, Reading]:
+    """A reading of each kernel that reads, and is read, in one way, in their order.
+
+    What another product reads along other axes, such as a kernel that makes channels,
+    too, would be changed there as well.
+    """
+    mine: dict[Path, list[Reading]] = {}
+    for reading in found:
+        if reading.path in wanted:
+            mine.setdefault(reading.path, []).append(reading)
+    return {
+        path: ways[0]
+        for path, ways in mine.items()
+        if len({way.order for way in ways}) == 1
+        and wanted[path] & {axis for axis, _ in ways[0].pairs}
+    }
 
 
 def _refitted(
@@ -207,7 +237,7 @@ def _refitted(
     part = x[:, lines]
     gram = part.T @ part / len(x)
     # At least what keeps dead and repeated features from making it singular.
-    weight = max(ridge * np.trace(gram) / max(len(lines), 1), 1e-12)
+    weight = max(ridge, 1e-12) * np.trace(gram) / max(len(lines), 1) or 1.0
     rest = part.T @ (y - part @ old[lines]) / len(x)
     step = np.linalg.solve(gram + weight * np.eye(len(lines)), rest)
     new = old.copy()

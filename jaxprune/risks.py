@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -54,7 +55,10 @@ def evaluator(graph: Graph, risk: Risk) -> Callable[..., Found]:
         return values, counts, sums
 
     def evaluate(keep: Keep, variables: PyTree, batches: Any) -> Found:
-        parts = [jax.tree.map(fetched, seen(keep, variables, b)) for b in batches]
+        begun = (seen(keep, variables, batch) for batch in batches)
+        # Fetched when the next has begun, which the device works on meanwhile.
+        pairs = itertools.pairwise(itertools.chain(begun, [None]))
+        parts: list[Any] = [jax.tree.map(fetched, found) for found, _ in pairs]
         values = np.concatenate([v[c.astype(bool)] for v, c, _ in parts])
         values = values.astype(np.float64)
         if not len(values):

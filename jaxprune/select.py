@@ -4,6 +4,7 @@
 import difflib
 import fnmatch
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -93,7 +94,7 @@ def in_channels(multiple_of: MultipleOf) -> int:
 def check_positive(**values: Any) -> None:
     """Raise ConfigError naming the first that is no positive integer."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ConfigError(f"{name}={value!r}: a positive integer is needed")
 
 

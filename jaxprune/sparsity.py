@@ -27,7 +27,7 @@ from jaxprune.base import (
     Role,
     check_roles,
 )
-from jaxprune.measures import floats
+from jaxprune.measures import floats, square
 from jaxprune.pricing import Counts, Weights, concrete, resolved
 from jaxprune.sharded import fetched
 from jaxprune.steering import Strength
@@ -221,7 +221,7 @@ def channel_squares(
     graph: Graph, tree: PyTree, roles: tuple[Role, ...]
 ) -> dict[str, jax.Array]:
     """||theta[g,c]||^2."""
-    squares = jax.tree.map(jnp.square, floats(tree))
+    squares = jax.tree.map(square, floats(tree))
     sums = trees.channel_sum(graph, squares, roles=roles)
     return {n: jnp.asarray(s) for n, s in sums.items()}
 

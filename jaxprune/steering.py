@@ -153,8 +153,10 @@ def even_start(
       target, kind: as of `steer`.
       total: the sum of such rates by when the target is to be met.
 
-    Raises what `steer` does.
+    Raises what `steer` does, and ConfigError for a total that is not positive.
     """
+    if not total > 0:
+        raise ConfigError(f"even_start: total={total!r}: must be positive")
     check_target(graph, target, kind)
     after = _behind(live_cost(graph, kind), deaths)
     least = _landing(after, 1.01 * _last(deaths), target)

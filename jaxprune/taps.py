@@ -53,18 +53,20 @@ class Reading(NamedTuple):
 
     def matrix(self, kernel: Any) -> Any:
         """A kernel as [all that is read, made]; `rows` has the same order."""
-        axes, inner = self._order()
+        axes, inner = self.order
         shape = np.shape(kernel)
         read = math.prod(shape[a] for a in axes[:inner])
         return kernel.transpose(axes).reshape(read, -1)
 
     def kernel_of(self, matrix: Any) -> Any:
         """The inverse of `matrix`."""
-        axes, _ = self._order()
+        axes, _ = self.order
         shape = tuple(self.kernel.shape[a] for a in axes)
         return matrix.reshape(shape).transpose(np.argsort(axes))
 
-    def _order(self) -> tuple[tuple[int, ...], int]:
+    @property
+    def order(self) -> tuple[tuple[int, ...], int]:
+        """The kernel's axes in the order of `matrix`, and how many of them are read."""
         read = [k for k, _ in self.pairs]
         if self.eqn.primitive.name != "dot_general":
             to, of, *window = self.eqn.params["dimension_numbers"].rhs_spec

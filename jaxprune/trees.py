@@ -206,6 +206,7 @@ def channel_sum(
     def add(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
         for axis, slots, new in trained_axes(leaf, cuts, roles):
             line = along(x if new is None else x * new, axis)
+            line = jx.laid_like(line, line, (0,))
             for group, slot in slots:
                 sums[group] = sums[group] + line[slot.indices].sum(axis=1)
         return x
@@ -228,7 +229,7 @@ def channel_rows(
 
     def add(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
         for axis, slots, new in trained_axes(leaf, cuts, roles):
-            lines = _lines(jnp.asarray(x), axis)
+            lines = _lines(jnp.asarray(jx.laid_like(x, x, range(x.ndim))), axis)
             for group, slot in slots:
                 own = lines[slot.indices]
                 if new is not None:
@@ -246,7 +247,8 @@ def channel_gram(
 ) -> dict[str, Any]:
     """{group: float[C, C]}: inner products of what belongs to each two channels.
 
-    The diagonal is `channel_sum` of the squares.
+    From the mean channel of each axis on, so that distances do not cancel where all
+    channels are nearly the same.
     """
     grams: dict[str, Any] = {
         n: np.zeros((g.size,) * 2) for n, g in graph.groups.items()
@@ -254,9 +256,11 @@ def channel_gram(
 
     def add(leaf: Leaf, cuts: Cuts, x: Any) -> Any:
         for axis, slots, new in trained_axes(leaf, cuts, roles):
+            x = jx.laid_like(x, x, range(x.ndim))
             rows = _lines(jnp.asarray(x if new is None else x * new), axis)
             for group, slot in slots:
                 own = rows[slot.indices].reshape(len(slot.indices), -1)
+                own = own - own.mean(axis=0)
                 product = jnp.matmul(own, own.T, precision="highest")
                 grams[group] = grams[group] + product
         return x

@@ -188,6 +188,8 @@ def _kernels(graph: Graph, variables: PyTree) -> dict[Path, np.ndarray]:
     if not found:
         raise GraphError("no trained leaf has two axes or more: there is no kernel")
     for path, kernel in found.items():
+        if np.iscomplexobj(kernel):
+            raise GraphError(f"{path_str(path)} is complex; only real weights are cut")
         if not np.isfinite(kernel.astype(np.float32)).all():
             raise GraphError(f"{path_str(path)} holds numbers that are not finite")
     return found

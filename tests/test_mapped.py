@@ -174,6 +174,41 @@ print(worst)
 """
 
 
+MEASURED = """
+import jax, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import jaxprune as jp
+
+def apply(variables, x):
+    return jax.nn.relu(x @ variables["a"]) @ variables["b"]
+
+rng = np.random.default_rng(0)
+plain = {k: rng.normal(size=s).astype("f4") for k, s in (("a", (4, 8)), ("b", (8, 4)))}
+graph = jp.trace(apply, plain, np.ones((2, 4), "f4"))
+mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+lies = {"a": NamedSharding(mesh, P(None, "d")), "b": NamedSharding(mesh, P("d"))}
+
+def found(variables):
+    tx = jp.proximal(graph, 0.1)
+    none = jax.tree.map(jax.numpy.zeros_like, variables)
+    step = jax.jit(lambda v: tx.update(none, tx.init(v), v)[0])
+    criteria = jp.magnitude(), jp.lamp(), jp.geometric_median()
+    return (
+        jp.group_lasso(graph, variables),
+        jax.jit(lambda v: jp.group_lasso(graph, v))(variables),
+        jp.dead(graph, variables),
+        step(variables),
+        [jp.score(c, graph, variables) for c in criteria],
+    )
+
+want = found(plain)
+with jax.set_mesh(mesh):
+    got = found(jax.device_put(plain, lies))
+apart = lambda a, b: np.abs(np.subtract(a, b, dtype=float)).max()
+print(max(jax.tree.leaves(jax.tree.map(apart, got, want))))
+"""
+
+
 def on_four_devices(program: str) -> str:
     """What the program prints last, in doubles."""
     flags = os.environ.get("XLA_FLAGS", "")
@@ -203,3 +238,7 @@ def test_programs_that_every_device_runs_on_its_shard():
 def test_arrays_laid_over_devices_by_constraints_and_by_their_types():
     """Where a cut axis no longer divides among the devices, it is not split."""
     assert float(on_four_devices(LAID)) < 1e-12
+
+
+def test_penalties_and_scores_of_arrays_whose_types_tell_where_they_lie():
+    assert float(on_four_devices(MEASURED)) < 1e-5

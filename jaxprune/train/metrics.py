@@ -37,7 +37,8 @@ def confusion(logits: Any, labels: Any, ignore: int) -> Any:
     classes = logits.shape[-1]
     predicted = jnp.argmax(logits, axis=-1)
     counted = (labels != ignore) & (labels >= 0) & (labels < classes)
-    index = jnp.where(counted, labels * classes + predicted, classes * classes)
+    truth = labels.astype(jnp.int32)
+    index = jnp.where(counted, truth * classes + predicted, classes * classes)
     pixels = jnp.bincount(index.ravel(), length=classes * classes + 1)
     return pixels[:-1].reshape(classes, classes)
 

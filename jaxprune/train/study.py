@@ -129,7 +129,7 @@ def study(
 
 def _name(method: str, budget: float, seed: int) -> str:
     """The folder of a run, within the study's."""
-    return f"{method}-{budget:g}-seed{seed}"
+    return f"{method}-{float(budget)!r}-seed{seed}"
 
 
 def _ended(config: Config, workdir: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers out of the ordinary: complex, of 64 bits, tiny, or nearly equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune.base import ConfigError, GraphError
+from jaxprune.layerwise import check_readers
+from jaxprune.train import metrics, study
+
+RNG = np.random.default_rng(11)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def apply(variables: Any, x: Any) -> Any:
+    return jax.nn.relu(x @ variables["a"]) @ variables["b"]
+
+
+def net(width: int = 6) -> tuple[Any, Any, str]:
+    """(variables, graph, the name of its one group)."""
+    variables = {"a": normal(4, width), "b": normal(width, 3)}
+    graph = jp.trace(apply, variables, normal(2, 4))
+    (name,) = graph.groups
+    return variables, graph, name
+
+
+def test_a_kernel_that_is_read_in_two_ways_is_not_refitted() -> None:
+    """A square one makes the channels and reads them; another one is refitted alone."""
+    variables = {"w": normal(6, 6), "head": normal(6, 3)}
+    x = normal(40, 6)
+
+    def tied(variables: Any, x: Any) -> Any:
+        hidden = jax.nn.relu(x @ variables["w"])
+        return jnp.einsum("bh,ih->bi", hidden, variables["w"]) @ variables["head"]
+
+    graph = jp.trace(tied, variables, x)
+    (name,) = (n for n, g in graph.groups.items() if g.slots[0].path == ("w",))
+    keep = graph.full()
+    keep[name][0] = False
+    with pytest.raises(GraphError, match="other products read along other axes"):
+        jp.reconstruct(tied, graph, keep, variables, [x])
+    with pytest.raises(GraphError, match="nothing reads"):
+        check_readers(tied, graph, variables, x, jp.flops(0.7))
+
+    def both(variables: Any, x: Any) -> Any:
+        hidden = jax.nn.relu(x @ variables["w"])
+        more = jnp.einsum("bh,ih->bi", hidden, variables["w"])
+        return jnp.concatenate([more, hidden @ variables["head"]], axis=1)
+
+    graph = jp.trace(both, variables, x)
+    keep = {n: np.arange(g.size) > 0 for n, g in graph.groups.items()}
+    masked = jp.mask(graph, keep, variables)
+    fitted = jp.reconstruct(both, graph, keep, variables, [x], positions=None)
+    np.testing.assert_array_equal(fitted["w"], masked["w"])
+    hidden = jax.nn.relu(x @ masked["w"])
+    lost = np.mean(
+        (hidden @ fitted["head"] - jax.nn.relu(x @ variables["w"]) @ variables["head"])
+        ** 2
+    )
+    before = np.mean((both(masked, x) - both(variables, x))[:, 6:] ** 2)
+    assert lost < before
+
+
+def test_small_features_are_refitted_as_large_ones() -> None:
+    variables, graph, name = net()
+    x = normal(60, 4)
+    keep = {name: np.arange(6) > 1}
+    found = [
+        jp.reconstruct(apply, graph, keep, variables, [x * np.float32(s)], ridge=0.0)
+        for s in (1.0, 1e-7)
+    ]
+    np.testing.assert_allclose(found[1]["b"], found[0]["b"], rtol=1e-3, atol=1e-4)
+
+
+def test_layers_are_chosen_the_same_in_64_bits() -> None:
+    variables, graph, name = net()
+    x = normal(30, 4)
+    keep, _ = jp.lasso_select(apply, graph, variables, [x], jp.flops(0.5))
+    with jax.enable_x64(True):
+        again, _ = jp.lasso_select(apply, graph, variables, [x], jp.flops(0.5))
+    np.testing.assert_array_equal(again[name], keep[name])
+
+
+def test_a_cost_of_ones_own_is_steered_to_in_64_bits() -> None:
+    variables, graph, _ = net()
+
+    class Own:
+        def at(self, groups: Any, kept: Any) -> Any:
+            return jnp.asarray(kept) @ np.ones(len(groups))
+
+    with jax.enable_x64(True):
+        tx = jp.proximal(graph, jp.steer(graph, 0.5, kind=Own()))  # type: ignore
+        state = tx.init(variables)
+        none = jax.tree.map(jnp.zeros_like, variables)
+        _, after = tx.update(none, state, variables)
+        assert all(
+            a.dtype == b.dtype
+            for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True)
+        )
+        assert all(g.dtype == jnp.float32 for g in jp.init_gates(graph).values())
+
+
+def test_complex_weights_are_measured_by_their_size() -> None:
+    variables, graph, name = net()
+    phases = jax.tree.map(lambda x: np.exp(1j * RNG.normal(size=x.shape)), variables)
+    turned = jax.tree.map(lambda x, p: (x * p).astype(np.complex64), variables, phases)
+    for place in (lambda x: x, jnp.asarray):  # by NumPy, and compiled
+        for p in (1, 2):
+            found = jp.score(jp.magnitude(p), graph, jax.tree.map(place, turned))
+            want = jp.score(jp.magnitude(p), graph, variables)
+            np.testing.assert_allclose(found[name], want[name], rtol=1e-5)
+    ema = jp.chain(jp.magnitude(2), jp.ema(0.5))
+    found, want = (jp.score(ema, graph, v)[name] for v in (turned, variables))
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    penalty = jp.group_lasso(graph, turned)
+    np.testing.assert_allclose(penalty, jp.group_lasso(graph, variables), rtol=1e-5)
+    tx = jp.proximal(graph, 0.1)
+    none = jax.tree.map(jnp.zeros_like, turned)
+    updates, _ = tx.update(none, tx.init(turned), turned)
+    after = optax.apply_updates(turned, updates)
+    plain = jax.tree.map(jnp.zeros_like, variables)
+    updates, _ = tx.update(plain, tx.init(variables), variables)
+    want = optax.apply_updates(variables, updates)
+    for key in ("a", "b"):
+        np.testing.assert_allclose(after[key], want[key] * phases[key], atol=1e-5)
+    x, keep = normal(9, 4), {name: np.arange(6) > 0}
+    with pytest.raises(GraphError, match="complex"):
+        jp.reconstruct(apply, graph, keep, turned, [x])
+    with pytest.raises(GraphError, match="factorize: a is complex"):
+        jp.factorize(apply, graph, turned, x, ratio=0.9)
+    with pytest.raises(GraphError, match="a is complex"):
+        jp.prune_weights(apply, turned, x, budget=jp.flops(0.5))
+    with pytest.raises(GraphError, match=f"group '{name}': the scores are complex"):
+        jp.select(graph, {name: np.ones(6) * 1j}, jp.flops(0.5))
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
+def test_distances_of_nearly_equal_channels_do_not_cancel(spread: float) -> None:
+    variables, graph, name = net(32)
+    own = normal(4, 1) + np.float32(spread) * normal(4, 32)
+    variables["a"] = np.float32(own)
+    found = jp.score(jp.geometric_median(), graph, variables)[name]
+    rows = np.float64(variables["a"]).T
+    want = np.linalg.norm(rows[:, None] - rows[None], axis=-1).sum(axis=1)
+    np.testing.assert_allclose(found, want, rtol=1e-3)
+
+
+def test_without_a_part_in_the_cost_nothing_is_penalised() -> None:
+    def free(variables: Any, x: Any) -> Any:
+        hidden = jnp.tanh(x[:, :1] * variables["scale"])
+        return x @ variables["c"] + hidden.sum(axis=-1, keepdims=True)
+
+    variables = {"scale": normal(8), "c": normal(4, 3)}
+    graph = jp.trace(free, variables, normal(2, 4))
+    for weights in jp.flops_weights(graph).values():
+        np.testing.assert_array_equal(weights, 0)
+
+
+def test_numbers_of_numpy_and_python_are_taken() -> None:
+    variables, graph, name = net()
+    scores = {name: np.arange(6.0)}
+    keep = jp.select(graph, scores, jp.flops(0.5), min_channels=np.int64(2))
+    assert keep[name].sum() == 3
+
+    def scaled(variables: Any, x: Any) -> Any:
+        return variables["by"] * apply(variables, x)
+
+    more = {**variables, "by": 2.0}
+    graph = jp.trace(scaled, more, normal(2, 4))
+    assert all(k.all() for k in jp.dead(graph, more).values())
+
+
+def test_what_has_no_meaning_is_said() -> None:
+    variables, graph, name = net()
+    with pytest.raises(ConfigError, match="even_start: total=0"):
+        jp.steering.even_start(graph, {name: np.ones(6)}, 0.5, 0)
+    with pytest.raises(GraphError, match=rf"gates of group '{name}' are \(\)"):
+        jp.gates_to_keep({name: np.float32(0)})
+    tx = optax.masked(jp.proximal(graph, 0.1), {"a": True, "b": False})
+    with pytest.raises(GraphError, match="lacks the leaf b .*optax.masked"):
+        tx.update(variables, tx.init(variables), variables)
+
+
+def test_labels_of_any_integers_are_counted() -> None:
+    logits = jax.nn.one_hot(np.arange(20), 20)
+    found = metrics.confusion(logits, np.arange(20, dtype=np.uint8), 255)
+    np.testing.assert_array_equal(found, np.eye(20))
+
+
+@pytest.mark.parametrize("budget", [0.25, 1 / 3, 1e-5, np.float64(0.12)])
+def test_the_folder_of_a_run_tells_its_budget(budget: float) -> None:
+    named = study._NAME.fullmatch(study._name("path", budget, 3))
+    assert named is not None
+    assert (named[1], float(named[2]), named[3]) == ("path", budget, "3")
+    assert study._name("l1", 0.25, 0) == "l1-0.25-seed0"
+
+
+def test_a_walk_by_measured_losses_compiles_the_loss_once() -> None:
+    variables, graph, _ = net()
+    traced = []
+
+    def loss(variables: Any, x: Any) -> Any:
+        traced.append(x)
+        return jnp.mean(apply(variables, x) ** 2)
+
+    criterion = jp.magnitude()
+    batches = [normal(5, 4), normal(5, 4)]
+    jp.prune_path(
+        graph, variables, loss, batches, criterion=criterion, measured=True, block=0
+    )
+    assert len(traced) == 1
