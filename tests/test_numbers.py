@@ -204,6 +204,13 @@ def test_the_folder_of_a_run_tells_its_budget(budget: float) -> None:
     assert named is not None
     assert (named[1], float(named[2]), named[3]) == ("path", budget, "3")
     assert study._name("l1", 0.25, 0) == "l1-0.25-seed0"
+    for other in (
+        "l1-0.25-seed0 copy",
+        "l1-0.2-0.5-seed0",
+        "l11-0.5-seed0",
+        "l1-seed0",
+    ):
+        assert study._NAME.fullmatch(other) is None
 
 
 def test_a_walk_by_measured_losses_compiles_the_loss_once() -> None:

@@ -73,7 +73,8 @@ METHODS: dict[str, dict[str, Any]] = {
 _ROOM = 0.95
 
 _LATENCIES = "latencies.json"
-_NAME = re.compile(rf"({'|'.join(METHODS)})-([\d.e-]+)-seed(\d+)")  # as of `_name`
+_BUDGET = r"\d+\.?\d*(?:e-\d+)?"
+_NAME = re.compile(rf"({'|'.join(METHODS)})-({_BUDGET})-seed(\d+)")  # as of `_name`
 
 
 def study(
