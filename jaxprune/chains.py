@@ -140,7 +140,7 @@ def _joined(variables: PyTree) -> PyTree:
 def _holds_factors(tree: PyTree) -> bool:
     """Whether all leaves are factors: a network may have a collection of that name."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return all(key_path(keys)[-1].startswith(NAME) for keys, _ in flat)
+    return all(is_factor(key_path(keys)) for keys, _ in flat)
 
 
 def _is_chain(x: Any) -> bool:
