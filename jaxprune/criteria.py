@@ -6,7 +6,7 @@ that measure (jaxprune/measures.py) put new scores in, those that transform
 (`normalize`, `per_cost`, `ema`) change what arrives, and `chain` strings them together.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -71,8 +71,8 @@ def score(
     that of `magnitude`, with `normalize` and `per_cost`, is NumPy's where the variables
     lie in one CPU's memory, and may there differ from a compiled one's by rounding.
     Raises ConfigError where the criterion needs a loss, batches or a key that is
-    missing, DataError for empty batches, GraphError naming the group of a score that is
-    not finite.
+    missing, or for a key that is none, DataError for empty batches, GraphError naming
+    the group of a score that is not finite.
     """
     return scorer(criterion, graph, loss)(variables, batches=batches, key=key)
 
@@ -92,7 +92,7 @@ def scorer(
             variables = trees.mask(graph, keep, variables)
         zeros = {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
         evidence = Evidence(graph, variables, loss, batch, key)
-        return criterion.update(zeros, state, evidence)
+        return _updated(criterion, zeros, state, evidence)
 
     @jax.jit
     def advance(*args: Any) -> PyTree:
@@ -105,6 +105,8 @@ def scorer(
         key: jax.Array | None = None,
         keep: Keep | None = None,
     ) -> dict[str, np.ndarray]:
+        if key is not None:
+            check_key("score", key)
         state = criterion.init(graph, variables)
         scores = None
         if criterion.numpy and batches is None and keep is None:
@@ -112,7 +114,7 @@ def scorer(
             if arrays is not None:
                 empty = {n: np.zeros(g.size) for n, g in graph.groups.items()}
                 evidence = Evidence(graph, arrays, loss, None, key)
-                scores, _ = criterion.update(empty, state, evidence)
+                scores, _ = _updated(criterion, empty, state, evidence)
                 return check_scores(graph, jax.tree.map(_canonical, scores))
         for batch, last in _marking_last([None] if batches is None else batches):
             if last or not criterion.costly:
@@ -124,6 +126,21 @@ def scorer(
         return check_scores(graph, scores)
 
     return run
+
+
+def _updated(
+    criterion: Criterion, scores: Scores, state: PyTree, evidence: Evidence
+) -> tuple[Scores, PyTree]:
+    """What its update returns; raises ConfigError for anything but a pair of both."""
+    found = criterion.update(scores, state, evidence)
+    pair = isinstance(found, tuple | list) and len(found) == 2
+    if pair and isinstance(found[0], Mapping):
+        return found[0], found[1]
+    raise ConfigError(
+        f"a criterion's update returns ({{group: scores}}, state), this one "
+        f"{type(found).__name__}; jaxprune.criteria.stateless(f) makes one of a "
+        "function f(scores, evidence) that returns scores alone"
+    )
 
 
 def _marking_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
@@ -174,9 +191,16 @@ def check_criterion(
         zeros = {n: jnp.zeros(g.size) for n, g in graph.groups.items()}
         state = criterion.init(graph, variables)
         evidence = Evidence(graph, variables, loss, batch, key)
-        return criterion.update(zeros, state, evidence)[0]
+        return _updated(criterion, zeros, state, evidence)[0]
 
     jax.eval_shape(update, variables, batch, key)
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises ConfigError for what is no JAX key, such as a seed."""
+    typed = jnp.issubdtype(getattr(key, "dtype", int), jax.dtypes.prng_key)
+    if not typed and np.ndim(key) == 0:
+        raise ConfigError(f"{name}: key={key!r} is no key; jax.random.key(0) is one")
 
 
 def _canonical(x: np.ndarray) -> np.ndarray:
@@ -231,7 +255,7 @@ def chain(*criteria: Criterion) -> Criterion:
         for i, (criterion, s) in enumerate(zip(criteria, state, strict=True)):
             key = evidence.key
             own = key if key is None else jax.random.fold_in(key, i)
-            scores, s = criterion.update(scores, s, evidence._replace(key=own))
+            scores, s = _updated(criterion, scores, s, evidence._replace(key=own))
             states.append(s)
         return scores, tuple(states)
 

@@ -22,7 +22,7 @@ from jaxprune import graph_io, path_io, risks, weakest
 from jaxprune.base import ConfigError, DataError, Graph, GraphError, Keep, PyTree
 from jaxprune.budget import Budget
 from jaxprune.cost import cost
-from jaxprune.criteria import Criterion, Loss, scorer
+from jaxprune.criteria import Criterion, Loss, check_key, scorer
 from jaxprune.measures import taylor
 from jaxprune.risks import Risk, finite
 from jaxprune.select import MultipleOf, allowed_counts, check_budget
@@ -109,6 +109,8 @@ def prune_path(
         )
     if until is not None:
         check_budget(graph, until, multiple_of, min_channels)
+    if key is not None:
+        check_key("prune_path", key)
     batches = finite(batches)
     held = batches if validation is None else finite(validation, "validation")
     risk_of = risks.evaluator(graph, risk or loss)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxprune.base import ConfigError, Graph, GraphError, Keep, PyTree
 from jaxprune.budget import Budget, check, measure, sizes
+from jaxprune.criteria import check_key
 from jaxprune.keeps import compose
 from jaxprune.risks import Risk, evaluator, finite
 from jaxprune.select import MultipleOf, select
@@ -46,15 +47,16 @@ def best_of(
       key: of the masks; the same key gives the same keep.
       multiple_of, min_channels: as for `select`.
 
-    Raises BudgetError for a budget that cannot be met, ConfigError for a count under 1,
-    DataError for empty batches, GraphError where no mask has a finite loss.
+    Raises BudgetError for a budget that cannot be met, ConfigError for a count under 1
+    or a key that is none, DataError for empty batches, GraphError where no mask has a
+    finite loss.
 
     Source: Anwar & Sung, "Coarse pruning of convolutional neural networks with random
     masks", 2017, with channels for their granularities.
     """
     check(budget)
     _check("best_of", count=count)
-    rng = _generator(key)
+    rng = _generator("best_of", key)
     keeps = [
         _random_keep(graph, budget, rng, multiple_of, min_channels)
         for _ in range(count)
@@ -107,7 +109,7 @@ def particle_filter(
         raise ConfigError(f"particle_filter: temperature={temperature!r}: positive")
     if not 0 <= perturb < 1:
         raise ConfigError(f"particle_filter: perturb={perturb!r}: in [0, 1)")
-    rng = _generator(key)
+    rng = _generator("particle_filter", key)
     judge = _judge(graph, variables, loss, batches)
 
     dense = float(measure(graph, budget.kind, sizes(graph)))
@@ -201,7 +203,8 @@ def _judge(
     return judge
 
 
-def _generator(key: jax.Array) -> np.random.Generator:
+def _generator(name: str, key: jax.Array) -> np.random.Generator:
+    check_key(name, key)
     return np.random.default_rng(np.ravel(jax.random.key_data(key)))
 
 

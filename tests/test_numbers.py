@@ -13,6 +13,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.base import ConfigError, GraphError
+from jaxprune.criteria import stateless
 from jaxprune.layerwise import check_readers
 from jaxprune.train import metrics, study
 
@@ -227,3 +228,13 @@ def test_a_walk_by_measured_losses_compiles_the_loss_once() -> None:
         graph, variables, loss, batches, criterion=criterion, measured=True, block=0
     )
     assert len(traced) == 1
+
+
+def test_an_update_that_returns_scores_alone() -> None:
+    variables, graph, name = net()
+    alone = jp.Criterion(lambda *_: (), lambda scores, *_: scores)
+    wrapped = stateless(lambda scores, evidence: {name: np.arange(6.0)})
+    np.testing.assert_equal(jp.score(wrapped, graph, variables)[name], np.arange(6.0))
+    for criterion in (alone, jp.chain(jp.magnitude(), alone)):
+        with pytest.raises(ConfigError, match=r"scores\}, state\), this one dict"):
+            jp.score(criterion, graph, variables)

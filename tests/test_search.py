@@ -206,3 +206,21 @@ def test_errors(find, more, error, words):
     given = {"batches": [BATCH], "budget": jp.flops(0.5), **more}
     with pytest.raises(error, match=words):
         find(SMALL, VARIABLES, loss, key=KEY, **given)
+
+
+@pytest.mark.parametrize("key", [0, np.int64(3)])
+def test_a_seed_is_no_key(key):
+    more = (SMALL, VARIABLES, loss, [BATCH])
+    for call in (
+        lambda: search.best_of(*more, jp.flops(0.5), key=key),
+        lambda: search.particle_filter(*more, jp.flops(0.5), key=key),
+        lambda: jp.prune_path(*more, key=key),
+        lambda: jp.score(jp.random(), SMALL, VARIABLES, key=key),
+    ):
+        with pytest.raises(ConfigError, match=r"is no key; jax\.random\.key"):
+            call()
+    old = jax.random.PRNGKey(0)  # raw key data is fine
+    np.testing.assert_equal(
+        jp.score(jp.random(), SMALL, VARIABLES, key=old),
+        jp.score(jp.random(), SMALL, VARIABLES, key=KEY),
+    )
