@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.errors import InconclusiveDimensionOperation
 
 from jaxprune import disk, formats, integrity, remote, storage
 from jaxprune.base import CheckpointError, ConfigError, GraphError, key_path
@@ -103,7 +104,7 @@ def export(
         run = jax.jit(lambda *images: pruned.apply(pruned.variables, *images, **kwargs))
         program = jax.export.export(run, platforms=platforms)(*specs)
         content = program.serialize()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, InconclusiveDimensionOperation) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise GraphError(
             f"export with shapes {list(shapes) or [s.shape for s in structs]}: "

@@ -94,11 +94,7 @@ def read_image(file: Path, data: bytes | None = None) -> np.ndarray:
     image = image_files.decode(file, data)
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image_files.opaque(image))
 
 
 def write(
@@ -193,7 +189,8 @@ def label_picture(labels: np.ndarray, colors: Sequence[Sequence[int]]) -> Any:
 def _expand(entry: str | Path) -> list[Path]:
     path = Path(entry)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        files = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES]
+        files = [p for p in files if p.is_file() and not p.name.startswith(".")]
         if not files:
             raise base.DataError(
                 f"{path} holds no image ({', '.join(SUFFIXES)}); name another folder"
@@ -269,7 +266,7 @@ def _check_dropout(pruned: Any) -> None:
     ):
         raise base.ConfigError(
             f"this {network['name']} was trained without dropout, so its samples would "
-            "all be the same; train one with --set network.dropout=0.5"
+            "all be the same; train a segnet or fcn with --set network.dropout=0.5"
         )
 
 

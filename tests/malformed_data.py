@@ -95,6 +95,17 @@ def _labels(array, mode=None, **more):
     return _mask(encoded(array, mode, **more))
 
 
+def _all_labels(*labels: int):
+    """Masks of these labels in turns, all of the set."""
+    array = np.resize(np.array(labels, np.uint8), SIZE)
+
+    def harm(root: Path) -> None:
+        for name in NAMES:
+            (root / "trainannot" / f"{name}.png").write_bytes(encoded(array))
+
+    return harm
+
+
 def _gone(name: str):
     def harm(root: Path) -> None:
         path = root / name
@@ -192,6 +203,25 @@ FOLDERS = [
     ("a colour too few", _classes({"names": _ABC, "colors": _RED[:2]}), "colors"),
     ("a colour of two", _classes({"names": _ABC, "colors": [[1, 2]] * 3}), "classes"),
     ("a colour a text", _classes({"names": _ABC, "colors": ["red"] * 3}), "classes"),
+    ("a colour of 300", _classes({"names": _ABC, "colors": [[300, 0, 0]] * 3}), "300"),
+    ("a colour below 0", _classes({"names": _ABC, "colors": [[0, -1, 0]] * 3}), "-1"),
+    (
+        "colours up to 1",
+        _classes({"names": _ABC, "colors": [[0.5, 1, 0]] * 3}),
+        "float",
+    ),
+    ("masks of 0 and 255", _all_labels(0, 255), "labels 0, 255, of which 255 is ign"),
+    ("masks of 0 and 128", _all_labels(0, 128), "129 classes, 127 of them nowhere"),
+    (
+        "a mask as JPEG",
+        lambda r: (
+            _gone("trainannot/image1.png")(r),
+            (r / "trainannot" / "image1.jpg").write_bytes(
+                encoded(_ZEROS, "L", form="JPEG")
+            ),
+        ),
+        "trainannot/image1.jpg: a mask as JPEG",
+    ),
     ("ignore a class", _classes({"names": _ABC, "ignore": 1}), "ignore = 1"),
     ("ignore 256", _classes({"names": _ABC, "ignore": 256}), "ignore = 256"),
     ("ignore a text", _classes({"names": _ABC, "ignore": "void"}), "classes.json"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxprune import data
+from jaxprune import data, predict
 from jaxprune.base import DataError
 from jaxprune.data import camvid
 
@@ -118,6 +118,25 @@ def test_photographs_are_read_upright(tmp_path, orientation):
     write_pair(tmp_path, "train", "b", upright, np.zeros((32, 48)))
     (tmp_path / "train" / "b.png").unlink()
     assert load(tmp_path, size=(8, 12)).images.shape == (2, 8, 12, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_images_are_what_predict_sees(tmp_path, mode):
+    """White shows through, whatever colour lies below; and the header is enough."""
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[..., 3] = [[255, 0], [255, 0]]
+    write_pair(tmp_path, "train", "a", np.zeros((2, 2, 3)), [[0, 1], [2, 3]])
+    file, image = tmp_path / "train" / "a.png", Image.fromarray(pixels)
+    if mode == "P":
+        flat = Image.fromarray(pixels[..., 3] // 255)
+        flat.putpalette([200, 10, 10, 0, 0, 0])
+        flat.save(file, transparency=0)
+    else:
+        image.convert(mode).save(file)
+    (found,) = load(tmp_path).images
+    np.testing.assert_array_equal(found[:, 0], 0)
+    np.testing.assert_array_equal(found[:, 1], 255)
+    np.testing.assert_array_equal(found, predict.read_image(file))
 
 
 def test_count_takes_the_first(root):

@@ -16,7 +16,7 @@ import pytest
 from saved import small_network
 
 import jaxprune as jp
-from jaxprune import cli, exits, integrity, onnx_export
+from jaxprune import cli, exits, integrity, models, onnx_export
 from jaxprune.base import CheckpointError, ConfigError, DiskError, GraphError
 from jaxprune.models.segnet import SegNet
 
@@ -68,6 +68,43 @@ def test_any_batch_and_size_and_with_jax_alone(pruned: Any, tmp_path: Any) -> No
         said = r"takes .*\[b, 32\*h, 32\*w, 3\].* given .*\]: .*args\[0\]"
         with pytest.raises(GraphError, match=said):
             run(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "depths"),
+    [
+        ("fcn", (4, 4, 4, 4, 4, 8, 8), None),
+        ("deeplab", (4, 8, 8, 8, 8, 4, 4, 4), (1, 1, 1, 1)),
+        ("refinenet", (4, 8, 8, 8, 8, 8, 4, 4, 4), (1, 1, 1, 1)),
+        ("unet", (4, 4, 4, 4, 4), None),
+    ],
+)
+def test_sizes_of_no_multiple(
+    name: str, widths: Any, depths: Any, tmp_path: Any
+) -> None:
+    """Pooling pads by symbols, and scalars are told from images of any size."""
+    more = {} if depths is None else {"depths": depths}
+    net = models.build(name, {"num_classes": 3, "widths": widths, **more})
+    size = (64, 64)
+    x = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    variables = models.init(net, jax.random.key(0), size)
+    pruned = jp.prune(net.apply, variables, x, budget=jp.flops(0.5), train=False)
+    texts = ["b, 16*h, 16*w, 3" if name == "unet" else "b, h, w, 3"]
+    folder = jp.export(pruned, tmp_path / "out", x, shapes=texts, train=False)
+    some = images(2, 48, 80, 3) if name == "unet" else images(2, 37, 50, 3)
+    want = np.asarray(pruned.apply(pruned.variables, some, train=False))
+    got = np.asarray(jp.load_export(folder)(some))
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_what_asks_for_a_symbols_value(pruned: Any, tmp_path: Any) -> None:
+    def choosy(v: Any, x: Any) -> Any:
+        return pruned.apply(v, x if x.shape[1] > 40 else 2 * x)
+
+    with pytest.raises(GraphError, match="export with shapes.*'h' > '40'"):
+        asks = pruned._replace(apply=choosy)
+        jp.export(asks, tmp_path / "x", images(1, 64, 64, 3), shapes=["b, h, 64, 3"])
+    assert not (tmp_path / "x").exists()
 
 
 def test_folded_and_in_int8(pruned: Any, tmp_path: Any) -> None:

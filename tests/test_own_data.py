@@ -123,6 +123,19 @@ def test_a_split_without_labels_is_told_before_any_work(own, tmp_path, capsys):
     assert not (tmp_path / "work").exists()
 
 
+def test_eval_on_other_classes_than_were_trained(own, capsys):
+    data, _, work = own
+    file = data / "classes.json"
+    listed = json.loads(file.read_text())
+    try:
+        file.write_text(json.dumps({**listed, "names": NAMES[::-1]}))
+        assert cli.main(["eval", str(work)]) == 2
+    finally:
+        file.write_text(json.dumps(listed))
+    said = f"the split 'test' has the classes {', '.join(NAMES[::-1])}, the network"
+    assert said in capsys.readouterr().err
+
+
 def test_eval_tells_the_miou_of_what_predict_writes(own, tmp_path, capsys):
     """Both by the commands, on the files; the measure by NumPy."""
     data, _, work = own

@@ -137,6 +137,8 @@ def folder(tmp_path):
     for name in ("b.png", "a.JPG", "deep/a.png"):
         Image.fromarray(halves(16, 24)[0]).save(folder / name)
     (folder / "notes.txt").write_text("no image")
+    (folder / "._b.png").write_text("what a Mac leaves beside b.png")
+    (folder / "deep.png").mkdir()
     return folder
 
 

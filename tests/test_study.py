@@ -143,6 +143,11 @@ def test_the_table_is_of_means_and_deviations():
     assert "| l1 | 50% | 50.0% | 50.0% | 0.400 ± 0.141 | 0.200 ± 0.000 |" in text
     assert "| path | 50% | 49.0% | 49.0% | 0.450 ± 0.010 | 0.300 ± 0.010 |" in text
     assert "| 4.0 | 3.00 | 2 | 1 |" in text
+    close = [{**l1, "budget": b} for b in (0.29, 0.125, 0.001)]
+    cells = [
+        line.split(" | ")[1] for line in tabulate.as_markdown(close).splitlines()[2:5]
+    ]
+    assert cells == ["29%", "12.5%", "0.1%"]
 
 
 def test_zeros_are_told_of_beside_the_dense_cost():

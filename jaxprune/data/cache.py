@@ -15,7 +15,7 @@ import numpy as np
 from jaxprune.base import DataError
 from jaxprune.data.types import Source, Split
 
-_FORMAT = 2  # counts up when the same files would be decoded or resized otherwise
+_FORMAT = 3  # counts up when the same files would be decoded or resized otherwise
 _WINDOW = 64  # samples that are decoded ahead of the writer
 
 

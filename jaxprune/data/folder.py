@@ -8,12 +8,13 @@ and its mask share their stem. Masks are PNGs of one label a pixel, mode L or P.
 
     {"names": ["road", "car"], "colors": [[128, 64, 128], [64, 0, 128]], "ignore": 255}
 
-Without it they are the labels found, 0 to the highest but 255, which is ignored.
+Without it they are 0 to the highest label found but 255, which is ignored.
 """
 
 import colorsys
 import functools
 from collections.abc import Iterable
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -91,25 +92,42 @@ def find_pairs(image_folder: Path, mask_folder: Path) -> list[images.Pair]:
 def infer_classes(root: Path) -> Classes:
     """Classes 0 to the highest label in any split's masks; 255 is ignored.
 
-    Colours are those of the first mask's palette, if it has one.
+    Colours are those of the first mask's palette, if it has one. Raises DataError for
+    labels that no one means so, see `classes_of_labels`.
     """
-    masks = [
-        pair.mask
+    pairs = [
+        pair
         for split in SPLITS
         if (root / split).is_dir()
         for pair in find_pairs(*find_folders(root, split))
     ]
-    decoded = (images.decode(path) for path in masks)
-    return classes_of_labels(decoded)
+    for pair in pairs:
+        images.header(pair)  # masks are of bytes
+    decoded = (images.decode(pair.mask) for pair in pairs)
+    return classes_of_labels(decoded, str(root))
 
 
-def classes_of_labels(masks: Iterable[Any]) -> Classes:
-    """Classes 0 to the highest label but 255 of PIL `masks`; the first's palette."""
-    highest, palette = 0, None
+def classes_of_labels(masks: Iterable[Any], name: str) -> Classes:
+    """Classes 0 to the highest label but 255 of PIL `masks`; the first's palette.
+
+    Raises DataError, naming the data set `name`, for masks of 0 and 255 alone, and
+    where most of the classes occur nowhere.
+    """
+    counts, palette = np.zeros(256, np.int64), None
     for mask in masks:
-        label = np.asarray(mask)
-        highest = max(highest, int(label[label != 255].max(initial=0)))
+        counts += np.bincount(np.asarray(mask).ravel(), minlength=256)
         palette = (mask.getpalette() or []) if palette is None else palette
+    found = np.flatnonzero(counts[:255])
+    highest = int(found.max(initial=0))
+    alone = highest == 0 and counts[255] > 0
+    if alone or 2 * len(found) < highest + 1:
+        shown = ", ".join(map(str, np.flatnonzero(counts)[:8]))
+        raise DataError(
+            f"{name}: the masks hold the labels {shown}{' ...' * (len(found) > 8)}, of "
+            f"which 255 is ignored, so there would be {highest + 1} classes, "
+            f"{highest + 1 - len(found)} of them nowhere; number them 0, 1, 2, ..., or "
+            "list the classes in classes.json"
+        )
     palette = palette or []
     colors = [tuple(palette[3 * k : 3 * k + 3]) for k in range(highest + 1)]
     if len(palette) < 3 * len(colors):
@@ -170,7 +188,7 @@ def listed_classes(root: Path) -> Classes | None:
         colors = listed.get("colors") or [_color(k) for k in range(len(names))]
         return Classes(
             names,
-            tuple((int(r), int(g), int(b)) for r, g, b in colors),
+            tuple((index(r), index(g), index(b)) for r, g, b in colors),
             _ignore(listed),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,6 +11,7 @@ from jaxprune.base import DataError
 from jaxprune.data.types import Classes, Size
 
 _ORIENTATION = 0x0112  # of EXIF; above 4, width and height are swapped
+_LOSSY = ("JPEG", "MPO")
 _IMAGE_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "1", "CMYK", "YCbCr")
 
 
@@ -26,9 +27,9 @@ def header(pair: Pair) -> Size:
     """Height and width of a pair, upright, from the files' headers alone.
 
     Raises DataError for a file that is no image, an image of high bit depth, a mask
-    that is not one label a pixel, or two sizes.
+    that is not one label a pixel or of a format that changes them, or two sizes.
     """
-    (size, mode), (mask_size, mask_mode) = _peek(pair.image), _peek(pair.mask)
+    (size, mode, _), (mask_size, mask_mode, kind) = map(_peek, (pair.image, pair.mask))
     if mode not in _IMAGE_MODES:
         raise DataError(
             f"{pair.image}: mode {mode} is no 8-bit image; convert it to RGB"
@@ -37,6 +38,11 @@ def header(pair: Pair) -> Size:
         raise DataError(
             f"{pair.mask}: a mask of mode {mask_mode}; it must be a PNG of one 8-bit"
             " label a pixel (mode L or P): convert colours to class numbers first"
+        )
+    if kind.startswith(_LOSSY):
+        raise DataError(
+            f"{pair.mask}: a mask as {kind}, which mixes neighbouring labels; write it"
+            " anew, as PNG, from what it was made of"
         )
     if size != mask_size:
         raise DataError(
@@ -63,13 +69,24 @@ def fit(
 
     # Checked before resizing, which could drop the only wrong pixel.
     classes.check(np.asarray(mask), name)
-    image = image.convert("RGB")
+    image = opaque(image)
     width_height = size[1], size[0]
     if image.size != width_height:
         # PIL's bilinear filter widens with the reduction, so it averages areas.
         image = image.resize(width_height, Image.Resampling.BILINEAR)
         mask = mask.resize(width_height, Image.Resampling.NEAREST)
     return np.asarray(image), np.asarray(mask)
+
+
+def opaque(image: Any) -> Any:
+    """A PIL image as RGB; what is transparent is shown on white."""
+    from PIL import Image
+
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def decode(path: Path, data: bytes | None = None) -> Any:
@@ -97,7 +114,7 @@ def _file(path: Path, data: bytes | None) -> Any:
     return path if data is None else io.BytesIO(data)
 
 
-def _peek(path: Path) -> tuple[tuple[int, int], str]:
+def _peek(path: Path) -> tuple[tuple[int, int], str, str]:
     from PIL import Image
 
     try:
@@ -106,7 +123,8 @@ def _peek(path: Path) -> tuple[tuple[int, int], str]:
             # Of a PNG only the chunk before the pixels: to look behind is to decode.
             named = image.format != "PNG" or "exif" in image.info
             turned = named and image.getexif().get(_ORIENTATION, 1) > 4
-            return ((height, width) if turned else (width, height)), image.mode
+            size = (height, width) if turned else (width, height)
+            return size, image.mode, image.format or ""
     except Exception as error:
         raise _damaged(path, error) from error
 

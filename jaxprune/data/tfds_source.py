@@ -111,9 +111,8 @@ class _Samples:
             raise _damaged(f"{builder.data_dir}: {split}", error) from error
         if not len(self.data):
             raise DataError(f"{self.name}: holds no samples; prepare it again")
-        self.classes = classes or folder.classes_of_labels(
-            self._label(index) for index in range(len(self.data))
-        )
+        masks = (self._label(index) for index in range(len(self.data)))
+        self.classes = classes or folder.classes_of_labels(masks, self.name)
         self.size = size or self._pictures(0)[0].size[::-1]
         self.fixed = size is not None
 

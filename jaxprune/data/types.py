@@ -33,6 +33,12 @@ class Classes:
                 f"classes: {len(self)} names but {len(self.colors)} colors; give one"
                 " [red, green, blue] for each name"
             )
+        for name, color in zip(self.names, self.colors, strict=True):
+            if len(color) != 3 or not all(0 <= part <= 255 for part in color):
+                raise DataError(
+                    f"classes: the color of {name!r} is {list(color)}; it is [red, "
+                    "green, blue], each from 0 to 255"
+                )
         if not len(self) <= self.ignore <= 255:
             raise DataError(
                 f"classes: ignore = {self.ignore} must lie between {len(self)}, the"

@@ -23,6 +23,8 @@ from jaxprune.models.segnet import DEPTHS, SegNet
 # Of ImageNet's channels in [0, 1], which torchvision's networks expect to be removed.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+# Those of VGG have biases, also before a norm; a ResNet's have none.
+_BIASED = ("features", "classifier")
 _NORM = {
     "scale": "weight",
     "bias": "bias",
@@ -123,7 +125,11 @@ def _vgg(whole: bool, found: Mapping[str, Any], file: Path) -> list[_Layer]:
     layers = []
     for (s, i), n in zip(places, numbers, strict=True):
         norm = f"features.{n + 1}"
-        own = norm if f"{norm}.running_mean" in found else None
+        own = (
+            norm
+            if any(f"{norm}.{their}" in found for their in _NORM.values())
+            else None
+        )
         layers.append(
             _Layer(f"encoder{s}_conv{i}", f"encoder{s}_bn{i}", f"features.{n}", own)
         )
@@ -175,7 +181,7 @@ def _conv(
         found, f"{name}.weight", (out, read * height * width) if dense else shape, file
     )
     bias = np.zeros(out)
-    if f"{name}.bias" in found:
+    if f"{name}.bias" in found or name.startswith(_BIASED):
         bias = _array(found, f"{name}.bias", (out,), file)
     return given.reshape(shape).transpose(2, 3, 1, 0), bias
 
@@ -208,6 +214,8 @@ def _array(
     real = jnp.issubdtype(given.dtype, jnp.floating)  # bfloat16, too
     if not real or not np.isfinite(given.astype(np.float64)).all():
         raise base.CheckpointError(f"{file}: {name} holds what is no finite number")
+    if name.endswith("running_var") and (given < 0).any():
+        raise base.CheckpointError(f"{file}: {name} holds a negative variance")
     return given.astype(np.float64)
 
 

@@ -310,7 +310,7 @@ def _holds(dtype: np.dtype, number: Any) -> bool:
 
 def _leaf(eqn: jx.Eqn, ins: Sequence[Value]) -> int | None:
     """A variable (or the input) that was only cast or scaled is still that."""
-    whole = [v for v, a in zip(ins, eqn.invars) if math.prod(a.aval.shape) > 1]
+    whole = [v for v, a in zip(ins, eqn.invars) if any(n != 1 for n in a.aval.shape)]
     return whole[0].leaf if len(whole) == 1 else None
 
 

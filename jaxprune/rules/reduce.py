@@ -124,7 +124,9 @@ def _pooled(eqn: jx.Eqn, number: float | None) -> float | None:
         return 0.0 if number == 0 else unknown(number)
     # A window that only sees padding would be infinite.
     dilated = any(d > 1 for d in (*p["base_dilation"], *p["window_dilation"]))
-    sees = all(max(pad) < n for pad, n in zip(p["padding"], p["window_dimensions"]))
+    sees = all(
+        p < n for pad, n in zip(p["padding"], p["window_dimensions"]) for p in pad
+    )
     return number if sees and not dilated else math.nan
 
 

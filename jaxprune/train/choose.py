@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -363,9 +364,11 @@ def _walk(
 
     def told(step: path.Step) -> None:
         progress.alive("prune", number)
+        known = math.isfinite(step.stderr)  # not of one image
+        margin = f" ± {step.stderr:.3f}" if known else ""
         progress.note(
             f"prune: {step.cost.flops / dense.flops:6.1%} of {whose} FLOPs, "
-            f"risk {step.risk:.3f} ± {step.stderr:.3f}, mIoU {points.miou(step):.3f}"
+            f"risk {step.risk:.3f}{margin}, mIoU {points.miou(step):.3f}"
         )
 
     walked = path.prune_path(

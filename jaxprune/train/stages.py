@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,15 +136,29 @@ def evaluate(workdir: str | Path, split: str = "test") -> dict[str, Any]:
     Returns miou, global_accuracy, class_accuracy, per_class_iou, miou_error (mIoU's
     standard error over images, or None) and confusion. Raises
     ConfigError for a split of another name, and ConfigError or CheckpointError for a
-    folder that holds no finished run.
+    folder that holds no finished run; DataError where the data set's classes are not
+    the network's.
     """
     workdir = Path(workdir)
     config = folder.read_config(workdir)
     pruned = checkpoint.load(workdir / "final")
     found = load_split(config, split, evaluated=True)
+    _check_classes(pruned.info, found)
     judge = jax.jit(steps.make_evaluate(pruned.apply, found.classes.ignore))
     variables = layouts.put(steps.layout_of(Scale()), pruned.variables)
     return judged(counts_of(judge, variables, found, config.evaluate.batch))
+
+
+def _check_classes(info: Mapping[str, Any], split: data.Split) -> None:
+    """Raise DataError where a split's classes are not those that were trained."""
+    known = info.get("classes")
+    names = known.get("names") if isinstance(known, Mapping) else None
+    if names is not None and list(names) != list(split.classes.names):
+        raise DataError(
+            f"the split {split.name!r} has the classes {', '.join(split.classes.names)}"
+            f", the network {', '.join(map(str, names))}; set the data set's classes "
+            "back, in its classes.json or its masks"
+        )
 
 
 def check_methods(configs: Sequence[Config], classes: int) -> None:

@@ -91,7 +91,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
     columns = {
         "method": lambda r: r["method"],
-        "budget": lambda r: f"{r['budget']:.0%}",
+        "budget": lambda r: f"{100 * r['budget']:.6g}%",
         "FLOPs": lambda r: f"{r['flops']:.1%}",
         "parameters": lambda r: f"{r['params']:.1%}",
         "mIoU val": lambda r: score(r, "val"),
