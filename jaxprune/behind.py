@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What products answer, and the ReLU behind them, read off the running program.
+"""What products answer, their biases, and the ReLU behind them, off the program.
 
 Between a product and its ReLU there may be what is affine channel by channel and does
 not depend on the input: a bias, batch norm with its running statistics, a scale.
@@ -7,7 +7,8 @@ not depend on the input: a bias, batch norm with its running statistics, a scale
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,10 +40,15 @@ class Answers(NamedTuple):
 
 
 class _Tag(NamedTuple):
-    """What a value is: 'leaf', a variable; 'free' of the input; 'made' by a product."""
+    """What a value is: 'leaf', a variable; 'free' of the input; 'made' by a product.
+
+    Or a 'line', a variable of one axis that lies along one of more.
+    """
 
     kind: str
     number: int = -1  # of the variable, or of the product's kernel
+    axis: int = -1  # of a line; of a product, that of its channels
+    straight: bool = False  # a product to which nothing was done, and which one reads
 
 
 _FREE = _Tag("free")
@@ -53,6 +59,15 @@ class _Found(NamedTuple):
     products: dict[int, tuple[jx.Eqn, Any]]
     before: dict[int, Any]
     shared: set[int]
+    # How many products a kernel has; (kernel, bias): to how many it is added; how often
+    # a variable is used.
+    counts: Counter[int]
+    added: Counter[tuple[int, int]]
+    ends: Counter[int]
+
+
+def _nothing() -> _Found:
+    return _Found({}, {}, set(), Counter(), Counter(), Counter())
 
 
 def behind(
@@ -66,7 +81,7 @@ def behind(
     def run(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
         program, out, paths, values = opened(f, variables, inputs, kwargs)
         tags = [_Tag("leaf", i) for i in range(len(paths))]
-        found = _Found({}, {}, set())
+        found = _nothing()
         given = [None] * (len(values) - len(paths))
         values, _ = _walk(program, values, [*tags, *given], found)
         seen = {}
@@ -77,6 +92,32 @@ def behind(
         return jax.tree.unflatten(jax.tree.structure(out), values), seen
 
     return run
+
+
+def biases(
+    f: Apply, variables: PyTree, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[Path, Path]:
+    """{kernel: its bias}: the leaf beside it that its products are added to, directly.
+
+    A vector along the channels that the kernel makes, used for nothing else, whatever
+    its name. Where there is a norm, or a scale, in between, it is none.
+    """
+    found, paths = _nothing(), list[Path]()
+
+    def run(tree: PyTree, args: Sequence[Any]) -> None:
+        program, _, known, values = opened(f, tree, args, kwargs)
+        paths.extend(known)
+        tags = [_Tag("leaf", i) for i in range(len(known))]
+        given = [None] * (len(values) - len(known))
+        _walk(program, values, [*tags, *given], found)
+
+    jax.eval_shape(run, variables, inputs)
+    return {
+        paths[kernel]: paths[bias]
+        for (kernel, bias), times in found.added.items()
+        if times == found.counts[kernel] == found.ends[bias]
+        and paths[kernel][:-1] == paths[bias][:-1]
+    }
 
 
 def _walk(
@@ -105,6 +146,10 @@ def _walk(
         else:
             outs = jx.bind(eqn, *values)
             of = [_after(eqn, values, outs, here, found)] * len(outs)
+        of = [
+            t._replace(straight=False) if t and uses[var] > 1 else t
+            for var, t in zip(eqn.outvars, of, strict=True)
+        ]
         note_shared(eqn.outvars, of)
         env.update(zip(eqn.outvars, outs, strict=True))
         known.update(zip(eqn.outvars, of, strict=True))
@@ -121,20 +166,67 @@ def _after(
         if number in found.products:  # a kernel that serves twice
             found.shared.add(number)
         found.products[number] = eqn, outs[0]
-        return _Tag("made", number)
+        found.counts[number] += 1
+        return _Tag("made", number, _channels(eqn, tags), True)
+    first = tags[0]
+    if name == "convert_element_type":
+        return first
+    if name == "transpose" and first and first.kind == "leaf":
+        return first
+    line = _line(eqn, first) if len(tags) == 1 else None
+    if line is not None:
+        return line
+    found.ends.update(t.number for t in tags if t and t.kind in ("leaf", "line"))
     if all(t and t.kind != "made" for t in tags):
-        cast = name == "convert_element_type"
-        return tags[0] if cast else _FREE
+        return _FREE
     made = [i for i, t in enumerate(tags) if t and t.kind == "made"]
     if len(made) != 1 or not all(tags):
         return None
     tag = tags[made[0]]
-    if name == "convert_element_type" or (
-        name in _AFFINE and (name != "div" or made == [0])
-    ):
-        return tag
+    if tag is not None and name in _AFFINE and (name != "div" or made == [0]):
+        beside = tags[1 - made[0]]
+        if tag.straight and name in ("add", "add_any") and beside is not None:
+            shape = eqn.outvars[0].aval.shape
+            own = beside.axis if beside.kind == "line" else 0
+            whole = beside.kind == "line" or len(shape) == 1
+            if beside.kind in ("leaf", "line") and whole and own == tag.axis:
+                found.added[tag.number, beside.number] += 1
+        return tag._replace(straight=False)
     if name == "max" and tag is not None:
         floor = eqn.invars[1 - made[0]]
         if jx.is_literal(floor) and jx.scalar(floor.val) == 0:
             found.before[tag.number] = values[made[0]]
     return None
+
+
+def _channels(eqn: jx.Eqn, tags: _Tags) -> int:
+    """The axis of a product's outputs that its kernel makes; -1 where it makes more."""
+    if eqn.primitive.name != "dot_general":
+        return int(eqn.params["dimension_numbers"].out_spec[1])
+    k = next(i for i, t in enumerate(tags) if t and t.kind == "leaf")
+    summed = eqn.params["dimension_numbers"][0][k]
+    if eqn.invars[k].aval.ndim - len(summed) != 1:
+        return -1
+    return 0 if k == 0 else eqn.outvars[0].aval.ndim - 1
+
+
+def _line(eqn: jx.Eqn, tag: _Tag | None) -> _Tag | None:
+    """The tag of a vector that is laid along an axis, without being repeated there."""
+    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+    if tag is None or name not in ("reshape", "broadcast_in_dim"):
+        return None
+    (operand, *_) = eqn.invars
+    if tag.kind == "leaf" and operand.aval.ndim == 1:
+        along, length = 0, operand.aval.shape[0]
+    elif tag.kind == "line":
+        along, length = tag.axis, operand.aval.shape[tag.axis]
+    else:
+        return None
+    if name == "broadcast_in_dim":
+        axis = eqn.params["broadcast_dimensions"][along]
+    else:  # of a single number, any axis would do: that of flax's layers
+        alone = [a for a, n in enumerate(shape) if n != 1] or [len(shape) - 1]
+        axis = alone[0] if len(alone) == 1 else -1
+    if axis == -1 or shape[axis] != length:
+        return None
+    return _Tag("line", tag.number, axis)

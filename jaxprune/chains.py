@@ -8,7 +8,7 @@ so that trained, saved, shrunk or hand-made factors of any ranks go in.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ NAME = "factor"
 FIXED = "dictionary"
 
 
-def factorized(apply: Apply) -> Apply:
+def factorized(apply: Apply, *, only: Collection[Path] | None = None) -> Apply:
     """`apply` for trees of which kernels may be dicts {'factor0': ..., 'factor1': ...}.
 
     Factors are convolution kernels [window..., in, out], one after the other, or a
@@ -33,21 +33,28 @@ def factorized(apply: Apply) -> Apply:
     is depthwise. Where a factorised kernel is used otherwise, it is multiplied out.
     Factors may lie in the collection 'dictionary' instead of 'params', at the same
     place: there they are not trained. Derivatives of one's own are kept; a
-    `jax.checkpoint` around a factorised kernel is not. Raises GraphError for factors
-    that make no chain.
+    `jax.checkpoint` around a factorised kernel is not. only: the key paths of kernels
+    that are chains to this function; `apply` itself takes those of others as they are,
+    as one does that was factorised, then pruned. Raises GraphError for factors that
+    make no chain.
     """
+
+    def chosen(path: Path, x: Any) -> bool:
+        return _is_chain(x) and (only is None or path in only)
 
     @functools.wraps(apply)
     def run(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
         flat, treedef = jax.tree_util.tree_flatten_with_path(
-            _joined(variables), is_leaf=_is_chain
+            _joined(variables, only),
+            is_leaf=lambda keys, x: chosen(key_path(keys), x),
+            is_leaf_takes_path=True,
         )
         abstract, rebuild = abstract_inputs((inputs, kwargs))
         given = [x for x in jax.tree.leaves((inputs, kwargs)) if is_arraylike(x)]
         chains = {
             i: _ordered(path_str(key_path(keys)), x)
             for i, (keys, x) in enumerate(flat)
-            if _is_chain(x)
+            if chosen(key_path(keys), x)
         }
         structs = [
             _dense_struct(chains[i]) if i in chains else struct(x)
@@ -75,11 +82,17 @@ def factorized(apply: Apply) -> Apply:
             for i, (_, x) in enumerate(flat)
         ]
         origins = [*range(len(arrays)), *(None for _ in given)]
-        values, _ = run_products(program, [*arrays, *given], origins, product)
+        values = run_products(program, [*arrays, *given], origins, product)
         values = [v() if callable(v) else v for v in values]
         return jax.tree.unflatten(jax.tree.structure(out), values)
 
+    run.takes_factors = True  # type: ignore[attr-defined]
     return run
+
+
+def takes_factors(apply: Apply) -> bool:
+    """Whether a function is one of `factorized`."""
+    return getattr(apply, "takes_factors", False)
 
 
 def is_factor(path: Path) -> bool:
@@ -116,17 +129,28 @@ def fix_first(variables: PyTree, paths: Sequence[Path]) -> PyTree:
             return {n: x for n, x in node.items() if n != f"{NAME}0"}
         return {n: without(x, (*path, n)) for n, x in node.items()}
 
-    return {**variables, "params": without(variables["params"], ()), FIXED: moved}
+    params = without(variables["params"], ())
+    fixed = _merged(variables.get(FIXED, {}), moved)  # of another call, too
+    return {**variables, "params": params, FIXED: fixed}
 
 
-def _joined(variables: PyTree) -> PyTree:
+def _merged(first: Any, second: Any) -> Any:
+    """Nested dicts as one; where both have a leaf, the second's."""
+    if not isinstance(second, Mapping):
+        return second
+    first = first if isinstance(first, Mapping) else {}
+    return {**first, **{n: _merged(first.get(n), x) for n, x in second.items()}}
+
+
+def _joined(variables: PyTree, only: Collection[Path] | None) -> PyTree:
     """The tree with the factors of the collection 'dictionary' among the others."""
 
-    def join(trained: Any, fixed: Any) -> Any:
-        if not isinstance(fixed, Mapping):
-            return fixed
-        both = trained if isinstance(trained, Mapping) else {}
-        return {**both, **{n: join(both.get(n), x) for n, x in fixed.items()}}
+    def parted(fixed: Any, path: Path, mine: bool) -> Any:
+        """What of the collection is, or is not, of the kernels in `only`."""
+        if _is_chain(fixed):
+            return fixed if (path in (only or ())) == mine else {}
+        parts = {n: parted(x, (*path, n), mine) for n, x in fixed.items()}
+        return {n: x for n, x in parts.items() if x}
 
     if not isinstance(variables, Mapping) or "params" not in variables:
         return variables
@@ -134,7 +158,11 @@ def _joined(variables: PyTree) -> PyTree:
     if not fixed or not _holds_factors(fixed):
         return variables
     rest = {n: x for n, x in variables.items() if n != FIXED}
-    return {**rest, "params": join(variables["params"], fixed)}
+    if only is not None:
+        others = parted(fixed, ("params",), False)
+        rest |= {FIXED: others} if others else {}
+        fixed = parted(fixed, ("params",), True)
+    return {**rest, "params": _merged(variables["params"], fixed)}
 
 
 def _holds_factors(tree: PyTree) -> bool:

@@ -32,7 +32,7 @@ from jaxprune import (
     trees,
 )
 from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree, key_path
-from jaxprune.chains import factorized, is_factorized
+from jaxprune.chains import factorized, is_factorized, takes_factors
 from jaxprune.graph_io import (
     graph_from_json,
     graph_to_json,
@@ -134,7 +134,7 @@ def _load(
         raise CheckpointError(f"{folder / _CARD}: {error}") from error
     variables = storage.read_as_saved(folder, records, sharding, like)
     try:
-        if is_factorized(card.graph):
+        if is_factorized(card.graph) and not takes_factors(dense):
             dense = factorized(dense)
         small = slim(dense, card.graph, card.keep)
         if _is_folded(card.graph, variables):

@@ -210,6 +210,8 @@ def _canonical(x: np.ndarray) -> np.ndarray:
 
 def check_scores(graph: Graph, scores: Scores) -> dict[str, np.ndarray]:
     """The scores as finite NumPy arrays in the graph's order; else GraphError."""
+    if not isinstance(scores, Mapping):
+        raise GraphError(f"scores={scores!r:.80}: {{group: float[C]}}, as of score()")
     checked = {}
     for name in scores:
         if name not in graph.groups:
@@ -319,7 +321,7 @@ def per_cost(kind: budget.Kind = "flops") -> Criterion:
         free = [n for n, s in zip(evidence.graph.groups, shares) if s <= 0]
         if free:
             raise GraphError(
-                f"per_cost({kind!r}): the channels of group "
+                f"per_cost({kind}): the channels of group "
                 f"{', '.join(map(repr, free))} cost nothing; choose another kind"
             )
         return {n: scores[n] / s for n, s in zip(evidence.graph.groups, shares)}

@@ -96,6 +96,7 @@ def proximal_gates(
             raise ConfigError(
                 "proximal_gates needs the gates: tx.update(updates, state, gates)"
             )
+        _check_gates("proximal_gates", params)
         arrived = {n: params[n] + updates[n] for n in params}
         shrunk, state = _thresholded(strength, weights, params, arrived, state)
         return {n: shrunk[n] - params[n] for n in params}, state
@@ -140,8 +141,15 @@ def preconditioned_gates(
             raise ConfigError(
                 "preconditioned_gates needs the gates: tx.update(updates, state, gates)"
             )
+        if key is not None and key not in params:
+            raise ConfigError(
+                f"preconditioned_gates: the params have no {key!r}; key= is the name "
+                f"of the gates among {', '.join(map(str, params))}"
+            )
+        _check_gates("preconditioned_gates", of(params))
         updates, inner = tx.update(updates, state[0], params, **extra)
-        before, more, each = of(params), of(updates), of(steps(inner, params))
+        before, more = of(params), of(updates)
+        each = of(steering.checked_steps(steps(inner, params)))
         arrived = {n: before[n] + more[n] for n in before}
         shrunk, outer = _thresholded(strength, weights, before, arrived, state[1], each)
         new = {n: shrunk[n] - before[n] for n in before}
@@ -198,6 +206,7 @@ def accelerated_gates(
             raise ConfigError(
                 "accelerated_gates needs the gates: tx.update(updates, state, gates)"
             )
+        _check_gates("accelerated_gates", params)
         steps = state.proximal.steps
         mu = momentum(steps) if callable(momentum) else momentum
         z = {n: params[n] + updates[n] for n in params}
@@ -237,6 +246,18 @@ def deaths(
     `proximal_gates`.
     """
     return steering.deaths_of(*_penalised(weights, gates, gates))
+
+
+def _check_gates(name: str, gates: Any) -> None:
+    """Raises ConfigError for params that are more than the gates."""
+    if not isinstance(gates, Mapping) or any(
+        not jax.tree_util.all_leaves([gate]) for gate in gates.values()
+    ):
+        raise ConfigError(
+            f"{name}: its params are the gates alone, {{group: float[C]}}; give them "
+            "an optimiser of their own, or use preconditioned_gates(..., key=) for "
+            "gates within other params"
+        )
 
 
 def _check(strength: Strength, weights: Weights | None) -> None:

@@ -135,8 +135,10 @@ def timings(
     of what it makes, evenly spaced and multiples of `multiple_of`, as of `select` (the
     full ones besides); the median of `repeats` bursts of at least 2 ms counts. Times
     that fall as a width grows are raised to those of the smaller width. Convolutions in
-    groups, but for depthwise ones, and all that is no product, do not count. cache: a
-    JSON file of earlier measurements on this kind of device, read and added to.
+    groups, but for depthwise ones, products inside loops and branches or along an axis
+    of batches, and all that is no product, do not count: `latency(0.5, ...)` halves the
+    rest. cache: a JSON file of earlier measurements on this kind of device, read and
+    added to.
 
     Raises GraphError where there is nothing to measure, BudgetError for a cache that
     cannot be read, DiskError for one that cannot be written, ConfigError for points,

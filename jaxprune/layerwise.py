@@ -132,8 +132,9 @@ def check_readers(
     """
     widths = _widths(graph, budget, multiple_of, min_channels)
     (given,) = check_batches("lasso_select", [inputs])
-    found = readings(apply, variables, given, kwargs)
-    _readers(graph, widths, refittable(found, consumers(graph, widths)))
+    others: set[Path] = set()
+    found = readings(apply, variables, given, kwargs, elsewhere=others)
+    _readers(graph, widths, refittable(found, consumers(graph, widths), others))
 
 
 def _widths(

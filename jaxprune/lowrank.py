@@ -28,12 +28,12 @@ from jaxprune.base import (
     key_path,
     path_str,
 )
+from jaxprune.behind import biases
 from jaxprune.budget import Budget, check
 from jaxprune.chains import factorized, is_plain
 from jaxprune.reconstruct import replaced
 from jaxprune.select import check_positive
-from jaxprune.taps import Reading, taps
-from jaxprune.trace import struct
+from jaxprune.taps import Reading, readings
 
 __all__ = ["Chain", "Factorized", "Method", "factorize", "factorized"]
 
@@ -120,7 +120,9 @@ def factorize(
     for classification and detection". Chains of window axes need two of them; a matrix
     has none: [in, r], [r, out]. A kernel stays where no rank saves anything, where it
     is a factor already, or the budget is met without it. What runs is plain
-    convolutions, to be trained, traced and pruned like any others.
+    convolutions, to be trained, traced and pruned like any others. Of a network that
+    was factorised, then pruned, more kernels may be factorised; `load` then takes
+    `factorized(apply, only=[...])`, of these kernels and what was pruned.
 
     Raises ConfigError for an unknown method or a ratio outside (0, 1), BudgetError for
     a budget that no ranks meet, DataError for missing batches or such as give answers
@@ -129,21 +131,23 @@ def factorize(
     """
     _check(method, ratio, budget, batches, multiple_of, positions, only)
     _check_tree(graph, variables, method)
-    readings = _readings(method, apply, variables, inputs, kwargs, only)
-    if not readings and list(only) != ["*"]:
+    kernels = _readings(method, apply, variables, inputs, kwargs, only)
+    if not kernels and list(only) != ["*"]:
         some = next((path_str(x.path) for x in graph.leaves if len(x.shape) > 1), "")
         raise GraphError(
             f"factorize: only={list(only)!r} names no kernel that {method!r} cuts; it "
             f"holds fnmatch patterns of key paths such as {some!r}"
         )
-    seen_by = None
-    if method in _SEEING and readings:
+    seen_by, added = None, dict[Path, Path]()
+    if method in _SEEING and kernels:
+        given = () if batches is None else batches
         seen_by = responses.sampler(
-            apply, list(batches or ()), readings, positions, seed, kwargs
+            apply, list(given), kernels, positions, seed, kwargs
         )
+        added = biases(apply, variables, inputs, kwargs)
     own = seen_by(variables) if seen_by else None
     kind = str(budget.kind) if budget else "flops"
-    table = _table(method, variables, readings, own, kind, multiple_of)
+    table = _table(method, variables, kernels, own, added, kind, multiple_of)
     if budget is None:
         found = ranks.within(table, 0.5 if ratio is None else ratio)
     else:
@@ -165,7 +169,7 @@ def factorize(
         }
         new, relu = variables, set[Path]()
     else:
-        made, new, relu = _fitted(method, variables, chosen, own, seen_by)
+        made, new, relu = _fitted(method, variables, chosen, own, added, seen_by)
     parts = {
         path: [jnp.asarray(f, _at(variables, path).dtype) for f in made[path]]
         for path in made
@@ -173,9 +177,11 @@ def factorize(
     thin = chains.with_chains(new, parts)
     if method == "predicted":
         thin = chains.fix_first(thin, list(made))
-    full = {p: factors.full_rank(method, r.kernel.shape) for p, r in readings.items()}
+    full = {p: factors.full_rank(method, r.kernel.shape) for p, r in kernels.items()}
     of = {path_str(p): Chain(r, full[p], p in relu) for p, r in chosen.items()}
-    return Factorized(factorized(apply), thin, of)
+    # Those that were chains before are to `apply` what they were.
+    mine = list(made) if chains.is_factorized(graph) else None
+    return Factorized(factorized(apply, only=mine), thin, of)
 
 
 def check_reachable(
@@ -203,6 +209,7 @@ def _table(
     variables: PyTree,
     readings: Mapping[Path, Reading],
     own: Callable[[Path], responses.Sample] | None,
+    added: Mapping[Path, Path],
     kind: str,
     multiple_of: int,
 ) -> dict[Path, list[ranks.Choice]]:
@@ -211,8 +218,7 @@ def _table(
     for path, reading in readings.items():
         kernel, spectrum = _float64(variables, path), None
         if own is not None:
-            biased = _biased(variables, path, kernel)
-            spectrum = responses.spectrum(own(path).answers, biased)
+            spectrum = responses.spectrum(own(path).answers, path in added)
         table[path] = ranks.choices(
             method, kernel, reading, kind, spectrum, multiple_of
         )
@@ -224,12 +230,13 @@ def _fitted(
     variables: PyTree,
     chosen: Mapping[Path, int],
     own: Callable[[Path], responses.Sample],
+    added: Mapping[Path, Path],
     seen_by: Callable[[PyTree], Callable[[Path], responses.Sample]],
 ) -> tuple[dict[Path, list[np.ndarray]], PyTree, set[Path]]:
     """(factors, the tree with new biases, kernels that were fitted to a ReLU)."""
     tree = variables
     made: dict[Path, list[np.ndarray]] = {}
-    biases: dict[Path, np.ndarray] = {}
+    moved: dict[Path, np.ndarray] = {}
     relu: set[Path] = set()
     for path, rank in chosen.items():  # as the program reads them
         kernel = _float64(variables, path)
@@ -241,9 +248,11 @@ def _fitted(
             before = np.asarray(chains.whole_kernel(parts))
             tree = replaced(tree, {path: before})
             seen = seen_by(tree)(path).answers
-        biased = _biased(variables, path, kernel)
+        bias = added.get(path)
         new = responses.replacement(
-            own(path), seen, rank, biased=biased, relu=method != "responses"
+            *(own(path), seen, rank),
+            biased=bias is not None,
+            relu=method != "responses",
         )
         ones = (1,) * (kernel.ndim - 2)
         made[path] = [
@@ -252,12 +261,11 @@ def _fitted(
             new.last.reshape(*ones, *new.last.shape),
         ]
         changed = {path: np.asarray(chains.whole_kernel(made[path]))}
-        if biased:
-            bias = (*path[:-1], "bias")
-            changed[bias] = biases[bias] = _float64(variables, bias) + new.bias
+        if bias is not None:
+            changed[bias] = moved[bias] = _float64(variables, bias) + new.bias
         tree = replaced(tree, changed)
         relu |= {path} if new.relu else set()
-    return made, replaced(variables, biases), relu
+    return made, replaced(variables, moved), relu
 
 
 def _readings(
@@ -270,25 +278,20 @@ def _readings(
 ) -> dict[Path, Reading]:
     """Kernels for the method, of these names, that one plain product reads.
 
-    Without their numbers.
+    Without their numbers. What is used otherwise, too, would be multiplied out there.
     """
     found: dict[Path, list[Reading]] = {}
-
-    def look(reading: Reading) -> None:
-        abstract = struct(reading.kernel), struct(reading.features)
-        blank = reading._replace(kernel=abstract[0], features=abstract[1])
-        found.setdefault(reading.path, []).append(blank)
-
-    jax.eval_shape(
-        lambda tree, args: taps(apply, look)(tree, *args, **kwargs), variables, inputs
-    )
+    others: set[Path] = set()
+    for reading in readings(apply, variables, inputs, kwargs, elsewhere=others):
+        found.setdefault(reading.path, []).append(reading)
     return {
-        path: readings[0]
-        for path, readings in found.items()
-        if len(readings) == 1
-        and is_plain(readings[0])
+        path: ways[0]
+        for path, ways in found.items()
+        if len(ways) == 1
+        and path not in others
+        and is_plain(ways[0])
         and not chains.is_factor(path)
-        and factors.full_rank(method, readings[0].kernel.shape)
+        and factors.full_rank(method, ways[0].kernel.shape)
         and any(fnmatch.fnmatchcase(path_str(path), pattern) for pattern in only)
     }
 
@@ -305,7 +308,8 @@ def _check(
     known = get_args(Method)
     if method not in known:
         raise ConfigError(f"factorize(method={method!r}): one of {', '.join(known)}")
-    if ratio is not None and not 0 < ratio < 1:
+    number = isinstance(ratio, int | float | np.number)
+    if ratio is not None and not (number and 0 < ratio < 1):
         raise ConfigError(f"factorize(ratio={ratio!r}): must lie in (0, 1)")
     if ratio is not None and budget is not None:
         raise ConfigError("factorize: give a ratio for each kernel or a budget for all")
@@ -352,10 +356,3 @@ def _float64(tree: PyTree, path: Path) -> np.ndarray:
     if not np.isfinite(kernel).all():
         raise GraphError(f"factorize: {path_str(path)} is not finite")
     return kernel
-
-
-def _biased(variables: PyTree, path: Path, kernel: np.ndarray) -> bool:
-    """Whether a vector 'bias' lies beside the kernel."""
-    beside = _at(variables, path[:-1])
-    shape = np.shape(beside["bias"]) if "bias" in beside else None
-    return path[-1] == "kernel" and shape == kernel.shape[-1:]

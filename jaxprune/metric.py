@@ -80,7 +80,7 @@ def preconditioned(
             )
         updates, inner = tx.update(updates, state[0], params, **extra)
         arrived = jax.tree.map(lambda p, u: p + u, params, updates)
-        each = steps(inner, params)
+        each = steering.checked_steps(steps(inner, params))
         own = resolved(
             graph, weights, roles, lambda: sparsity.live(graph, params, roles=roles)
         )
@@ -103,12 +103,14 @@ def adam_steps(
 ) -> Callable[[PyTree, PyTree], PyTree]:
     """d = 1 / (sqrt(nu^) + eps) of the Adam in an optimiser's state; see above.
 
-    nu^ is the second moment, its bias corrected by b2, as optax.adam and adamw have
-    them by default. Before the first gradient that is not all 0, nothing is known of
-    the steps and d is 0 but for rounding: nothing is shrunk. Gradients that
-    optax.MultiSteps adds up make one step, so it goes around `preconditioned`, not into
-    it. The function raises ConfigError where the state holds no moments of all params,
-    or of more than one Adam.
+    nu^ is the second moment, its bias corrected by b2, as optax.adam, adamw and nadam
+    have them by default. Others keep something else in the same kind of state, which
+    looks no different: adamax, radam, yogi and adopt need a function of one's own.
+    Before the first gradient that is not all 0, nothing is known of the steps and d is
+    0 but for rounding: nothing is shrunk. Gradients that optax.MultiSteps adds up make
+    one step, so it goes around `preconditioned`, not into it. The function raises
+    ConfigError where the state holds no moments of all params, or of more than one
+    Adam.
     """
 
     def steps(state: PyTree, params: PyTree) -> PyTree:

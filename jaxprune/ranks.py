@@ -125,6 +125,11 @@ def check(
     whole = getattr(cost(graph), str(budget.kind))
     rest = whole - sum(row[0].cost for row in rows)
     limit = whole * budget.ratio - rest
+    if not table and limit < 0:
+        raise BudgetError(
+            f"factorize: {budget.kind}({budget.ratio}): no kernel can be factorised by "
+            f"{method!r}; take another method"
+        )
     if not _fits([cheapest(row) for row in rows], limit):
         least = rest + sum(cheapest(row).cost for row in rows)
         raise BudgetError(

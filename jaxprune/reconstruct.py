@@ -23,6 +23,7 @@ from jaxprune.base import (
     key_path,
     path_str,
 )
+from jaxprune.behind import biases
 from jaxprune.placement import placed_like
 from jaxprune.taps import Reading, taps
 
@@ -49,11 +50,12 @@ def reconstruct(
 
     over `positions` random outputs of each batch (all, where it has less, or for None),
     X being what the masked network reads there, with the kernels before refitted, Y the
-    dense network's outputs, W0 the old kernel. A bias b beside the kernel ('bias' for
-    'kernel') takes the mean along: X and Y count from theirs. What loops, branches and
-    grouped convolutions read stays as it is, and a kernel that another product reads
-    along other axes. Then: `shrink(graph, keep, reconstruct(...))`. Holds every
-    consumer's rows of a batch, and solves in float64 on the host.
+    dense network's outputs, W0 the old kernel. A bias b, a vector beside the kernel
+    that is added to its outputs, takes the mean along: X and Y count from theirs. What
+    loops, branches and grouped convolutions read stays as it is, and a kernel that is
+    also used otherwise, such as one that another product reads along other axes. Then:
+    `shrink(graph, keep, reconstruct(...))`. Holds every consumer's rows of a batch, and
+    solves in float64 on the host.
 
     Raises GraphError for a keep or variables that do not fit, or where nothing that is
     cut has a consumer that can be refitted; DataError for empty batches; ConfigError
@@ -91,13 +93,15 @@ class Seen(NamedTuple):
 
     readings: by path, in the order in which the program reads. dense: the variables as
     float64, by path. answers: float64[n, made] of each, the dense network's outputs.
-    rows(variables, paths): float64[n, read] of some of them.
+    rows(variables, paths): float64[n, read] of some of them. biases: {kernel: what its
+    product is added to}.
     """
 
     readings: Mapping[Path, Reading]
     dense: Mapping[Path, np.ndarray]
     answers: Mapping[Path, np.ndarray]
     rows: Callable[[PyTree, Collection[Path]], dict[Path, np.ndarray]]
+    biases: Mapping[Path, Path]
 
     def refitted(
         self, path: Path, read: np.ndarray, stays: PyTree, ridge: float
@@ -106,18 +110,17 @@ class Seen(NamedTuple):
 
         read: of the network as it is. stays: variables, more than 0 where they stay.
         """
-        reading, bias = self.readings[path], (*path[:-1], "bias")
+        reading, bias = self.readings[path], self.biases.get(path)
         left = {
             p: np.asarray(x) > 0
             for p, x in leaves_of(stays).items()
             if p in (path, bias)
         }
-        biased = path[-1] == "kernel" and bias in left and left[bias].ndim == 1
         alive = reading.matrix(left[path])
         old, y = reading.matrix(self.dense[path]) * alive, self.answers[path]
-        new = _refitted(read, y, old, alive, ridge, centred=biased)
+        new = _refitted(read, y, old, alive, ridge, centred=bias is not None)
         changed = {path: reading.kernel_of(new)}
-        if biased:
+        if bias is not None:
             moved = (y.mean(axis=0) - read.mean(axis=0) @ new) * left[bias]
             changed[bias] = self.dense[bias] * left[bias] + moved
         return changed
@@ -142,6 +145,7 @@ def sampled(
     @jax.jit
     def collect(tree: PyTree, inputs: Any, key: Any) -> dict[str, Any]:
         here: list[Reading] = []
+        others: set[Path] = set()
 
         def rows(reading: Reading) -> Any:
             if reading.path not in wanted:
@@ -151,13 +155,14 @@ def sampled(
             here.append(reading._replace(features=None, kernel=abstract))
             return reading.rows(positions, own)
 
-        _, seen = taps(apply, rows)(tree, *inputs, **kwargs)
-        fit = refittable(here, wanted)
+        _, seen = taps(apply, rows, elsewhere=others)(tree, *inputs, **kwargs)
+        fit = refittable(here, wanted, others)
         readings.update(fit)
         return {path_str(path): jnp.concatenate(seen[path]) for path in fit}
 
     keys = jax.random.split(jax.random.key(seed), len(given))
-    own = {*wanted, *((*path[:-1], "bias") for path in wanted)}
+    added = biases(apply, variables, given[0], kwargs)
+    own = {*wanted, *(added[path] for path in wanted if path in added)}
     leaves = {p: x for p, x in leaves_of(variables).items() if p in own}
     for path, x in leaves.items():
         if jnp.iscomplexobj(x):
@@ -180,11 +185,13 @@ def sampled(
     answers = rows(
         variables, list(readings), lambda p, x: x @ readings[p].matrix(dense[p])
     )
-    return Seen(readings, dense, answers, rows)
+    return Seen(readings, dense, answers, rows, added)
 
 
 def check_batches(name: str, batches: Iterable[Any]) -> list[tuple[Any, ...]]:
     """The inputs of each batch. Raises DataError where there are none."""
+    if batches is None:
+        raise DataError(f"{name} needs batches=[inputs of apply, ...]")
     given = [b if isinstance(b, tuple) else (b,) for b in batches]
     if not given:
         raise DataError(f"{name}: batches is empty (or was used up before)")
@@ -202,12 +209,15 @@ def consumers(graph: Graph, keep: Keep) -> dict[Path, set[int]]:
 
 
 def refittable(
-    found: Iterable[Reading], wanted: Mapping[Path, set[int]]
+    found: Iterable[Reading],
+    wanted: Mapping[Path, set[int]],
+    others: Collection[Path],
 ) -> dict[Path, Reading]:
     """A reading of each kernel that reads, and is read, in one way, in their order.
 
     What another product reads along other axes, such as a kernel that makes channels,
-    too, would be changed there as well.
+    too, would be changed there as well; so would what is among `others`, which are used
+    in another way than by a product that is shown.
     """
     mine: dict[Path, list[Reading]] = {}
     for reading in found:
@@ -216,7 +226,8 @@ def refittable(
     return {
         path: ways[0]
         for path, ways in mine.items()
-        if len({way.order for way in ways}) == 1
+        if path not in others
+        and len({way.order for way in ways}) == 1
         and wanted[path] & {axis for axis, _ in ways[0].pairs}
     }
 

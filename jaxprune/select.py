@@ -193,14 +193,20 @@ def _fill(
 def _refuse(graph: Graph, least: np.ndarray, budget: Budget) -> None:
     cost = budgets.measure(graph, budget.kind, np.stack([least, budgets.sizes(graph)]))
     ratio = budgets.rounded_up(cost[0] / cost[1])
+    timed = not isinstance(budget.kind, str)
+    call = f"latency({ratio}, timings)" if timed else f"{budget.kind}({ratio})"
     raise BudgetError(
         f"{budget.kind}({budget.ratio}) cannot be met: what must stay has {ratio} of "
-        f"the dense network's {budget.kind}. Ask for {budget.kind}({ratio}) or more, "
+        f"the dense network's {budget.kind}. Ask for {call} or more, "
         "or lower multiple_of, min_channels or the overrides"
     )
 
 
 def _fractions(graph: Graph, overrides: Mapping[str, float | bool]) -> dict[str, float]:
+    if not isinstance(overrides, Mapping):
+        raise ConfigError(
+            f"overrides={overrides!r:.80}: {{group or pattern: fraction}}"
+        )
     fractions = {}
     for pattern, value in overrides.items():
         number = isinstance(value, int | float | np.number)

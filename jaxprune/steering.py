@@ -200,6 +200,13 @@ def check_strength(strength: Strength) -> None:
         raise ConfigError(f"strength={strength!r}: one number, not negative")
 
 
+def checked_steps(each: Any) -> Any:
+    """What `steps(state, params)` returned; ConfigError for a function."""
+    if callable(each):
+        raise ConfigError("steps= returned a function; call it: steps=adam_steps()")
+    return each
+
+
 def _next(steps: jax.Array) -> jax.Array:
     return jnp.where(steps < jnp.iinfo(steps.dtype).max, steps + 1, steps)
 
@@ -250,7 +257,7 @@ def check_target(
 
     mortal: {group: bool or bool[C]}, which channels can die; all by default.
     """
-    if not 0 < target <= 1:
+    if not isinstance(target, int | float | np.number) or not 0 < target <= 1:
         raise BudgetError(
             f"steer: target={target!r}: the fraction of the dense cost that stays live,"
             " in (0, 1]"

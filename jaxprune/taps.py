@@ -32,6 +32,8 @@ DERIVED = frozenset(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxp
 class Reading(NamedTuple):
     """One product: the leaf at `path`, as it is or cast, is the `kernel` of `eqn`.
 
+    Where the program transposes the leaf first, `eqn` is what it is without that.
+
     `matrix`, `kernel_of` and `rows` are not for depthwise kernels.
     """
 
@@ -120,14 +122,20 @@ def drawn(length: int, count: int | None, key: Any) -> jax.Array:
 
 
 def taps(
-    f: Apply, look: Callable[[Reading], Any], *, depthwise: bool = False
+    f: Apply,
+    look: Callable[[Reading], Any],
+    *,
+    depthwise: bool = False,
+    elsewhere: set[Path] | None = None,
 ) -> Callable[..., tuple[Any, dict[Path, list[Any]]]]:
     """g(variables, *inputs) -> (f(variables, *inputs), {path: [look(reading), ...]}).
 
     In the order in which the program reads. A look of None is left out. Convolutions
     in groups (but with `depthwise` those of as many groups as channels), and products
-    with an axis of batches, are not shown.
+    with an axis of batches, are not shown. elsewhere: gains the paths of variables that
+    are used in any other way than is shown, too.
     """
+    others: set[Path] = set() if elsewhere is None else elsewhere
 
     def run(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
         program, out, paths, values = opened(f, variables, inputs, kwargs)
@@ -139,8 +147,9 @@ def taps(
                 seen.setdefault(paths[number], []).append(found)
 
         origins = [*range(len(paths)), *(None for _ in values[len(paths) :])]
-        values, _ = run_products(
-            program, values, origins, show, CALLS | DERIVED, depthwise
+        values = run_products(
+            *(program, values, origins, show, CALLS | DERIVED, depthwise),
+            lambda number: others.add(paths[number]),
         )
         return jax.tree.unflatten(jax.tree.structure(out), values), seen
 
@@ -154,6 +163,7 @@ def readings(
     kwargs: Mapping[str, Any],
     *,
     depthwise: bool = False,
+    elsewhere: set[Path] | None = None,
 ) -> list[Reading]:
     """Every product of a kernel that `taps` shows, shapes for its numbers."""
     found: list[Reading] = []
@@ -162,7 +172,7 @@ def readings(
         features, kernel = struct(reading.features), struct(reading.kernel)
         found.append(reading._replace(features=features, kernel=kernel))
 
-    tapped = taps(f, look, depthwise=depthwise)
+    tapped = taps(f, look, depthwise=depthwise, elsewhere=elsewhere)
     jax.eval_shape(lambda tree, args: tapped(tree, *args, **kwargs), variables, inputs)
     return found
 
@@ -203,45 +213,123 @@ def run_products(
     product: Callable[..., list[Any] | None],
     calls: Collection[str] = CALLS,
     depthwise: bool = False,
-) -> tuple[list[Any], list[int | None]]:
-    """The program's outputs, and for each the number of the variable that it is.
+    elsewhere: Callable[[int], None] = lambda number: None,
+) -> list[Any]:
+    """The program's outputs.
 
     origins: the number of each input that is a variable, which may be a function that
     makes it, called where the array itself is needed. At a product of one of them with
     features, product(number, eqn, features, kernel, whether the features come first)
-    gives the outputs, or None for the usual ones. Of the equations that call a program,
+    gives the outputs, or None for the usual ones. A kernel that was transposed is shown
+    as it was, and the equation as it is for that. Of the equations that call a program,
     `calls` that take a variable are run in place. depthwise: as of `is_shown`.
+    elsewhere: called with the number of a variable at each other use of it.
     """
+    given = [
+        None if number is None else _Origin(number, var, x, tuple(range(_ndim(var))))
+        for number, var, x in zip(origins, program.invars, args, strict=True)
+    ]
+    return _run(program, args, given, product, calls, depthwise, elsewhere)[0]
+
+
+class _Origin(NamedTuple):
+    """A value that is variable `number`: `value`, of `var`, its axes in this order."""
+
+    number: int
+    var: Any
+    value: Any
+    order: tuple[int, ...]
+
+    @property
+    def whole(self) -> bool:
+        return self.order == tuple(range(len(self.order)))
+
+
+def _run(
+    program: jx.Program,
+    args: Sequence[Any],
+    origins: Sequence[_Origin | None],
+    product: Callable[..., list[Any] | None],
+    calls: Collection[str],
+    depthwise: bool,
+    elsewhere: Callable[[int], None],
+) -> tuple[list[Any], list[_Origin | None]]:
+    """The program's outputs, and what variable each of them is."""
     env, read = program.begun(args)
     leaf = dict(zip(program.invars, origins, strict=True))
 
-    def number(atom: Any) -> int | None:
+    def origin(atom: Any) -> _Origin | None:
         return None if jx.is_literal(atom) else leaf.get(atom)
 
     for eqn in program.eqns:
         name = eqn.primitive.name
-        values, numbers = [list(map(g, eqn.invars)) for g in (read, number)]
-        of: list[int | None] = [None] * len(eqn.outvars)
+        values, here = [list(map(g, eqn.invars)) for g in (read, origin)]
+        of: list[_Origin | None] = [None] * len(eqn.outvars)
         outs = None
-        if name in calls and any(n is not None for n in numbers):
-            outs, of = run_products(
-                jx.called(eqn), values, numbers, product, calls, depthwise
+        if name in calls and any(here):
+            outs, of = _run(
+                jx.called(eqn), values, here, product, calls, depthwise, elsewhere
             )
-        elif name == "convert_element_type":
-            of = numbers
-            if callable(values[0]):
-                outs = [functools.partial(_cast, eqn, values[0])]
-        elif is_shown(eqn, numbers, depthwise=depthwise):
-            k = 1 if numbers[0] is None else 0
-            outs = product(numbers[k], eqn, values[1 - k], values[k], k == 1)
+        elif name in ("convert_element_type", "transpose") and (own := here[0]):
+            make = values[0]
+            if callable(make):
+                outs = [functools.partial(_made, eqn, make)]
+            else:
+                outs = jx.bind(eqn, make)
+            if name == "transpose":
+                order = tuple(own.order[a] for a in eqn.params["permutation"])
+                of = [own._replace(order=order)]
+            elif own.whole:
+                of = [own._replace(var=eqn.outvars[0], value=outs[0])]
+            else:
+                elsewhere(own.number)
+        elif (found := _shown(eqn, here, depthwise)) is not None:
+            k, own, straight = found
+            outs = product(own.number, straight, values[1 - k], own.value, k == 1)
+        else:
+            for own in filter(None, here):
+                elsewhere(own.number)
         if outs is None:
             outs = jx.bind(eqn, *(v() if callable(v) else v for v in values))
         env.update(zip(eqn.outvars, outs, strict=True))
         leaf.update(zip(eqn.outvars, of, strict=True))
-    return [read(a) for a in program.outvars], [number(a) for a in program.outvars]
+    return [read(a) for a in program.outvars], [origin(a) for a in program.outvars]
 
 
-def _cast(eqn: jx.Eqn, make: Callable[[], Any]) -> Any:
+def _ndim(var: Any) -> int:
+    return len(getattr(var.aval, "shape", ()))
+
+
+def _shown(
+    eqn: jx.Eqn, origins: Sequence[_Origin | None], depthwise: bool
+) -> tuple[int, _Origin, jx.Eqn] | None:
+    """(which operand is the kernel, it, the equation for it as it was), if shown."""
+    if not is_shown(eqn, [o and o.number for o in origins], depthwise=depthwise):
+        return None
+    k = 1 if origins[0] is None else 0
+    own = origins[k]
+    assert own is not None
+    if own.whole:
+        return k, own, eqn
+    params, order = dict(eqn.params), own.order
+    dims = params["dimension_numbers"]
+    if eqn.primitive.name == "dot_general":
+        summed, batch = dims
+        made = [axis for i, axis in enumerate(order) if i not in summed[k]]
+        if made != sorted(made):  # the outputs' axes would lie in another order
+            return None
+        mine = tuple(order[a] for a in summed[k])
+        both = (mine, summed[1]) if k == 0 else (summed[0], mine)
+        params["dimension_numbers"] = (both, batch)
+    else:
+        rhs = tuple(order[a] for a in dims.rhs_spec)
+        params["dimension_numbers"] = dims._replace(rhs_spec=rhs)
+    invars = list(eqn.invars)
+    invars[k] = own.var
+    return k, own, eqn.replace(invars=invars, params=params)
+
+
+def _made(eqn: jx.Eqn, make: Callable[[], Any]) -> Any:
     return jx.bind(eqn, make())[0]
 
 

@@ -10,8 +10,10 @@ passed on, not copied. Adafactor's factored means are cut along the axes that th
 they still hold, averaged, what the removed channels had. Where a cut changes which two
 axes are the longest, or would end the factoring, `shrink` raises.
 
-optax's SM3 and `optax.flatten` do not keep the variables' shapes: start these anew. All
-other optimisers of optax pass, by themselves or within chain, masked, multi_transform,
+optax's SM3, `optax.flatten`, GaLore and others that project what they keep do not keep
+the variables' shapes: start these anew; and Shampoo, SOAP and the like, whose factors
+of a square kernel look like its moments, and would be cut as those. All other
+optimisers of optax pass, by themselves or within chain, masked, multi_transform,
 MultiSteps, inject_hyperparams, apply_if_finite, schedule_free; tests/test_optimisers.py
 lists those that are tested.
 """

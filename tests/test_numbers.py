@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune.base import ConfigError, GraphError
+from jaxprune.base import BudgetError, ConfigError, DataError, GraphError
 from jaxprune.criteria import stateless
 from jaxprune.layerwise import check_readers
 from jaxprune.train import metrics, study
@@ -238,3 +238,58 @@ def test_an_update_that_returns_scores_alone() -> None:
     for criterion in (alone, jp.chain(jp.magnitude(), alone)):
         with pytest.raises(ConfigError, match=r"scores\}, state\), this one dict"):
             jp.score(criterion, graph, variables)
+
+
+def _stepped(tx: Any) -> Any:
+    def update(updates: Any, params: Any) -> None:
+        tx.update(updates, tx.init(params), params)
+
+    return update
+
+
+def test_slips_of_the_hand_are_told() -> None:
+    variables, graph, name = net()
+    x, gates = normal(2, 4), jp.init_gates(graph)
+    both = {"net": variables, "gates": gates}
+    zeros = jax.tree.map(jnp.zeros_like, both)
+    sgd = optax.sgd(0.1)
+    within = jp.preconditioned_gates(
+        sgd, 0.1, steps=lambda state, params: params, key="gate"
+    )
+    uncalled = jp.preconditioned(sgd, graph, 0.1, steps=jp.adam_steps)
+    scores = [np.ones(6)]
+    for error, words, call in (
+        (ConfigError, "gates within other params", _stepped(jp.proximal_gates(0.1))),
+        (ConfigError, "the gates alone", _stepped(jp.accelerated_gates(0.1))),
+        (ConfigError, "no 'gate'; key= is the name of the gates", _stepped(within)),
+        (ConfigError, "call it: steps=adam_steps", _stepped(uncalled)),
+        (GraphError, "scores=", lambda: jp.select(graph, scores, jp.flops(0.5))),
+        (GraphError, "scores=None", lambda: jp.adaptive(graph, None)),
+        (
+            ConfigError,
+            "overrides=",
+            lambda: jp.select(
+                graph, {name: np.ones(6)}, jp.flops(0.9), overrides=[name]
+            ),
+        ),
+        (
+            DataError,
+            "reconstruct needs batches",
+            lambda: jp.reconstruct(apply, graph, graph.full(), variables, None),
+        ),
+        (
+            ConfigError,
+            "ratio='0.5'",
+            lambda: jp.factorize(apply, graph, variables, x, ratio="0.5"),
+        ),
+        (BudgetError, "target='0.5'", lambda: jp.steer(graph, "0.5")),
+        (
+            BudgetError,
+            "no kernel can be factorised by 'cp'",
+            lambda: jp.factorize(
+                apply, graph, variables, x, method="cp", budget=jp.flops(0.5)
+            ),
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            call(zeros, both) if call.__name__ == "update" else call()
