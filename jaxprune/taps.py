@@ -306,9 +306,7 @@ def _shown(
     """(which operand is the kernel, it, the equation for it as it was), if shown."""
     if not is_shown(eqn, [o and o.number for o in origins], depthwise=depthwise):
         return None
-    k = 1 if origins[0] is None else 0
-    own = origins[k]
-    assert own is not None
+    ((k, own),) = ((i, o) for i, o in enumerate(origins) if o is not None)
     if own.whole:
         return k, own, eqn
     params, order = dict(eqn.params), own.order
