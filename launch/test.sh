@@ -39,5 +39,5 @@ if [[ -n "${other:-}" ]]; then
     printf '\nThe transformation once more, with %s\n' "$(version "$other")"
     PYTHON="$other" JAXPRUNE_VENV="$root/.venv-other" bash "${BASH_SOURCE[0]}" \
         tests/test_{laws,zoo,trace,slim,control,recurrent,mapped,modules,register}.py \
-        tests/test_{fills,primitives,project,optimisers,cost}.py
+        tests/test_{fills,primitives,project,optimisers,cost,uses}.py
 fi
