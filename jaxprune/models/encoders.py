@@ -125,11 +125,8 @@ def _vgg(whole: bool, found: Mapping[str, Any], file: Path) -> list[_Layer]:
     layers = []
     for (s, i), n in zip(places, numbers, strict=True):
         norm = f"features.{n + 1}"
-        own = (
-            norm
-            if any(f"{norm}.{their}" in found for their in _NORM.values())
-            else None
-        )
+        some = n + 1 not in numbers and found.keys() & _their(norm).values()
+        own = norm if some else None
         layers.append(
             _Layer(f"encoder{s}_conv{i}", f"encoder{s}_bn{i}", f"features.{n}", own)
         )
@@ -195,9 +192,14 @@ def _norm(
         # Flax adds its epsilon, 1e-5, to the variance.
         return {"scale": one, "bias": zero, "mean": zero, "var": one - 1e-5}
     return {
-        own: _array(found, f"{layer.their_norm}.{their}", (features,), file)
-        for own, their in _NORM.items()
+        own: _array(found, name, (features,), file)
+        for own, name in _their(layer.their_norm).items()
     }
+
+
+def _their(norm: str) -> dict[str, str]:
+    """{our name: the file's} of the four vectors of a batch norm."""
+    return {own: f"{norm}.{their}" for own, their in _NORM.items()}
 
 
 def _array(
