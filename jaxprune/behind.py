@@ -47,7 +47,7 @@ class _Tag(NamedTuple):
 
     kind: str
     number: int = -1  # of the variable, or of the product's kernel
-    axis: int = -1  # of a line; of a product, that of its channels
+    axis: int = -1  # of a vector, where it lies; of a product, that of its channels
     straight: bool = False  # a product to which nothing was done, and which one reads
 
 
@@ -66,10 +66,6 @@ class _Found(NamedTuple):
     ends: Counter[int]
 
 
-def _nothing() -> _Found:
-    return _Found({}, {}, set(), Counter(), Counter(), Counter())
-
-
 def behind(
     f: Apply, look: Callable[[Answers], Any]
 ) -> Callable[..., tuple[Any, dict[Path, Any]]]:
@@ -79,11 +75,7 @@ def behind(
     """
 
     def run(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
-        program, out, paths, values = opened(f, variables, inputs, kwargs)
-        tags = [_Tag("leaf", i) for i in range(len(paths))]
-        found = _nothing()
-        given = [None] * (len(values) - len(paths))
-        values, _ = _walk(program, values, [*tags, *given], found)
+        out, paths, values, found = _walked(f, variables, inputs, kwargs)
         seen = {}
         for number, (eqn, answers) in found.products.items():
             before = None if number in found.shared else found.before.get(number)
@@ -102,22 +94,30 @@ def biases(
     A vector along the channels that the kernel makes, used for nothing else, whatever
     its name. Where there is a norm, or a scale, in between, it is none.
     """
-    found, paths = _nothing(), list[Path]()
+    added: dict[Path, Path] = {}
 
     def run(tree: PyTree, args: Sequence[Any]) -> None:
-        program, _, known, values = opened(f, tree, args, kwargs)
-        paths.extend(known)
-        tags = [_Tag("leaf", i) for i in range(len(known))]
-        given = [None] * (len(values) - len(known))
-        _walk(program, values, [*tags, *given], found)
+        _, paths, _, found = _walked(f, tree, args, kwargs)
+        for (kernel, bias), times in found.added.items():
+            alone = times == found.counts[kernel] == found.ends[bias]
+            if alone and paths[kernel][:-1] == paths[bias][:-1]:
+                added[paths[kernel]] = paths[bias]
 
     jax.eval_shape(run, variables, inputs)
-    return {
-        paths[kernel]: paths[bias]
-        for (kernel, bias), times in found.added.items()
-        if times == found.counts[kernel] == found.ends[bias]
-        and paths[kernel][:-1] == paths[bias][:-1]
-    }
+    return added
+
+
+def _walked(
+    f: Apply, variables: PyTree, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[PyTree, list[Path], list[Any], _Found]:
+    """(f's outputs' tree, the variables' paths, the outputs, what was found)."""
+    program, out, paths, values = opened(f, variables, inputs, kwargs)
+    found = _Found({}, {}, set(), Counter(), Counter(), Counter())
+    vectors = [x.ndim == 1 for x in values[: len(paths)]]
+    tags = [_Tag("leaf", i, 0 if v else -1) for i, v in enumerate(vectors)]
+    given = [None] * (len(values) - len(paths))
+    values, _ = _walk(program, values, [*tags, *given], found)
+    return out, paths, values, found
 
 
 def _walk(
@@ -125,19 +125,20 @@ def _walk(
 ) -> tuple[list[Any], list[_Tag | None]]:
     """The program's outputs and what they are; products are noted in `found`."""
     env, read = program.begun(args)
-    known: dict[Any, _Tag | None] = dict(zip(program.invars, tags, strict=True))
-    known.update((var, _FREE) for var in program.constvars)
+    known: dict[Any, _Tag | None] = {var: _FREE for var in program.constvars}
     uses = program.uses()
 
-    def note_shared(variables: Sequence[Any], tags: _Tags) -> None:
+    def note(variables: Sequence[Any], tags: _Tags) -> None:
         for var, t in zip(variables, tags, strict=True):
             if t and t.kind == "made" and uses[var] > 1:
                 found.shared.add(t.number)
+                t = t._replace(straight=False)
+            known[var] = t
 
     def tag(atom: Any) -> _Tag | None:
         return _FREE if jx.is_literal(atom) else known[atom]
 
-    note_shared(program.invars, tags)
+    note(program.invars, tags)
     for eqn in program.eqns:
         values, here = [list(map(g, eqn.invars)) for g in (read, tag)]
         name = eqn.primitive.name
@@ -146,13 +147,8 @@ def _walk(
         else:
             outs = jx.bind(eqn, *values)
             of = [_after(eqn, values, outs, here, found)] * len(outs)
-        of = [
-            t._replace(straight=False) if t and uses[var] > 1 else t
-            for var, t in zip(eqn.outvars, of, strict=True)
-        ]
-        note_shared(eqn.outvars, of)
+        note(eqn.outvars, of)
         env.update(zip(eqn.outvars, outs, strict=True))
-        known.update(zip(eqn.outvars, of, strict=True))
     return [read(a) for a in program.outvars], [tag(a) for a in program.outvars]
 
 
@@ -169,9 +165,8 @@ def _after(
         found.counts[number] += 1
         return _Tag("made", number, _channels(eqn, tags), True)
     first = tags[0]
-    if name == "convert_element_type":
-        return first
-    if name == "transpose" and first and first.kind == "leaf":
+    turned = name == "transpose" and first is not None and first.kind == "leaf"
+    if turned or name == "convert_element_type":
         return first
     line = _line(eqn, first) if len(tags) == 1 else None
     if line is not None:
@@ -185,11 +180,9 @@ def _after(
     tag = tags[made[0]]
     if tag is not None and name in _AFFINE and (name != "div" or made == [0]):
         beside = tags[1 - made[0]]
-        if tag.straight and name in ("add", "add_any") and beside is not None:
-            shape = eqn.outvars[0].aval.shape
-            own = beside.axis if beside.kind == "line" else 0
-            whole = beside.kind == "line" or len(shape) == 1
-            if beside.kind in ("leaf", "line") and whole and own == tag.axis:
+        plain = tag.straight and tag.axis >= 0 and name in ("add", "add_any")
+        if plain and beside is not None and beside.kind in ("leaf", "line"):
+            if beside.axis == tag.axis:
                 found.added[tag.number, beside.number] += 1
         return tag._replace(straight=False)
     if name == "max" and tag is not None:
@@ -213,17 +206,13 @@ def _channels(eqn: jx.Eqn, tags: _Tags) -> int:
 def _line(eqn: jx.Eqn, tag: _Tag | None) -> _Tag | None:
     """The tag of a vector that is laid along an axis, without being repeated there."""
     name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-    if tag is None or name not in ("reshape", "broadcast_in_dim"):
+    if tag is None or tag.kind not in ("leaf", "line") or tag.axis < 0:
         return None
-    (operand, *_) = eqn.invars
-    if tag.kind == "leaf" and operand.aval.ndim == 1:
-        along, length = 0, operand.aval.shape[0]
-    elif tag.kind == "line":
-        along, length = tag.axis, operand.aval.shape[tag.axis]
-    else:
+    if name not in ("reshape", "broadcast_in_dim"):
         return None
+    length = eqn.invars[0].aval.shape[tag.axis]
     if name == "broadcast_in_dim":
-        axis = eqn.params["broadcast_dimensions"][along]
+        axis = eqn.params["broadcast_dimensions"][tag.axis]
     else:  # of a single number, any axis would do: that of flax's layers
         alone = [a for a, n in enumerate(shape) if n != 1] or [len(shape) - 1]
         axis = alone[0] if len(alone) == 1 else -1

@@ -123,8 +123,7 @@ def rounded_up(ratio: float) -> str:
 def marginal(graph: Graph, kind: Kind) -> np.ndarray:
     """float[G]: the fraction of the dense cost that a channel of each group carries.
 
-    Of measured costs, the most that any number of `fewer` ones saves, by channel: they
-    have plateaus, on which a single one saves nothing.
+    See `cuts`: of several at once, the most that any number of them saves, by channel.
     """
     full = sizes(graph)
     dense = measure(graph, kind, full)
@@ -132,19 +131,21 @@ def marginal(graph: Graph, kind: Kind) -> np.ndarray:
         raise BudgetError(
             f"the dense network has no {kind}; choose another kind of cost"
         )
-    each = np.eye(len(full), dtype=int)
-    if isinstance(kind, str):
-        return (dense - measure(graph, kind, full - each)) / dense
-    cut = full - fewer(np, full)
-    saved = dense - measure(graph, kind, full - cut[..., None] * each)
+    cut = cuts(np, kind, full)
+    less = full - cut[..., None] * np.eye(len(full), dtype=int)
+    saved = dense - measure(graph, kind, less)
     return (saved / cut).max(axis=0) / dense
 
 
-def fewer(xp: Any, kept: Any) -> Any:
-    """[9, G]: counts below these of each group: one less, and eighths of them.
+def cuts(xp: Any, kind: Kind, kept: Any) -> Any:
+    """[K, G]: how many of each group's channels to cut at once, to price one of them.
 
-    xp: numpy, or jax.numpy for counts that are traced.
+    One; of measured costs also eighths of the group, for these have plateaus, on which
+    one channel less saves nothing. xp: numpy, or jax.numpy for counts that are traced.
     """
-    eighths = [xp.floor(kept * j / 8) for j in range(1, 9)]
-    some = xp.stack([kept - 1, *(xp.maximum(e, 1) for e in eighths)])
-    return xp.minimum(some, kept - 1).astype(kept.dtype)
+    one = xp.ones_like(kept)
+    if isinstance(kind, str):
+        return xp.stack([one])
+    lower = [xp.maximum(xp.floor(kept * j / 8), 1) for j in range(1, 9)]
+    more = [xp.maximum(kept - low, 1).astype(kept.dtype) for low in lower]
+    return xp.stack([one, *more])

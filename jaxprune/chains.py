@@ -54,7 +54,7 @@ def factorized(apply: Apply, *, only: Collection[Path] | None = None) -> Apply:
         chains = {
             i: _ordered(path_str(key_path(keys)), x)
             for i, (keys, x) in enumerate(flat)
-            if chosen(key_path(keys), x)
+            if _is_chain(x)
         }
         structs = [
             _dense_struct(chains[i]) if i in chains else struct(x)

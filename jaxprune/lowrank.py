@@ -139,10 +139,9 @@ def factorize(
             f"holds fnmatch patterns of key paths such as {some!r}"
         )
     seen_by, added = None, dict[Path, Path]()
-    if method in _SEEING and kernels:
-        given = () if batches is None else batches
+    if method in _SEEING and kernels and batches is not None:
         seen_by = responses.sampler(
-            apply, list(given), kernels, positions, seed, kwargs
+            apply, list(batches), kernels, positions, seed, kwargs
         )
         added = biases(apply, variables, inputs, kwargs)
     own = seen_by(variables) if seen_by else None

@@ -92,11 +92,9 @@ def repriced(
 
     def weights(live: Counts) -> dict[str, jax.Array]:
         kept = _stacked(graph, live)
-        each, cut = jnp.eye(len(kept)), jnp.ones((1, len(kept)))
-        if not isinstance(kind, str):
-            cut = kept - budget.fewer(jnp, kept)
+        cut = budget.cuts(jnp, kind, kept)
         # Term by term: what a channel has no part in cancels exactly.
-        saved = parts(kept) - parts(kept - cut[..., None] * each)
+        saved = parts(kept) - parts(kept - cut[..., None] * jnp.eye(len(kept)))
         price = (saved.sum(axis=-1) / cut).max(axis=0)
         mean = jnp.sum(price * kept) / jnp.sum(kept)
         price = price / jnp.where(mean > 0, mean, 1)

@@ -134,13 +134,16 @@ def named(v: Any, x: Any) -> Any:
     y = y @ v["lent"]["w"] + v["lent"]["b"]
     y = jnp.tanh(y) * v["lent"]["b"]
     y = jax.jit(lambda y, p: y @ p["w"] + p["b"].reshape(1, -1))(y, v["called"])
+    y = jax.jit(lambda y, b: y + b + jnp.tanh(y))(
+        y @ v["within"]["w"], v["within"]["b"]
+    )
     y = (y @ v["rows"]["w"]) + v["rows"]["b"][:, None]
     y = y @ v["torch"]["w"].T + v["torch"]["b"]
     return y @ v["apart"]["w"] + v["else"]["b"]
 
 
 def test_a_bias_is_what_products_are_added_to_directly() -> None:
-    names = "a scaled shared lent called rows torch apart".split()
+    names = "a scaled shared lent called within rows torch apart".split()
     v: Any = {n: {"w": normal(5, 5), "b": normal(5)} for n in names}
     v["scaled"]["s"], v["else"] = normal(5), {"b": normal(5)}
     found = biases(named, v, [normal(5, 5)], {})

@@ -95,16 +95,13 @@ def infer_classes(root: Path) -> Classes:
     Colours are those of the first mask's palette, if it has one. Raises DataError for
     labels that no one means so, see `classes_of_labels`.
     """
-    pairs = [
-        pair
+    masks = [
+        pair.mask
         for split in SPLITS
         if (root / split).is_dir()
         for pair in find_pairs(*find_folders(root, split))
     ]
-    for pair in pairs:
-        images.header(pair)  # masks are of bytes
-    decoded = (images.decode(pair.mask) for pair in pairs)
-    return classes_of_labels(decoded, str(root))
+    return classes_of_labels(map(images.decode_mask, masks), str(root))
 
 
 def classes_of_labels(masks: Iterable[Any], name: str) -> Classes:

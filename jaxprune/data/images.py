@@ -34,22 +34,27 @@ def header(pair: Pair) -> Size:
         raise DataError(
             f"{pair.image}: mode {mode} is no 8-bit image; convert it to RGB"
         )
-    if mask_mode not in ("L", "P"):
-        raise DataError(
-            f"{pair.mask}: a mask of mode {mask_mode}; it must be a PNG of one 8-bit"
-            " label a pixel (mode L or P): convert colours to class numbers first"
-        )
-    if kind.startswith(_LOSSY):
-        raise DataError(
-            f"{pair.mask}: a mask as {kind}, which mixes neighbouring labels; write it"
-            " anew, as PNG, from what it was made of"
-        )
+    check_mask(str(pair.mask), mask_mode, kind)
     if size != mask_size:
         raise DataError(
             f"{pair.image} is {size[0]}x{size[1]} but its mask {pair.mask} is"
             f" {mask_size[0]}x{mask_size[1]}; give both one size"
         )
     return size[1], size[0]
+
+
+def check_mask(name: str, mode: str, kind: str) -> None:
+    """Raise DataError, naming the mask, for a PIL mode or file format of no labels."""
+    if mode not in ("L", "P"):
+        raise DataError(
+            f"{name}: a mask of mode {mode}; it must be a PNG of one 8-bit label a"
+            " pixel (mode L or P): convert colours to class numbers first"
+        )
+    if kind.startswith(_LOSSY):
+        raise DataError(
+            f"{name}: a mask as {kind}, which mixes neighbouring labels; write it"
+            " anew, as PNG, from what it was made of"
+        )
 
 
 def read(pair: Pair, size: Size, classes: Classes) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +113,13 @@ def decode(path: Path, data: bytes | None = None) -> Any:
             return image
     except Exception as error:  # PIL raises half a dozen kinds for damaged data
         raise _damaged(path, error) from error
+
+
+def decode_mask(path: Path, data: bytes | None = None) -> Any:
+    """`decode` of a mask; DataError, too, for what is none."""
+    mask = decode(path, data)
+    check_mask(str(path), mask.mode, mask.format or "")
+    return mask
 
 
 def _file(path: Path, data: bytes | None) -> Any:

@@ -156,13 +156,7 @@ class _Samples:
     def _label(self, index: int, sample: Any = None) -> Any:
         """A mask; sample: its own, where it is read already."""
         sample, name = sample or self._sample(index), f"{self.name}[{index}]"
-        mask = images.decode(Path(f"{name} {self.mask}"), sample[self.mask])
-        if mask.mode not in ("L", "P"):
-            raise DataError(
-                f"{name}: a mask of mode {mask.mode}; it must be one 8-bit label a"
-                " pixel"
-            )
-        return mask
+        return images.decode_mask(Path(f"{name} {self.mask}"), sample[self.mask])
 
 
 def _listed_classes(directory: Path) -> Classes | None:
