@@ -80,6 +80,18 @@ def check_roles(roles: Any) -> None:
         raise ConfigError(f"roles={roles!r}: ('out',), ('in',) or ('out', 'in')")
 
 
+def check_separate(batches: Any, what: str = "batches") -> None:
+    """Raise DataError for one array or dict, which would be taken apart."""
+    name = what.split()[-1]
+    if isinstance(batches, Mapping):
+        raise DataError(f"{what} is one dict; of a single batch, it is [{name}]")
+    if hasattr(batches, "ndim"):
+        raise DataError(
+            f"{what} is one array; of a single batch it is [{name}], or list({name}) "
+            "of an array whose first axis is that of the batches"
+        )
+
+
 def path_str(path: Path) -> str:
     """`('params', 'conv', 'kernel')` as `params/conv/kernel`."""
     return "/".join(path)

@@ -22,6 +22,7 @@ from jaxprune.base import (
     Keep,
     PyTree,
     Scores,
+    check_separate,
 )
 from jaxprune.sharded import fetched
 
@@ -107,6 +108,7 @@ def scorer(
     ) -> dict[str, np.ndarray]:
         if key is not None:
             check_key("score", key)
+        check_separate(batches)
         state = criterion.init(graph, variables)
         scores = None
         if criterion.numpy and batches is None and keep is None:

@@ -25,6 +25,7 @@ from jaxprune.base import (
     GraphError,
     Path,
     PyTree,
+    check_separate,
     key_path,
     path_str,
 )
@@ -34,6 +35,7 @@ from jaxprune.chains import factorized, is_plain
 from jaxprune.reconstruct import replaced
 from jaxprune.select import check_positive
 from jaxprune.taps import Reading, readings
+from jaxprune.trace import trace
 
 __all__ = ["Chain", "Factorized", "Method", "factorize", "factorized"]
 
@@ -150,7 +152,9 @@ def factorize(
     if budget is None:
         found = ranks.within(table, 0.5 if ratio is None else ratio)
     else:
-        found = ranks.together(graph, table, method, budget)
+        # At these inputs, which may be others than the graph's.
+        whole = trace(apply, variables, *inputs, **kwargs)
+        found = ranks.together(whole, table, method, budget)
     chosen = {path: choice.rank for path, choice in found.items() if choice.rank}
     if not chosen and budget is not None:
         return Factorized(factorized(apply), variables, {})
@@ -321,6 +325,7 @@ def _check(
         raise ConfigError(f"factorize(only={only!r}): a list of patterns, [{only!r}]")
     if method in _SEEING and batches is None:
         raise DataError(f"factorize: {method!r} needs batches=[inputs of apply, ...]")
+    check_separate(batches, "factorize: batches")
 
 
 def _check_tree(graph: Graph, variables: PyTree, method: str) -> None:

@@ -47,17 +47,24 @@ def _is_float(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
-def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Criterion:
+def magnitude(
+    p: Literal[1, 2] = 1,
+    *,
+    roles: tuple[Role, ...] = ("out",),
+    kernels: bool = False,
+) -> Criterion:
     """The p-norm of the trained weights of a channel: sum |w|, or sqrt(sum w^2).
 
     By default of those that make the channel (its filter, bias, batch-norm scale and
-    bias); roles=('out', 'in') adds those that read it. Not normalised: sizes of groups
-    differ, so put `normalize` behind it for a global selection. A group without trained
+    bias); roles=('out', 'in') adds those that read it. kernels: of kernels alone, which
+    have two axes or more: the paper's norm of the filter, for which what stands behind
+    a filter, and may undo its size, does not count. Not normalised: sizes of groups
+    differ, so put `normalize` behind it for a global selection. A group without such
     weights in `roles` is measured by all that it has. Raises ConfigError for another p
     or role, GraphError naming the groups that have no trained weight at all.
 
     Source: Li et al., "Pruning filters for efficient ConvNets", 2017, section 3.1
-    (p = 1).
+    (p = 1, kernels).
     """
     if p not in (1, 2):
         raise ConfigError(f"magnitude(p={p!r}): p is 1 or 2")
@@ -68,10 +75,10 @@ def magnitude(p: Literal[1, 2] = 1, *, roles: tuple[Role, ...] = ("out",)) -> Cr
         graph, tree = evidence.graph, evidence.variables
         if all(map(is_numpy, jax.tree.leaves(tree))):
             measure = functools.partial(trees.channel_sum, along=along)
-            sums = _made_by(measure, graph, tree, roles)
+            sums = _made_by(measure, graph, tree, roles, kernels)
             return sums if p == 1 else {n: np.sqrt(s) for n, s in sums.items()}, state
         tree = jax.tree.map(jnp.abs if p == 1 else square, floats(tree))
-        sums = _made_by(trees.channel_sum, graph, tree, roles)
+        sums = _made_by(trees.channel_sum, graph, tree, roles, kernels)
         return sums if p == 1 else jax.tree.map(jnp.sqrt, sums), state
 
     def along(x: np.ndarray, axis: int) -> np.ndarray:
@@ -99,15 +106,25 @@ def _trained(name: str) -> Any:
 
 
 def _made_by(
-    measure: Any, graph: Graph, tree: PyTree, roles: tuple[Role, ...]
+    measure: Any, graph: Graph, tree: PyTree, roles: tuple[Role, ...], kernels: bool
 ) -> dict[str, Any]:
     """What a channel's weights in `roles` measure; all of them, where it has none."""
-    found = measure(graph, tree, roles=roles)
-    counts = trees.channel_count(graph, roles=roles)
+    some = _of_kernels(graph) if kernels else graph
+    found = measure(some, tree, roles=roles)
+    counts = trees.channel_count(some, roles=roles)
     if all(count.any() for count in counts.values()):
         return found
     every = measure(graph, tree)
     return {n: f if counts[n].any() else every[n] for n, f in found.items()}
+
+
+def _of_kernels(graph: Graph) -> Graph:
+    """The graph as if nothing were trained but what has two axes or more."""
+    leaves = [
+        dataclasses.replace(x, trained=x.trained and len(x.shape) > 1)
+        for x in graph.leaves
+    ]
+    return dataclasses.replace(graph, leaves=tuple(leaves))
 
 
 def bn_scale() -> Criterion:
@@ -245,12 +262,16 @@ def fisher(*, roles: tuple[Role, ...] = ("out", "in")) -> Criterion:
     return Criterion(init, update)
 
 
-def geometric_median(*, roles: tuple[Role, ...] = ("out",)) -> Criterion:
+def geometric_median(
+    *, roles: tuple[Role, ...] = ("out",), kernels: bool = False
+) -> Criterion:
     """The sum of the distances to all other channels of the group: FPGM.
 
     A channel near the geometric median of a group can be replaced by the others. Its
-    vector is what of the trained weights makes it (`roles` as in `magnitude`), and
-    distances are Euclidean. Not normalised; see `normalize`.
+    vector is what of the trained weights makes it (`roles` and `kernels` as in
+    `magnitude`; the paper's is the filter, kernels=True), and distances are Euclidean.
+    Not normalised: the paper cuts as much of every layer, select's scope='local'; for a
+    global selection see `normalize`.
 
     Raises GraphError naming the groups that have no trained weight.
 
@@ -266,23 +287,23 @@ def geometric_median(*, roles: tuple[Role, ...] = ("out",)) -> Criterion:
     def update(scores: Scores, state: PyTree, evidence: Evidence):
         del scores
         tree = floats(evidence.variables)
-        grams = _made_by(trees.channel_gram, evidence.graph, tree, roles)
+        grams = _made_by(trees.channel_gram, evidence.graph, tree, roles, kernels)
         return {n: distances(gram) for n, gram in grams.items()}, state
 
     return Criterion(_trained("geometric_median"), update)
 
 
-def lamp(*, roles: tuple[Role, ...] = ("out",)) -> Criterion:
+def lamp(*, roles: tuple[Role, ...] = ("out",), kernels: bool = False) -> Criterion:
     """The squared 2-norm over the sum of those that are not smaller: LAMP, by channel.
 
     In (0, 1]: the largest of each group has 1, so that a global selection never empties
-    a group. Of equal ones the first counts as the smaller. `roles` as in `magnitude`.
-    Raises GraphError naming the groups that have no trained weight.
+    a group. Of equal ones the first counts as the smaller. `roles` and `kernels` as in
+    `magnitude`. Raises GraphError naming the groups that have no trained weight.
 
     Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021,
     eq. 4, with channels for weights.
     """
-    norm = magnitude(2, roles=roles)
+    norm = magnitude(2, roles=roles, kernels=kernels)
 
     def relative(values: jax.Array) -> jax.Array:
         order = jnp.argsort(values)

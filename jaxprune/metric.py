@@ -196,8 +196,8 @@ def _line(graph: Graph, name: str, unit: _Unit, s: Any) -> tuple[jax.Array, jax.
         last = (jnp.arange(norm.size) == jnp.argmax(norm)) & ~alive.any()
         pull, alive = jnp.where(last, 0, pull), alive | last
     r = jnp.where(alive, norm * _radius(unit.v, unit.d, pull, norm), 0)
-    # Where nothing pulls, the factor is exactly 1.
-    free = pull == 0
+    # Where nothing pulls, the factor is exactly 1; 0 of what is dead to a controller.
+    free = (pull == 0) & (alive | (unit.weight == 0))
     r = jnp.where(free, 1, r)
     return _spread(graph, name, r), _spread(graph, name, pull)
 

@@ -107,7 +107,10 @@ def within(table: Mapping[Path, Sequence[Choice]], ratio: float) -> dict[Path, C
 def together(
     graph: Graph, table: Mapping[Path, Sequence[Choice]], method: str, budget: Budget
 ) -> dict[Path, Choice]:
-    """Ranks within a budget of the whole network; BudgetError where none are."""
+    """Ranks within a budget of the whole network; BudgetError where none are.
+
+    graph: traced with inputs of the sizes that the table is of.
+    """
     limit = check(graph, table, method, budget)
     select = evenly if method in _EVENLY else greedily
     found = select(list(table.values()), limit)

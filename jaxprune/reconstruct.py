@@ -20,6 +20,7 @@ from jaxprune.base import (
     Keep,
     Path,
     PyTree,
+    check_separate,
     key_path,
     path_str,
 )
@@ -192,6 +193,7 @@ def check_batches(name: str, batches: Iterable[Any]) -> list[tuple[Any, ...]]:
     """The inputs of each batch. Raises DataError where there are none."""
     if batches is None:
         raise DataError(f"{name} needs batches=[inputs of apply, ...]")
+    check_separate(batches, f"{name}: batches")
     given = [b if isinstance(b, tuple) else (b,) for b in batches]
     if not given:
         raise DataError(f"{name}: batches is empty (or was used up before)")

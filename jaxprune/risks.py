@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.base import ConfigError, DataError, Graph, Keep, PyTree
+from jaxprune.base import ConfigError, DataError, Graph, Keep, PyTree, check_separate
 from jaxprune.sharded import fetched
 from jaxprune.trees import mask
 
@@ -30,6 +30,7 @@ class Found(NamedTuple):
 
 def finite(batches: Iterable[Any], what: str = "batches") -> list[Any]:
     """The batches in memory, to be used again; DataError where there are none."""
+    check_separate(batches, what)
     held = list(batches)
     if not held:
         raise DataError(f"{what} is empty (or an iterator that was used up before)")

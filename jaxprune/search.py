@@ -92,9 +92,9 @@ def particle_filter(
       graph, variables, loss, batches, budget, multiple_of, min_channels: as for
         `best_of`.
       temperature: the lower, the sooner the best particles displace the others.
-      perturb: behind the resampling, the probability with which a channel that stays
-        changes places with one of its group that does not; 0: a particle's masks are
-        nested.
+      perturb: behind the resampling, the probability with which a channel changes
+        places with one of its group that is on the other side, of those that stay and
+        those that do not the fewer ones; 0: a particle's masks are nested.
       key: of all draws; the same key gives the same keep.
 
     Raises ConfigError for numbers out of range, and what `best_of` does.

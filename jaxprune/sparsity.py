@@ -253,9 +253,13 @@ def root(x: jax.Array) -> jax.Array:
 
 
 def shrinkage(norms: jax.Array, threshold: Any, *, last: bool = True) -> jax.Array:
-    """max(0, 1 - threshold / norm); 1 for the largest where all would be 0."""
+    """max(0, 1 - threshold / norm); 1 for the largest where all would be 0.
+
+    0 at a norm of 0 without a threshold, too: a channel whose squares underflow is dead
+    to a controller, and has to be 0 for `dead`.
+    """
     tiny = jnp.finfo(norms.dtype).tiny
-    factor = jnp.maximum(0, 1 - threshold / jnp.maximum(norms, tiny))
+    factor = jnp.where(norms > threshold, 1 - threshold / jnp.maximum(norms, tiny), 0)
     if not last:
         return factor
     largest = jnp.arange(norms.size) == jnp.argmax(norms)

@@ -73,15 +73,17 @@ def steer(
     At step t, with the live cost c (a fraction of the dense one) and the plan r(t),
 
         strength(t) = min(rate(t) lambda(t), the least that brings the cost to r(t))
-        lambda(t+1) = lambda(t) exp(gain clip(20 (c / r(t) - 1), -1, 1))
+        lambda(t+1) = lambda(t) exp(gain clip(20 (c / r(t) - 1), -f, 1))
 
     The second line is an integral controller of log lambda, which alone would
     overshoot: norms take many steps to fall, and what is dead stays dead. The first
     one lands: from the moment at which the plan is met the strength is 0, and the last
     channels to die are no more than are needed, found by bisection. So the cost ends at
     r, or below it by less than a channel costs (more where channels die together), and
-    is held: should channels revive, the penalty is back. All of it is a few operations
-    on the norms, in the jitted step; nothing leaves the device.
+    is held: should channels revive, the penalty is back. For that f is 1 while the plan
+    falls and 0 from then on: a strength of 0 is no sign that lambda is too large, and a
+    lambda that fell meanwhile would take hundreds of steps to come back. All of it is a
+    few operations on the norms, in the jitted step; nothing leaves the device.
 
     Args:
       graph: of the dense network, also where a part of it has been cut already.
@@ -112,7 +114,11 @@ def steer(
 
     def update(state: SteeredState, deaths: Deaths) -> tuple[Any, SteeredState]:
         steps = state.steps
-        plan = target(steps) if callable(target) else target
+        plan: Any = target
+        ahead: Any = target
+        if callable(target):
+            plan, ahead = target(steps), target(_next(steps))
+        falls = jnp.where(jnp.asarray(ahead) < plan, 1.0, 0.0)
 
         after = _behind(cost, deaths)
         wanted = state.level * (rate(steps) if callable(rate) else rate)
@@ -120,7 +126,7 @@ def steer(
         wanted = jnp.minimum(wanted, 1.01 * _last(deaths))
         strength = _landing(after, wanted, plan)
         live = after(strength)
-        change = jnp.exp(gain * jnp.clip((live / plan - 1) / _BAND, -1, 1))
+        change = jnp.exp(gain * jnp.clip((live / plan - 1) / _BAND, -falls, 1))
         level = jnp.clip(state.level * change, 1e-6 * start, 1e6 * start)
         return strength, SteeredState(_next(steps), jnp.float32(level), live)
 

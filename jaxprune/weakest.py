@@ -15,7 +15,10 @@ Rises = Callable[[int, int], float]
 
 
 class Link(NamedTuple):
-    """A block: the keep behind it, what the loss gains by it, and the cost it saves."""
+    """A block: the keep behind it, what the loss gains by it, and the cost it saves.
+
+    As far as there was a use for it.
+    """
 
     keep: dict[str, np.ndarray]
     rise: float
@@ -117,7 +120,7 @@ def cut(
         return None
     gone = [int(n) for n in start - kept]
     rise = sum(rises(g, n) for g, n in enumerate(gone))
-    return Link(dict(without(keep, weakest, gone)), float(rise), saved)
+    return Link(dict(without(keep, weakest, gone)), float(rise), min(saved, excess))
 
 
 def _units(

@@ -119,6 +119,18 @@ def test_the_whole_network_meets_its_budget(method: str, kind: str) -> None:
     assert 0.5 < share <= 0.55
 
 
+def test_the_budget_is_that_of_the_inputs_whatever_the_graph_was_traced_with() -> None:
+    """Three images, where the graph has seen as many as IMAGES, and others' sizes."""
+    ranks = set()
+    for images in (np.repeat(IMAGES[:1], 3, axis=0), IMAGES):
+        found = jp.factorize(NET.apply, GRAPH, VARIABLES, images, budget=jp.flops(0.55))
+        whole = jp.cost(jp.trace(NET.apply, VARIABLES, images))
+        thin = jp.cost(jp.trace(found.apply, found.variables, images))
+        assert 0.5 < thin.flops / whole.flops <= 0.55
+        ranks.add(tuple(chain.rank for chain in found.chains.values()))
+    assert len(ranks) == 1
+
+
 def test_ranks_are_multiples_and_budgets_out_of_reach_are_named() -> None:
     def cut(**more: object) -> jp.Factorized:
         return jp.factorize(NET.apply, GRAPH, VARIABLES, IMAGES, **more)

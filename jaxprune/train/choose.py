@@ -264,13 +264,13 @@ def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
     known: dict[str, Any] = {
         "taylor": measures.taylor,
         "fisher": measures.fisher,
-        "geometric_median": measures.geometric_median,
+        "geometric_median": functools.partial(measures.geometric_median, kernels=True),
         "activation": features.activation,
         "apoz": functools.partial(features.activation, "apoz"),
         "reconstruction": features.reconstruction,
-        "lamp": measures.lamp,
+        "lamp": functools.partial(measures.lamp, kernels=True),
         "magnitude": _magnitude(prune),
-        "l2": functools.partial(measures.magnitude, 2),
+        "l2": functools.partial(measures.magnitude, 2, kernels=True),
         "group_l2": functools.partial(measures.magnitude, 2, roles=("out", "in")),
         "bn_scale": measures.bn_scale,
         "random": measures.random,
@@ -285,10 +285,13 @@ def _criterion(prune: Prune, name: str, kind: budgets.Kind) -> Criterion:
 
 
 def _magnitude(prune: Prune) -> Any:
-    """Of the weights that read a channel, where they hold its gate, or its penalty."""
+    """The norm of the filter, or of what a penalty has shrunk.
+
+    Of the weights that read a channel, where they hold its gate, or its penalty.
+    """
     if prune.gated or prune.roles == "in":
         return functools.partial(measures.magnitude, roles=("in",))
-    return measures.magnitude
+    return functools.partial(measures.magnitude, kernels=not prune.sparse)
 
 
 def _logits(job: Job, variables: PyTree, batch: Any) -> Any:

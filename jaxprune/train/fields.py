@@ -154,7 +154,9 @@ class Prune:
     along a line that ends at 0.7 of those epochs; 0: it is not. cuts_in_training:
     what is 0 is cut at so many ends of epochs on the way already, evenly spread.
     criterion: for 'criterion', over `batches` training batches; 'magnitude' and 'l2':
-    norms of the filter, 'group_l2': of all weights of the channel; normalize: scores
+    norms of the filter, and of it 'lamp' and 'geometric_median', too; 'group_l2': of
+    all weights of the channel; 'fisher' sees one image at a time, so that batch norms
+    have the statistics of that one. normalize: scores
     divided by their group's mean, max, sum or l2, but for LAMP's, which are relative
     already. per_cost: divided by what a channel costs. multiple_of, min_channels: of a
     group such a number of channels stays, or all of it, with every method that cuts

@@ -42,7 +42,8 @@ from jaxprune.train.loop import steps_of
 
 # Prices that are estimated anew as channels go: fixed ones empty whole layers.
 _STEERED = {"adaptive": 1.0, "criterion": "taylor", "cuts_in_training": 7}
-# What of `Prune` makes a method; its other fields are the config's.
+# What of `Prune` makes a method, as its paper has it: over all layers or in each alike,
+# as the scores are or over their group's. Its other fields are the config's.
 METHODS: dict[str, dict[str, Any]] = {
     "path": {"method": "path", "estimate": "taylor"},
     "path_measured": {"method": "path", "estimate": "measured"},
@@ -50,10 +51,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "l2": {"criterion": "l2", "normalize": "none", "scope": "local"},
     "group_l2": {"criterion": "group_l2"},
-    "taylor": {"criterion": "taylor"},
-    "fisher": {"criterion": "fisher"},
-    "bn_scale": {"criterion": "bn_scale"},
-    "geometric_median": {"criterion": "geometric_median"},
+    "taylor": {"criterion": "taylor", "normalize": "none"},
+    "taylor_per_cost": {"criterion": "taylor", "normalize": "none", "per_cost": True},
+    "fisher": {"criterion": "fisher", "normalize": "none"},
+    "bn_scale": {"criterion": "bn_scale", "normalize": "none"},
+    "geometric_median": {
+        "criterion": "geometric_median",
+        "normalize": "none",
+        "scope": "local",
+    },
     "activation": {"criterion": "activation"},
     "apoz": {"criterion": "apoz"},
     "reconstruction": {"method": "layerwise", "reconstruct": 8},
