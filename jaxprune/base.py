@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -89,6 +90,21 @@ def check_separate(batches: Any, what: str = "batches") -> None:
         raise DataError(
             f"{what} is one array; of a single batch it is [{name}], or list({name}) "
             "of an array whose first axis is that of the batches"
+        )
+
+
+def check_function(apply: Any) -> None:
+    """Raise GraphError for a Flax module where its function is asked for."""
+    linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
+    if linen is not None and isinstance(apply, linen.Module):
+        raise GraphError(
+            f"apply is a linen module, {type(apply).__name__}; pass .apply"
+        )
+    if nnx is not None and isinstance(apply, nnx.Module):
+        raise GraphError(
+            f"apply is an nnx module, {type(apply).__name__}; pass its state and "
+            "lambda state, *inputs: nnx.merge(graphdef, state)(*inputs), of "
+            "graphdef, state = nnx.split(module)"
         )
 
 

@@ -31,7 +31,15 @@ from jaxprune import (
     storage,
     trees,
 )
-from jaxprune.base import Apply, CheckpointError, Graph, GraphError, PyTree, key_path
+from jaxprune.base import (
+    Apply,
+    CheckpointError,
+    Graph,
+    GraphError,
+    PyTree,
+    check_function,
+    key_path,
+)
 from jaxprune.chains import factorized, is_factorized, takes_factors
 from jaxprune.graph_io import (
     graph_from_json,
@@ -71,10 +79,17 @@ def save(
     What lies at a URL is deleted before it is replaced, and is whole when its marker,
     `jaxprune.partial`, is gone; a save that was cut off can be repeated.
 
-    Raises CheckpointError for a folder that exists, with `overwrite` where others'
-    files lie in it, and for what can't be kept; GraphError for variables or a keep that
-    do not fit the graph.
+    Raises CheckpointError for what is no Pruned, for a folder that exists, with
+    `overwrite` where others' files lie in it, and for what can't be kept; GraphError
+    for variables or a keep that do not fit the graph.
     """
+    if not isinstance(pruned, Pruned):
+        raise CheckpointError(
+            f"save takes a Pruned, not a {type(pruned).__name__}: of what was trained "
+            "on, jaxprune.Pruned(apply, variables, graph, keep), with the cut's graph "
+            "and keep; where nothing is cut, as behind factorize, of "
+            "graph = jaxprune.trace(apply, variables, inputs) and graph.full()"
+        )
     if remote.is_url(path):
         with remote.written(path, overwrite=overwrite) as folder:
             save(folder, pruned, **more)
@@ -117,7 +132,9 @@ def load(
     """
     with remote.local(path) as folder:
         card = _read_card(folder)
-        if apply is None:
+        if apply is not None:
+            check_function(apply)
+        else:
             apply = _dense(remote.name_of(path, folder), card.info)
         return _load(folder, card, apply, sharding, like)
 

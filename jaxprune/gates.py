@@ -78,16 +78,17 @@ def _one_maker(graph: Graph, names: Collection[str]) -> Graph:
 
 
 def proximal_gates(
-    strength: Strength, weights: Weights | None = None
+    strength: Strength, weights: Weights | None = None, *, key: str | None = None
 ) -> optax.GradientTransformation:
     """Soft-thresholding, sign(z) max(0, |z| - strength w), last in a chain for gates.
 
     z = gates + updates. `strength` and the last one of a group are as in `proximal`, of
     plain gradients and momentum; behind Adam `preconditioned_gates` has the right step.
     `weights` {group: float or float[C]}: 1 by default, see also `flops_weights` and
-    `repriced`, both with gates=True. Raises ConfigError for a negative strength, or
-    where update is called without the gates; GraphError for weights that do not fit the
-    gates.
+    `repriced`, both with gates=True. key: of the gates in a dict of params, of which
+    the others pass; None: the gates are all. Raises ConfigError for a negative
+    strength, or where update is called without the gates; GraphError for weights that
+    do not fit the gates.
     """
     _check(strength, weights)
 
@@ -105,7 +106,7 @@ def proximal_gates(
         del params
         return steering.begun(strength)
 
-    return optax.GradientTransformation(init, update)
+    return _among("proximal_gates", optax.GradientTransformation(init, update), key)
 
 
 def preconditioned_gates(
@@ -141,11 +142,7 @@ def preconditioned_gates(
             raise ConfigError(
                 "preconditioned_gates needs the gates: tx.update(updates, state, gates)"
             )
-        if key is not None and key not in params:
-            raise ConfigError(
-                f"preconditioned_gates: the params have no {key!r}; key= is the name "
-                f"of the gates among {', '.join(map(str, params))}"
-            )
+        _check_key("preconditioned_gates", key, params)
         _check_gates("preconditioned_gates", of(params))
         updates, inner = tx.update(updates, state[0], params, **extra)
         before, more = of(params), of(updates)
@@ -173,6 +170,7 @@ def accelerated_gates(
     weights: Weights | None = None,
     *,
     momentum: float | Callable[[Any], Any] = 0.9,
+    key: str | None = None,
 ) -> optax.GradientTransformation:
     """Accelerated proximal gradient for gates; last in a chain, behind plain gradients.
 
@@ -221,7 +219,7 @@ def accelerated_gates(
             jax.tree.map(jnp.array, params), steering.begun(strength)
         )
 
-    return optax.GradientTransformation(init, update)
+    return _among("accelerated_gates", optax.GradientTransformation(init, update), key)
 
 
 def gates_to_keep(gates: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -248,6 +246,34 @@ def deaths(
     return steering.deaths_of(*_penalised(weights, gates, gates))
 
 
+def _among(
+    name: str, tx: optax.GradientTransformation, key: str | None
+) -> optax.GradientTransformation:
+    """`tx` for the gates alone, where they are params[key]; the other params pass."""
+    if key is None:
+        return tx
+
+    def init(params: PyTree) -> Any:
+        _check_key(name, key, params)
+        return tx.init(params[key])
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> Any:
+        known = None if params is None else params[key]
+        new, state = tx.update(updates[key], state, known)
+        return {**updates, key: new}, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_key(name: str, key: str | None, params: Any) -> None:
+    """Raises ConfigError for params without the gates."""
+    if key is not None and key not in params:
+        raise ConfigError(
+            f"{name}: the params have no {key!r}; key= is the name of the gates among "
+            f"{', '.join(map(str, params))}"
+        )
+
+
 def _check_gates(name: str, gates: Any) -> None:
     """Raises ConfigError for params that are more than the gates."""
     if not isinstance(gates, Mapping) or any(
@@ -255,8 +281,8 @@ def _check_gates(name: str, gates: Any) -> None:
     ):
         raise ConfigError(
             f"{name}: its params are the gates alone, {{group: float[C]}}; give them "
-            "an optimiser of their own, or use preconditioned_gates(..., key=) for "
-            "gates within other params"
+            f"an optimiser of their own, or say {name}(..., key=) for gates within "
+            "other params"
         )
 
 

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import disk, formats
+from jaxprune import disk, formats, keeps
 from jaxprune import jaxpr as jx
-from jaxprune.base import Apply, BudgetError, Graph, GraphError, PyTree
+from jaxprune.base import Apply, BudgetError, Graph, GraphError, Keep, PyTree
 from jaxprune.base import Path as KeyPath
 from jaxprune.budget import Budget
 from jaxprune.select import MultipleOf, check_positive, in_channels
@@ -57,6 +57,14 @@ class Timings:
 
     def __str__(self) -> str:
         return f"latency on {self.device}"
+
+    def ms(self, graph: Graph, keep: Keep | None = None) -> float:
+        """Milliseconds of the products where `keep` stays; None: all.
+
+        Raises GraphError for a graph without a group that was measured.
+        """
+        kept = keeps.check_keep(graph, graph.full() if keep is None else keep)
+        return float(self.at(list(kept), np.array([k.sum() for k in kept.values()])))
 
     def at(self, groups: Sequence[str], kept: Any) -> np.ndarray:
         """Milliseconds, float[...], at numbers of kept channels, int[..., G]."""

@@ -69,6 +69,8 @@ def preconditioned(
     The state is (state of tx, state of the proximal step). Raises what `proximal` does.
     """
     sparsity.checked(graph, strength, weights, roles, blocks)
+    whole = sparsity.united(graph, blocks)
+    together = {names[0] for names in (blocks or {}).values()}
     tx = optax.with_extra_args_support(tx)
 
     def update(
@@ -84,11 +86,14 @@ def preconditioned(
         own = resolved(
             graph, weights, roles, lambda: sparsity.live(graph, params, roles=roles)
         )
-        units = _units(graph, arrived, each, own, roles, blocks)
-        deaths = {n: _spread(graph, n, u.death) for n, u in units.items()}
-        s, outer = steering.stepped(strength, state[1], lambda: deaths)
-        lines = {n: _line(graph, n, u, s) for n, u in units.items()}
-        scaled = _scaled(graph, lines, arrived, each, roles)
+        paid = sparsity.of_blocks(graph, own, blocks)
+        units = _units(whole, arrived, each, paid, roles)
+        deaths = {n: unit.death for n, unit in units.items()}
+        s, outer = steering.stepped(
+            strength, state[1], lambda: sparsity.of_channels(graph, deaths, blocks)
+        )
+        lines = {n: _line(u, s, last=n not in together) for n, u in units.items()}
+        scaled = _scaled(whole, lines, arrived, each, roles)
         updates = sparsity.difference(scaled, arrived, updates, params)
         return updates, (inner, outer)
 
@@ -149,7 +154,6 @@ class _Unit(NamedTuple):
     d: jax.Array
     weight: jax.Array
     death: jax.Array
-    block: bool
 
 
 def _units(
@@ -158,48 +162,37 @@ def _units(
     each: PyTree,
     weights: Mapping[str, Any],
     roles: tuple[Role, ...],
-    blocks: Blocks | None,
 ) -> dict[str, _Unit]:
-    """{group: its channels, or the block that it is in}."""
+    """{group: its channels}."""
     v = trees.channel_rows(graph, sparsity.floats(arrived), roles=roles)
     d = trees.channel_rows(graph, sparsity.floats(each), roles=roles)
-    squares = {n: jnp.sum(x * x, axis=1) for n, x in v.items()}
-    paid, _ = sparsity.penalised(graph, squares, weights, blocks)
 
-    def unit(v: Any, d: Any, weight: Any, block: bool) -> _Unit:
+    def unit(v: Any, d: Any, weight: Any) -> _Unit:
         weight = jnp.broadcast_to(jnp.asarray(weight, v.dtype), v.shape[:1])
         size = jnp.sqrt(jnp.sum(jnp.square(v / d), axis=1))
         death = steering.deaths_of({"": size}, {"": weight})[""]
         # What has no trained weight is not dead.
         death = death if v.shape[1] else jnp.full_like(death, jnp.inf)
-        return _Unit(v, d, weight, death, block)
+        return _Unit(v, d, weight, death)
 
-    units = {n: unit(v[n], d[n], paid[n], False) for n in graph.groups}
-    for names in (blocks or {}).values():
-        jv, jd = (jnp.concatenate([x[n].ravel() for n in names])[None] for x in (v, d))
-        one = unit(jv, jd, paid[names[0]][:1], True)
-        units.update(dict.fromkeys(names, one))
-    return units
+    return {n: unit(v[n], d[n], weights[n]) for n in graph.groups}
 
 
-def _spread(graph: Graph, name: str, values: jax.Array) -> jax.Array:
-    """Of the channels, where they are those of one block."""
-    return jnp.broadcast_to(values, (graph.groups[name].size,))
+def _line(unit: _Unit, s: Any, *, last: bool) -> tuple[jax.Array, jax.Array]:
+    """(r, s w) float[C] each: the factor of an entry is r / (r + s w d).
 
-
-def _line(graph: Graph, name: str, unit: _Unit, s: Any) -> tuple[jax.Array, jax.Array]:
-    """(r, s w) float[C] each: the factor of an entry is r / (r + s w d)."""
+    last: the largest stays as it is where all would go.
+    """
     pull = s * unit.weight
     alive = unit.death > s
     norm = jnp.sqrt(jnp.sum(unit.v * unit.v, axis=1))
-    if not unit.block:
-        last = (jnp.arange(norm.size) == jnp.argmax(norm)) & ~alive.any()
-        pull, alive = jnp.where(last, 0, pull), alive | last
+    if last:
+        held = (jnp.arange(norm.size) == jnp.argmax(norm)) & ~alive.any()
+        pull, alive = jnp.where(held, 0, pull), alive | held
     r = jnp.where(alive, norm * _radius(unit.v, unit.d, pull, norm), 0)
     # Where nothing pulls, the factor is exactly 1; 0 of what is dead to a controller.
     free = (pull == 0) & (alive | (unit.weight == 0))
-    r = jnp.where(free, 1, r)
-    return _spread(graph, name, r), _spread(graph, name, pull)
+    return jnp.where(free, 1, r), pull
 
 
 def _radius(v: jax.Array, d: jax.Array, pull: jax.Array, norm: jax.Array) -> jax.Array:

@@ -43,9 +43,13 @@ def evaluator(graph: Graph, risk: Risk) -> Callable[..., Found]:
     @jax.jit
     def seen(keep: Keep, variables: PyTree, batch: Any) -> tuple[Any, Any, Any]:
         result = risk(mask(graph, keep, variables), batch)
-        values, counts, sums = (
-            (*result, None)[:3] if isinstance(result, tuple) else (result, None, None)
-        )
+        parts = result if isinstance(result, tuple) else (result, None)
+        if len(parts) not in (2, 3):
+            raise ConfigError(
+                f"the risk is a tuple of {len(parts)}; it is [B], ([B], bool[B]) or "
+                "([B], bool[B], {name: array}), for B images"
+            )
+        values, counts, sums = (*parts, None)[:3]
         values = jnp.atleast_1d(values)
         if values.ndim > 1:
             raise ConfigError(

@@ -25,6 +25,7 @@ from jaxprune.base import (
     GraphError,
     Keep,
     PyTree,
+    check_function,
     key_path,
     path_str,
 )
@@ -50,6 +51,7 @@ def slim(apply: Apply, graph: Graph, keep: Keep) -> Apply:
     GraphError for variables that do not have the shrunk shapes, and where another mode
     of the function ties a removed channel to one that stays.
     """
+    check_function(apply)
     keep = keeps.check_keep(graph, keep, concrete=True)
     if all(k.all() for k in keep.values()):
         return apply
@@ -105,6 +107,7 @@ def verify(
     variables are the dense ones. For each output, max |slim - masked| / max |masked|;
     inf where one of the two is not finite and the other is not the same.
     """
+    check_function(apply)
     masked = apply(trees.mask(graph, keep, variables), *inputs, **kwargs)
     small = trees.shrink(graph, keep, variables)
     cut = slim(apply, graph, keep)(small, *inputs, **kwargs)

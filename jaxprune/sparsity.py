@@ -9,6 +9,7 @@ coordinate, `gates` for one number per channel.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxprune.base import (
     ConfigError,
     Graph,
     GraphError,
+    Group,
     PyTree,
     Role,
     check_roles,
@@ -54,16 +56,11 @@ def group_lasso(
     _check_blocks(graph, blocks)
     squares = channel_squares(graph, variables, roles)
     weights = resolved(graph, weights, roles, lambda: counted(graph, squares, roles))
-    each, norms = penalised(graph, squares, weights, blocks)
-    whose = {name: b for b, names in (blocks or {}).items() for name in names}
-    first = {b: names[0] for b, names in (blocks or {}).items()}
-    total = jnp.zeros(())
-    for name, norm in norms.items():
-        if name not in whose:
-            total += jnp.sum(each[name] * norm)
-        elif first[whose[name]] == name:
-            total += each[name][0] * norm[0]
-    return total
+    if blocks:
+        weights = of_blocks(graph, weights, blocks)
+        squares = channel_squares(united(graph, blocks), variables, roles)
+    each = [jnp.sum(weights[n] * root(s)) for n, s in squares.items()]
+    return sum(each, jnp.zeros(()))
 
 
 def proximal(
@@ -111,13 +108,13 @@ def proximal(
         function of what they leave with ('out',) where a dead channel is not 0 to its
         readers, as behind a sigmoid; with ('in',) where anything but weights reads it,
         such as a norm over the channels.
-      blocks: {name: groups} whose channels die together, with one norm over all of them
-        and the weight sqrt(sum w[g,c]^2): the layers within a residual branch, say, so
-        that the shortcut is what is left (depth, Wen et al., 2016). They may become 0
-        altogether; `dead` keeps one channel of zeros of each group, and what the
-        branch's last bias and norm add stays. To penalise channels as well, chain two
-        of these steps, channels first (Jenatton et al., 2011), with weights 0 for the
-        groups that a step is to pass.
+      blocks: {name: groups} whose channels die together, with one norm over all their
+        entries, each once, and the weight sqrt(sum w[g,c]^2): the layers within a
+        residual branch, say, so that the shortcut is what is left (depth, Wen et al.,
+        2016). They may become 0 altogether; `dead` keeps one channel of zeros of each
+        group, and what the branch's last bias and norm add stays. To penalise channels
+        as well, chain two of these steps, channels first (Jenatton et al., 2011), with
+        weights 0 for the groups that a step is to pass.
 
     optax.MultiSteps goes around the chain: before this step, every micro-step would be
     shrunk. Params that are an average of others, as schedule_free evaluates, have no
@@ -137,6 +134,8 @@ def proximal(
     Wen et al., "Learning structured sparsity in deep neural networks", 2016.
     """
     checked(graph, strength, weights, roles, blocks)
+    units = united(graph, blocks)
+    together = {names[0] for names in (blocks or {}).values()}
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None):
         if params is None:
@@ -145,17 +144,20 @@ def proximal(
             )
         arrived = jax.tree.map(lambda p, u: p + u, params, updates)
         own = resolved(graph, weights, roles, lambda: live(graph, params, roles=roles))
-        squares = channel_squares(graph, arrived, roles)
-        own, norms = penalised(graph, squares, own, blocks)
-        s, state = steering.stepped(
-            strength, state, lambda: trained_deaths(graph, norms, own, roles)
-        )
-        together = {n for names in (blocks or {}).values() for n in names}
+        own = of_blocks(graph, own, blocks)
+        squares = channel_squares(units, arrived, roles)
+        norms = {n: root(s) for n, s in squares.items()}
+
+        def deaths() -> Counts:
+            found = trained_deaths(units, norms, own, roles)
+            return of_channels(graph, found, blocks)
+
+        s, state = steering.stepped(strength, state, deaths)
         factors = {
             n: shrinkage(norm, s * own[n], last=n not in together)
             for n, norm in norms.items()
         }
-        scaled = trees.channel_scale(graph, factors, arrived, roles=roles, once=True)
+        scaled = trees.channel_scale(units, factors, arrived, roles=roles, once=True)
         return difference(scaled, arrived, updates, params), state
 
     def init(params: PyTree) -> Any:
@@ -226,24 +228,45 @@ def channel_squares(
     return {n: jnp.asarray(s) for n, s in sums.items()}
 
 
-def penalised(
-    graph: Graph,
-    squares: Mapping[str, jax.Array],
-    weights: Mapping[str, Any],
-    blocks: Blocks | None,
-) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """({group: weight}, {group: norms}); a block's own at each of its channels."""
-    squares, weights = dict(squares), dict(weights)
+def united(graph: Graph, blocks: Blocks | None) -> Graph:
+    """The graph with each block as one channel, a group by its first group's name.
+
+    So that an entry that lies between two groups of a block belongs to it once.
+    """
+    groups = dict(graph.groups)
     for names in (blocks or {}).values():
-        sizes = {n: graph.groups[n].size for n in names}
-        total = sum(jnp.sum(squares[n]) for n in names)
-        paid = jnp.sqrt(
-            sum(jnp.sum(jnp.broadcast_to(weights[n], c) ** 2) for n, c in sizes.items())
-        )
-        for name, size in sizes.items():
-            squares[name] = jnp.full(size, total)
-            weights[name] = jnp.full(size, paid)
-    return weights, {n: root(s) for n, s in squares.items()}
+        slots = [
+            dataclasses.replace(slot, indices=slot.indices.reshape(1, -1))
+            for name in names
+            for slot in groups.pop(name).slots
+        ]
+        groups[names[0]] = Group(names[0], 1, tuple(slots))
+    return dataclasses.replace(graph, groups=groups, terms=()) if blocks else graph
+
+
+def of_blocks(
+    graph: Graph, weights: Mapping[str, Any], blocks: Blocks | None
+) -> dict[str, Any]:
+    """{group: weight} of `united`: sqrt(sum w[g,c]^2) of a block."""
+    found = dict(weights)
+    for names in (blocks or {}).values():
+        each = [
+            jnp.broadcast_to(found.pop(name), graph.groups[name].size) for name in names
+        ]
+        found[names[0]] = jnp.sqrt(sum(jnp.sum(w**2) for w in each))
+    return found
+
+
+def of_channels(
+    graph: Graph, values: Mapping[str, Any], blocks: Blocks | None
+) -> dict[str, Any]:
+    """{group: [C]} of `united`'s [1], at each channel of each of a block's groups."""
+    found = dict(values)
+    for names in (blocks or {}).values():
+        whole = found.pop(names[0])
+        sizes = {name: graph.groups[name].size for name in names}
+        found |= {n: jnp.broadcast_to(whole, size) for n, size in sizes.items()}
+    return found
 
 
 def root(x: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import jaxpr as jx
-from jaxprune.base import Apply, Path, PyTree, key_path
+from jaxprune.base import Apply, Path, PyTree, check_function, key_path
 from jaxprune.trace import abstract_inputs, is_arraylike, struct
 
 # Equations that call a program; and those that tell its derivative too.
@@ -194,6 +194,7 @@ def program_of(
     f: Apply, template: PyTree, inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[jx.Program, PyTree, list[Any]]:
     """f's program at the template's shapes, its outputs' tree, the arrays given."""
+    check_function(f)
     treedef = jax.tree.structure(template)
     abstract, rebuild = abstract_inputs((tuple(inputs), dict(kwargs)))
     given = [x for x in jax.tree.leaves((inputs, kwargs)) if is_arraylike(x)]

@@ -20,6 +20,7 @@ from jaxprune.base import (
     Leaf,
     Path,
     PyTree,
+    check_function,
     key_path,
     path_str,
 )
@@ -51,7 +52,7 @@ def trace(
     variables hold no array, or arrays without a key path of their own, where a module
     of `strict` is frozen, or there is none of that name, and for a module as `apply`.
     """
-    _check_function(apply)
+    check_function(apply)
     flat, treedef = jax.tree_util.tree_flatten_with_path(variables)
     leaves = _leaves(flat, _nnx_statistics(variables))
     _check_leaves(leaves)
@@ -194,21 +195,6 @@ def _check_leaves(leaves: Sequence[Leaf]) -> None:
                 f"two arrays of the variables are {path_str(leaf.path)}; rename one"
             )
         seen.add(leaf.path)
-
-
-def _check_function(apply: Any) -> None:
-    """Raise GraphError for a Flax module where its function is asked for."""
-    linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
-    if linen is not None and isinstance(apply, linen.Module):
-        raise GraphError(
-            f"apply is a linen module, {type(apply).__name__}; pass .apply"
-        )
-    if nnx is not None and isinstance(apply, nnx.Module):
-        raise GraphError(
-            f"apply is an nnx module, {type(apply).__name__}; pass its state and "
-            "lambda state, *inputs: nnx.merge(graphdef, state)(*inputs), of "
-            "graphdef, state = nnx.split(module)"
-        )
 
 
 def _nnx_statistics(variables: PyTree) -> list[Path]:

@@ -201,6 +201,8 @@ def test_what_does_not_fit_is_not_saved(tmp_path):
         checkpoint.save(tmp_path / "f", pruned._replace(variables=dense))
     with pytest.raises(GraphError, match="keep lacks group 'l0'"):
         checkpoint.save(tmp_path / "f", pruned._replace(keep={}))
+    with pytest.raises(CheckpointError, match=r"not a dict: .*Pruned\(apply, variab"):
+        checkpoint.save(tmp_path / "f", dense)
     with pytest.raises(CheckpointError, match=r"info\['fn'\] can't be kept as JSON"):
         checkpoint.save(tmp_path / "f", pruned, fn=print)
     assert os.listdir(tmp_path) == []

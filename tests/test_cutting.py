@@ -106,7 +106,7 @@ def test_gates_are_cut_along(accelerated):
                 optax.scale_by_learning_rate(0.05), jp.accelerated_gates(1e-3)
             )
             return penalty.apart(optax.sgd(0.02), own)
-        last = penalty.on_gates(jp.proximal_gates(1e-3))
+        last = jp.proximal_gates(1e-3, key="gates")
         return optax.chain(optax.adam(0.02), last)
 
     def function(graph):

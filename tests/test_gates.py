@@ -359,6 +359,28 @@ def test_errors_of_the_step_behind_adam():
         tx.update({}, tx.init({}))
 
 
+@pytest.mark.parametrize("make", [proximal_gates, accelerated_gates])
+def test_gates_among_other_params(make):
+    """As alone, in one optimiser, also behind optax.multi_transform."""
+    gates, more = {"l0": jnp.array([0.1, 1.0, 0.5])}, {"w": jnp.ones((2, 3))}
+    both = {"net": more, "z": gates}
+    alone = optax.chain(optax.sgd(0.1), make(0.2))
+    wanted, _ = alone.update(gates, alone.init(gates), gates)
+    chained = optax.chain(optax.sgd(0.1), make(0.2, key="z"))
+    parted = optax.multi_transform(
+        {"z": chained, "net": optax.sgd(0.1)}, {"net": "net", "z": "z"}
+    )
+    for tx in (chained, parted):
+        found, _ = jax.jit(tx.update)(both, tx.init(both), both)
+        chex.assert_trees_all_close(found["z"], wanted)
+        chex.assert_trees_all_close(found["net"]["w"], -0.1 * more["w"])
+    with pytest.raises(ConfigError, match=f"{make.__name__}: the params have no 'y'"):
+        make(0.2, key="y").init(both)
+    tx = make(0.2)
+    with pytest.raises(ConfigError, match=rf"{make.__name__}\(..., key=\)"):
+        tx.update(both, tx.init(both), both)
+
+
 def test_errors_of_the_accelerated_step():
     with pytest.raises(ConfigError, match="momentum=1.5"):
         accelerated_gates(0.1, momentum=1.5)

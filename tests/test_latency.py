@@ -92,6 +92,8 @@ def test_a_budget_of_milliseconds_is_met(net) -> None:
     kept = np.array([k.sum() for k in keep.values()])
     dense = table.at(list(graph.groups), budget.sizes(graph))
     assert table.at(list(graph.groups), kept) <= 0.5 * dense
+    assert table.ms(graph) == dense
+    assert table.ms(graph, keep) == table.at(list(graph.groups), kept)
     for name in range(2):  # not one more fits
         more = kept + np.eye(2, dtype=int)[name]
         assert (

@@ -220,6 +220,39 @@ def test_blocks_die_as_one(spread):
     np.testing.assert_array_equal(jp.dead(SINGLE, gone)["l0"], np.arange(6) == 0)
 
 
+@pytest.mark.parametrize("spread", [None, 0, 2])
+def test_an_entry_between_two_groups_of_a_block_belongs_to_it_once(spread):
+    """All but the last bias is one vector: its closed form, or a general minimiser."""
+    graph, weights = toygraphs.chain(3, 2), {"l0": 1.0, "l1": np.array([0.5, 2])}
+    variables, blocks = toygraphs.variables(graph), {"branch": ["l0", "l1"]}
+
+    def vector(tree):
+        flat = jax.tree.leaves({**tree["params"], "l2": tree["params"]["l2"]["kernel"]})
+        return np.concatenate([np.ravel(x) for x in flat], dtype=np.float64)
+
+    v, w = vector(variables), np.sqrt(3 + 0.25 + 4)
+    penalty = jp.group_lasso(graph, variables, weights, blocks=blocks)
+    np.testing.assert_allclose(penalty, w * np.linalg.norm(v), rtol=1e-6)
+    if spread is None:
+        tx = jp.proximal(graph, 0.2, weights, blocks=blocks)
+        still = jax.tree.map(jnp.zeros_like, variables)
+        updates, _ = tx.update(still, tx.init(variables), variables)
+        new = optax.apply_updates(variables, updates)
+        best = (1 - 0.2 * w / np.linalg.norm(v)) * v
+        np.testing.assert_allclose(vector(new), best, rtol=1e-5)
+        return
+    d = scales(graph, spread)
+    p = 1 / vector(d)
+
+    def objective(x):
+        return np.sum(p * (x - v) ** 2) / 2 + 0.2 * w * np.linalg.norm(x)
+
+    best = scipy.optimize.minimize(objective, v, tol=1e-12).x
+    found = vector(stepping(graph, weights, blocks=blocks)(0.2, variables, d))
+    np.testing.assert_allclose(found, best, atol=1e-3)
+    assert objective(found) <= objective(best) + 1e-6
+
+
 def test_nothing_is_shrunk_before_adam_has_seen_a_gradient():
     """Between the steps of optax.MultiSteps, and where all that came was 0."""
     variables = toygraphs.variables(GRAPH)

@@ -22,7 +22,6 @@ import optax
 import jaxprune as jp
 from jaxprune import models
 from jaxprune.train import step as steps
-from jaxprune.train.penalty import on_gates
 
 net = models.build("segnet", {"num_classes": 3, "widths": [4, 4, 4, 4, 4]})
 variables = models.init(net, jax.random.key(0), (16, 16))
@@ -73,7 +72,7 @@ for name, apply, tx in (
     ("lasso", net.apply, optax.chain(Penalised, optax.adam(1e-3))),
     ("proximal", net.apply, chained(jp.proximal(graph, 1e-3))),
     ("mask", masked, chained(jp.proximal(graph, 1e-3))),
-    ("gates", gated, chained(on_gates(jp.proximal_gates(1e-3)))),
+    ("gates", gated, chained(jp.proximal_gates(1e-3, key="gates"))),
     (
         "steered",
         net.apply,

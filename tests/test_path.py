@@ -365,6 +365,11 @@ def test_a_loss_that_is_not_one_number_is_told(bad):
             ConfigError,
             r"risk is of shape \(8, 5\); it is one number an image",
         ),
+        (
+            {"risk": lambda v, b: (squares(v, b),) * 4},
+            ConfigError,
+            "risk is a tuple of 4; it is",
+        ),
         ({"until": 0.5}, BudgetError, r"budget=0.5: say of what, by jaxprune.flops"),
     ],
 )

@@ -349,6 +349,19 @@ def test_errors_name_what_does_not_fit() -> None:
         jp.trace(SegNet(11), variables, x)
     with pytest.raises(GraphError, match="nnx module, Linear; .*nnx.split.module"):
         jp.trace(nnx.Linear(3, 6, rngs=nnx.Rngs(0)), variables, x)
+    net = SegNet(11)
+    for call in (
+        lambda: jp.slim(net, graph, keep),
+        lambda: jp.verify(net, graph, keep, variables, x),
+        lambda: jp.factorize(net, graph, variables, x),
+        lambda: jp.reconstruct(net, graph, keep, variables, [x]),
+        lambda: jp.lasso_select(net, graph, variables, [x], jp.flops(0.5)),
+        lambda: jp.timings(net, graph, variables, x),
+        lambda: jp.fold_batch_norm(net, variables, x),
+        lambda: jp.quantize_weights(net, variables, x),
+    ):
+        with pytest.raises(GraphError, match="linen module, SegNet; pass .apply"):
+            call()
     with pytest.raises(GraphError, match="variables are one array"):
         jp.trace(lambda v, x: x @ v, variables["a"], x)
     with pytest.raises(GraphError, match="two arrays of the variables are w"):

@@ -81,7 +81,7 @@ def penalty(job: Job, graph: Graph, variables: PyTree) -> Penalty:
                 tx, strength, mine, steps=d, key="gates"
             )
         if prune.gated:
-            last = on_gates(gates.proximal_gates(strength, mine))
+            last = gates.proximal_gates(strength, mine, key="gates")
         elif prune.metric == "optimizer":
             return lambda tx: metric.preconditioned(
                 tx, smaller, strength, mine, steps=d, roles=roles
@@ -167,22 +167,6 @@ def _deaths(
 
 
 # Gates are trained among the params: {'network': params, 'gates': {group: float[C]}}.
-
-
-def on_gates(
-    proximal: optax.GradientTransformation,
-) -> optax.GradientTransformation:
-    """`proximal` for the gates; the network's own params pass."""
-
-    def init(params: PyTree) -> Any:
-        return proximal.init(params["gates"])
-
-    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> Any:
-        known = None if params is None else params["gates"]
-        gates, state = proximal.update(updates["gates"], state, known)
-        return {**updates, "gates": gates}, state
-
-    return optax.GradientTransformation(init, update)
 
 
 def apart(
