@@ -156,9 +156,9 @@ class Prune:
     criterion: for 'criterion', over `batches` training batches; 'magnitude' and 'l2':
     norms of the filter, and of it 'lamp' and 'geometric_median', too; 'group_l2': of
     all weights of the channel; 'fisher' sees one image at a time, so that batch norms
-    have the statistics of that one. normalize: scores
-    divided by their group's mean, max, sum or l2, but for LAMP's, which are relative
-    already. per_cost: divided by what a channel costs. multiple_of, min_channels: of a
+    have the statistics of that one. normalize: scores divided by their group's mean,
+    max, sum or l2, but for LAMP's, which are relative already. per_cost: divided by
+    what a channel costs. multiple_of, min_channels: of a
     group such a number of channels stays, or all of it, with every method that cuts
     channels; where fewer are not 0, zeros fill it up; 'auto': what the device likes,
     see `jaxprune.select.alignment`. rounds: the cut in so many equal factors,
