@@ -180,7 +180,7 @@ def test_refits_know_a_norm_from_a_bias(name: str) -> None:
             method=method,  # type: ignore[arg-type]
             ratio=0.6,
             only=["b/kernel"],
-            batches=jnp.stack([x]),
+            batches=[x],
         )
         np.testing.assert_array_equal(thin.variables["b"][name], v["b"][name])
 
