@@ -20,7 +20,7 @@ from jaxprune.pricing import live_cost
 
 Deaths = Mapping[str, Any]
 Schedule = Callable[[Any], Any]
-_HALVINGS = 30
+_BITS = 31  # of a float32 that is not negative
 _BAND = 0.05  # off the plan by so much of it, lambda changes as fast as it may
 
 
@@ -236,21 +236,26 @@ def _last(deaths: Deaths) -> jax.Array:
 def _landing(after: Callable[[Any], jax.Array], wanted: Any, plan: Any) -> jax.Array:
     """The least strength up to `wanted` that brings the cost to the plan, or `wanted`.
 
-    `after` falls in steps; the plan forgives what float32 rounds.
+    `after` falls in steps; the plan forgives what float32 rounds. Bisection halves the
+    bits, not the number: strengths at which channels die may lie decades apart.
     """
     plan = plan * (1 + 1e-6)
 
     def halved(_: Any, ends: tuple[Any, Any]) -> tuple[Any, Any]:
         low, high = ends
-        middle = (low + high) / 2
-        met = after(middle) <= plan
+        middle = low + (high - low) // 2
+        met = after(_as(middle, jnp.float32)) <= plan
         return jnp.where(met, low, middle), jnp.where(met, middle, high)
 
     wanted = jnp.asarray(wanted, jnp.float32)
-    _, least = jax.lax.fori_loop(0, _HALVINGS, halved, (jnp.zeros_like(wanted), wanted))
+    bits = _as(wanted, jnp.int32)
+    _, least = jax.lax.fori_loop(0, _BITS, halved, (jnp.zeros_like(bits), bits))
     # So that what dies by this comparison also does by the proximal step's rounding.
-    least = jnp.minimum(least * (1 + 1e-6), wanted)
+    least = jnp.minimum(_as(least, jnp.float32) * (1 + 1e-6), wanted)
     return jnp.where(after(jnp.zeros(())) <= plan, 0.0, least)
+
+
+_as = jax.lax.bitcast_convert_type
 
 
 def check_target(

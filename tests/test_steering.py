@@ -44,6 +44,31 @@ def trained(tx, variables, steps):
     return variables, state, np.asarray(costs)
 
 
+@pytest.mark.parametrize("power", [1, 4])
+def test_it_lands_where_strengths_of_death_lie_decades_apart(power):
+    """No step leaves less than the plan, but for a channel's cost."""
+    rng = np.random.default_rng(0)
+    scores = {n: 10 ** -rng.uniform(0, 6, g.size) for n, g in WIDE.groups.items()}
+    weights = jp.adaptive(WIDE, scores, jp.flops_weights(WIDE), power=power)
+    plan = optax.linear_schedule(1.0, 0.4, 100)
+    tx = jp.proximal(WIDE, jp.steer(WIDE, plan, rate=0.1, start=0.1), weights)
+
+    @jax.jit
+    def step(variables, state):
+        none = jax.tree.map(jnp.zeros_like, variables)
+        updates, state = tx.update(none, state, variables)
+        return optax.apply_updates(variables, updates), state
+
+    variables, costs = toygraphs.variables(WIDE), []
+    state = tx.init(variables)
+    for _ in range(60):
+        variables, state = step(variables, state)
+        costs.append(fraction(jp.dead(WIDE, variables)))
+    assert costs[-1] < 0.7
+    # A channel of l0 carries 3 + 16 of 488 multiply-adds, one of l1 24 + 2.
+    assert all(c > 1 - 0.6 * t / 100 - 26 / 488 for t, c in enumerate(costs))
+
+
 @pytest.mark.parametrize(("start", "metric"), [(1e-3, False), (1.0, True)])
 def test_it_reaches_the_target_and_holds_it(start, metric):
     """From a lambda far too small and one far too large, behind Adam."""
