@@ -9,6 +9,8 @@ import numpy as np
 from jaxprune import budget as budgets
 from jaxprune.base import DataError, Graph, Keep
 
+_ROUNDING = 1e-9  # of the cost
+
 Counts = Mapping[str, np.ndarray]
 # (number of the group, how many of its weakest channels go) -> what the loss gains.
 Rises = Callable[[int, int], float]
@@ -128,12 +130,13 @@ def _units(
 ) -> tuple[np.ndarray, np.ndarray]:
     """To what each group falls by a unit, and what that saves.
 
-    A unit is made wider where it saves nothing, as measured time does that is flat.
+    A unit is made wider where it saves nothing, as measured time does that is flat,
+    but for what rounds.
     """
     lower = kept
     saving = np.zeros(len(kept))
     while True:
-        flat = saving <= 0
+        flat = saving <= _ROUNDING * now
         next_ = [_next_lower(a, k) for a, k in zip(allowed.values(), lower)]
         wider = np.where(flat, next_, lower)
         if np.array_equal(wider, lower):

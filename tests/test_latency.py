@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune import budget
+from jaxprune import budget, weakest
 from jaxprune.base import BudgetError, ConfigError, DiskError, GraphError
 from jaxprune.latency import Product
 
@@ -73,6 +73,32 @@ def made_up(graph: jp.Graph) -> jp.Timings:
             ),
         ),
     )
+
+
+def test_a_unit_of_the_path_saves_more_than_what_rounds() -> None:
+    """Times are flat from 16 channels to 40: a unit goes to the first that save, 15."""
+    x = np.ones((2, 4), np.float32)
+    v = {"a": np.ones((4, 40)), "b": np.ones((40, 40)), "c": np.ones((40, 3))}
+    graph = jp.trace(lambda v, x: jax.nn.relu(x @ v["a"] @ v["b"]) @ v["c"], v, x)
+    first, second = graph.groups
+    wide, ms = np.array([8, 16, 40]), np.array([0.0537, 0.1713, 0.1713])
+    four, three = np.array([4]), np.array([3])
+    grid = np.add.outer(ms, 1.3 * ms)
+    table = jp.Timings(
+        "made up",
+        (
+            Product(("a",), four, wide, ms[None], (4, {}), (0, {first: 1})),
+            Product(("b",), wide, wide, grid, (0, {first: 1}), (0, {second: 1})),
+            Product(("c",), wide, three, ms[:, None], (0, {second: 1}), (3, {})),
+        ),
+    )
+    allowed = {name: np.arange(1, 41) for name in graph.groups}
+    for a in range(17, 41):
+        for kept in ([a, 40], [40, a]):
+            now = float(budget.measure(graph, table, np.array(kept)))
+            lower, saving = weakest._units(graph, np.array(kept), allowed, table, now)
+            assert lower.tolist() == [15, 15]
+            assert (saving > 1e-3).all()
 
 
 def test_between_points_time_is_linear_and_below_them_in_proportion(net) -> None:
