@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxprune.base import ConfigError, Graph, GraphError, Path, PyTree, Scores, Slot
 from jaxprune.criteria import Criterion, Evidence
-from jaxprune.measures import needed
+from jaxprune.measures import needed, square
 from jaxprune.taps import Reading, taps
 
 Found = dict[Path, list[dict[int, jax.Array]]]  # by leaf, by reading, by kernel axis
@@ -89,7 +89,7 @@ class _Moments(NamedTuple):
 def _moments(features: jax.Array, axis: int) -> _Moments:
     """Of shape [length of the axis], over all other axes."""
     others = tuple(a for a in range(features.ndim) if a != axis)
-    x = features.astype(jnp.float32)
+    x = _single(features)
     return _Moments(x.mean(axis=others), x.var(axis=others))
 
 
@@ -98,11 +98,16 @@ def _pooled(mean: jax.Array, variance: jax.Array) -> _Moments:
     return _Moments(mean.mean(axis=-1), variance.mean(axis=-1) + mean.var(axis=-1))
 
 
+def _single(x: jax.Array) -> jax.Array:
+    """float32, or complex64."""
+    return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32)
+
+
 def _joined(known: _Moments, new: _Moments, count: jax.Array) -> _Moments:
     """Of `count` samples and one more of their size (Chan et al., 1983, eq. 2.1)."""
     part = 1 / (count + 1)
     apart = new.mean - known.mean
-    spread = (1 - part) * (known.variance + part * jnp.square(apart))
+    spread = (1 - part) * (known.variance + part * square(apart))
     return _Moments(known.mean + part * apart, spread + part * new.variance)
 
 
@@ -188,7 +193,8 @@ def _of_gram(
         for name, mine in readers.items():
             # [n, C, outputs]; a channel of several indices adds what they all add.
             added = [v[a][:, slot.indices].sum(axis=2) for slot, a, v in mine]
-            new[name] = sum(_einsum("nco,ndo->cd", z, z) for z in added)
+            grown = [_einsum("nco,ndo->cd", z, z.conj()) for z in added]
+            new[name] = sum(map(jnp.real, grown))
         grams = {n: g + new[n] for n, g in grams.items()}
         return {n: scored(g) for n, g in grams.items()}, (count + 1, grams)
 
@@ -200,8 +206,8 @@ _einsum = functools.partial(jnp.einsum, precision="highest")
 
 def _added(reading: Reading, axis: int, positions: int, key: Any) -> jax.Array:
     """[n, length of the kernel's axis, outputs]: what each of its indices adds."""
-    rows = reading.rows(positions, key).astype(jnp.float32)
-    kernel = reading.kernel.astype(jnp.float32)
+    rows = _single(reading.rows(positions, key))
+    kernel = _single(reading.kernel)
     # Which index of the axis each row of the kernel's matrix belongs to.
     shape = [1] * kernel.ndim
     shape[axis] = kernel.shape[axis]
@@ -212,10 +218,18 @@ def _added(reading: Reading, axis: int, positions: int, key: Any) -> jax.Array:
 
 
 def lasting(gram: jax.Array, steps: int, wanted: jax.Array | None = None) -> jax.Array:
-    """[C]: how long each lasts along `lasso_path`, its size there settling ties."""
+    """[C]: how long each lasts along `lasso_path`, its size there settling ties.
+
+    NaN where the matrix is not finite.
+    """
     betas = lasso_path(gram, steps, wanted=wanted)
     size = jnp.abs(betas).mean(axis=0)
-    return (betas != 0).mean(axis=0) + 1e-3 * size / (1 + size)
+    scores = (betas != 0).mean(axis=0) + 1e-3 * size / (1 + size)
+    # The path of what is not finite is 0 all along, which is a score like any other.
+    known = (
+        jnp.isfinite(gram).all() & jnp.isfinite(0 if wanted is None else wanted).all()
+    )
+    return jnp.where(known, scores, jnp.nan)
 
 
 def lasso_path(

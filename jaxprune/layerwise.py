@@ -73,8 +73,9 @@ def lasso_select(
     largest that keeps any channel to a thousandth of it.
 
     Raises BudgetError, telling the least, for a budget that cannot be met; DataError
-    for empty batches; ConfigError for numbers out of range; GraphError naming the
-    groups that no convolution or matrix product reads plainly.
+    for empty batches, or what is read there and not finite; ConfigError for numbers out
+    of range; GraphError naming the groups that no convolution or matrix product reads
+    plainly.
 
     Source: He et al., "Channel pruning for accelerating very deep neural networks",
     2017, eq. 2 and section 3.1, for any graph of layers.

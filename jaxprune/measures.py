@@ -392,7 +392,10 @@ def needed(evidence: Evidence, name: str) -> tuple[Any, Any]:
 
 
 def _gradient_times_weight(loss: Any, variables: PyTree, batch: Any) -> PyTree:
-    """variables * d loss / d variables; zeros for what is not floating point."""
+    """variables * d loss / d variables; zeros for what is not floating point.
+
+    Of complex ones the real part, which is the loss's change.
+    """
     leaves, treedef = jax.tree.flatten(variables)
     smooth = [_is_float(x) for x in leaves]
 
@@ -406,7 +409,7 @@ def _gradient_times_weight(loss: Any, variables: PyTree, batch: Any) -> PyTree:
     return jax.tree.unflatten(
         treedef,
         [
-            _wide(x) * _wide(next(gradients)) if s else jnp.zeros(x.shape)
+            jnp.real(_wide(x) * _wide(next(gradients))) if s else jnp.zeros(x.shape)
             for x, s in zip(leaves, smooth)
         ],
     )

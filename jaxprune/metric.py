@@ -20,6 +20,7 @@ from jaxprune.matching import (
     map_leaves,
     trained_axes,
 )
+from jaxprune.measures import square
 from jaxprune.pricing import Weights, resolved
 from jaxprune.sparsity import Blocks
 from jaxprune.steering import Strength
@@ -129,8 +130,8 @@ def adam_steps(
                 f"{len(same)} with a second moment of every parameter, where one is "
                 "needed; pass steps=, a function of one's own"
             )
-        nus = jax.tree.leaves(found[0].nu)
-        known = jnp.any(jnp.stack([jnp.any(nu > 0) for nu in nus]))
+        nu = jax.tree.map(jnp.real, found[0].nu)  # complex weights have it complex
+        known = jnp.any(jnp.stack([jnp.any(x > 0) for x in jax.tree.leaves(nu)]))
         count = jnp.maximum(found[0].count, 1).astype(jnp.float32)
         seen = 1 - b2**count
 
@@ -138,7 +139,7 @@ def adam_steps(
             d = 1 / (jnp.sqrt(nu / seen) + eps)
             return jnp.where(known, d, jnp.finfo(d.dtype).tiny)
 
-        return jax.tree.map(length, found[0].nu)
+        return jax.tree.map(length, nu)
 
     return steps
 
@@ -168,8 +169,8 @@ def _units(
     d = trees.channel_rows(graph, sparsity.floats(each), roles=roles)
 
     def unit(v: Any, d: Any, weight: Any) -> _Unit:
-        weight = jnp.broadcast_to(jnp.asarray(weight, v.dtype), v.shape[:1])
-        size = jnp.sqrt(jnp.sum(jnp.square(v / d), axis=1))
+        size = jnp.sqrt(jnp.sum(square(v / d), axis=1))
+        weight = jnp.broadcast_to(jnp.asarray(weight, size.dtype), v.shape[:1])
         death = steering.deaths_of({"": size}, {"": weight})[""]
         # What has no trained weight is not dead.
         death = death if v.shape[1] else jnp.full_like(death, jnp.inf)
@@ -185,7 +186,7 @@ def _line(unit: _Unit, s: Any, *, last: bool) -> tuple[jax.Array, jax.Array]:
     """
     pull = s * unit.weight
     alive = unit.death > s
-    norm = jnp.sqrt(jnp.sum(unit.v * unit.v, axis=1))
+    norm = jnp.sqrt(jnp.sum(square(unit.v), axis=1))
     if last:
         held = (jnp.arange(norm.size) == jnp.argmax(norm)) & ~alive.any()
         pull, alive = jnp.where(held, 0, pull), alive | held
@@ -210,9 +211,9 @@ def _radius(v: jax.Array, d: jax.Array, pull: jax.Array, norm: jax.Array) -> jax
     def closer(_: Any, r: jax.Array) -> jax.Array:
         far = jnp.maximum(r[:, None] + t, tiny)
         ratios = jnp.square(u / far)
-        square = jnp.sum(ratios, axis=1)
+        total = jnp.sum(ratios, axis=1)
         slope = jnp.sum(ratios / far, axis=1)
-        more = (jnp.sqrt(square) - 1) * square / jnp.maximum(slope, tiny)
+        more = (jnp.sqrt(total) - 1) * total / jnp.maximum(slope, tiny)
         return jnp.clip(r + more, 0, 1)
 
     return jax.lax.fori_loop(0, _NEWTON, closer, r)

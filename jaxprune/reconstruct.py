@@ -59,8 +59,8 @@ def reconstruct(
     solves in float64 on the host.
 
     Raises GraphError for a keep or variables that do not fit, or where nothing that is
-    cut has a consumer that can be refitted; DataError for empty batches; ConfigError
-    for positions or a ridge out of range.
+    cut has a consumer that can be refitted; DataError for empty batches, or what is
+    read there and not finite; ConfigError for positions or a ridge out of range.
 
     Source: He et al., "Channel pruning for accelerating very deep neural networks",
     2017, eq. 2 (step ii) and section 3.2.
@@ -138,7 +138,8 @@ def sampled(
 ) -> Seen:
     """What the kernels at `wanted`, as of `consumers`, read; else as `reconstruct`.
 
-    Raises GraphError for kernels of complex numbers.
+    Raises GraphError for kernels of complex numbers, and the rows that it makes
+    DataError for what is not finite.
     """
     readings: dict[Path, Reading] = {}
     order = list(wanted)
@@ -177,8 +178,13 @@ def sampled(
         for inputs, key in zip(given, keys, strict=True):
             new = collect(tree, inputs, key)
             for path in paths:
-                read = np.asarray(new[path_str(path)], np.float64)
-                found.setdefault(path, []).append(then(path, read))
+                read = then(path, np.asarray(new[path_str(path)], np.float64))
+                if not np.isfinite(read).all():
+                    raise DataError(
+                        f"what {path_str(path)} reads of the batches, or answers to "
+                        "them, is not finite; are the images and the weights?"
+                    )
+                found.setdefault(path, []).append(read)
         return {path: np.concatenate(parts) for path, parts in found.items()}
 
     # Readings are found as the network is traced.

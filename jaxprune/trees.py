@@ -249,6 +249,7 @@ def channel_gram(
 ) -> dict[str, Any]:
     """{group: float[C, C]}: inner products of what belongs to each two channels.
 
+    Of complex ones the real part, of which squared distances are made as of real ones.
     From the mean channel of each axis on, so that distances do not cancel where all
     channels are nearly the same.
     """
@@ -263,8 +264,8 @@ def channel_gram(
             for group, slot in slots:
                 own = rows[slot.indices].reshape(len(slot.indices), -1)
                 own = own - own.mean(axis=0)
-                product = jnp.matmul(own, own.T, precision="highest")
-                grams[group] = grams[group] + product
+                product = jnp.matmul(own, own.conj().T, precision="highest")
+                grams[group] = grams[group] + jnp.real(product)
         return x
 
     map_leaves(graph, add, tree, dense_shape)

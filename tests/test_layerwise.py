@@ -178,6 +178,10 @@ def test_what_is_asked_is_checked() -> None:
             asked(**wrong)
     with pytest.raises(DataError, match="lasso_select: batches is empty"):
         asked(batches=[])
+    with pytest.raises(
+        DataError, match="what b reads of the batches, .* is not finite"
+    ):
+        asked(batches=[x, x * np.nan])
     with pytest.raises(BudgetError, match="what must stay"):
         asked(budget=jp.channels(0.01))
 

@@ -146,6 +146,61 @@ def test_complex_weights_are_measured_by_their_size() -> None:
         jp.select(graph, {name: np.ones(6) * 1j}, jp.flops(0.5))
 
 
+def test_complex_weights_are_scored_by_what_the_loss_and_the_readers_lose() -> None:
+    """Against derivatives by the channels' sizes, and NumPy in complex128."""
+    turned = {"a": normal(4, 6) + 1j * normal(4, 6), "b": normal(6, 3) + 1j}
+    x, y = normal(16, 4), normal(16, 3)
+
+    def linear(v: Any, x: Any) -> Any:
+        return jnp.real(x @ v["a"] @ v["b"])
+
+    def loss(v: Any, batch: Any) -> Any:
+        return jnp.mean((linear(v, batch[0]) - batch[1]) ** 2)
+
+    def sized(t: Any, x: Any, y: Any) -> Any:
+        return loss({"a": turned["a"], "b": turned["b"] * t[:, None]}, (x, y))
+
+    graph = jp.trace(linear, turned, x)
+    (name,) = graph.groups
+
+    def scores(criterion: Any) -> Any:
+        given = {"loss": loss, "batches": [(x, y)], "key": jax.random.key(0)}
+        return jp.score(criterion, graph, turned, **given)[name]
+
+    slope = jax.grad(sized)(jnp.ones(6), x, y)
+    found = scores(jp.taylor(1, roles=("in",)))
+    np.testing.assert_allclose(found, np.abs(slope), rtol=1e-4)
+    each = jax.vmap(jax.grad(sized), (None, 0, 0))(jnp.ones(6), x[:, None], y[:, None])
+    found = scores(jp.fisher(roles=("in",)))
+    np.testing.assert_allclose(found, (each**2).mean(0) / 2, rtol=1e-4)
+    h = np.complex128(x) @ np.complex128(turned["a"])
+    np.testing.assert_allclose(scores(jp.activation("std")), h.std(axis=0), rtol=1e-4)
+    z = h[:, :, None] * np.complex128(turned["b"])
+    lost = (abs(z) ** 2).sum(axis=(0, 2)) / (abs(z.sum(axis=1)) ** 2).sum()
+    found = scores(jp.reconstruction_error(positions=16))
+    np.testing.assert_allclose(found, lost, rtol=1e-4)
+    apart = np.complex128(turned["a"])[:, :, None] - turned["a"][:, None]
+    median = np.sqrt((abs(apart) ** 2).sum(axis=0)).sum(axis=1)
+    np.testing.assert_allclose(scores(jp.geometric_median()), median, rtol=1e-4)
+
+
+def test_complex_weights_shrink_in_the_metric_of_adam() -> None:
+    """As real ones of their sizes do: phases stay."""
+    variables, graph, name = net()
+    phases = jax.tree.map(lambda x: np.exp(1j * RNG.normal(size=x.shape)), variables)
+    turned = jax.tree.map(lambda x, p: (x * p).astype(np.complex64), variables, phases)
+
+    def after(v: Any) -> Any:
+        tx = jp.preconditioned(optax.adam(0.1), graph, 0.5, steps=jp.adam_steps())
+        updates, _ = tx.update(v, tx.init(v), v)
+        return optax.apply_updates(v, updates)
+
+    found, want = after(turned), after(variables)
+    assert 0 < jp.dead(graph, want)[name].sum()
+    for key in ("a", "b"):
+        np.testing.assert_allclose(abs(found[key]), abs(want[key]), atol=1e-5)
+
+
 @pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
 def test_distances_of_nearly_equal_channels_do_not_cancel(spread: float) -> None:
     variables, graph, name = net(32)

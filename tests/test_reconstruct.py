@@ -155,6 +155,7 @@ def test_what_is_asked_of_reconstruct_is_checked() -> None:
         ({"positions": 0}, ConfigError, "positions=0"),
         ({"ridge": -1}, ConfigError, "ridge=-1"),
         ({"batches": []}, DataError, "batches is empty"),
+        ({"batches": [x * jnp.inf]}, DataError, "what b reads of the batches, .* not"),
     ):
         with pytest.raises(error, match=match):
             jp.reconstruct(apply, graph, keep, variables, **{"batches": [x], **more})
@@ -164,6 +165,16 @@ def test_what_is_asked_of_reconstruct_is_checked() -> None:
 
     with pytest.raises(GraphError, match="alone"):
         jp.reconstruct(looped, jp.trace(looped, variables, x), keep, variables, [x])
+    with pytest.raises(
+        GraphError, match=f"'{name}': the scores of 6 of 6 channels are not"
+    ):
+        jp.score(
+            jp.reconstruction(),
+            *(graph, variables),
+            loss=lambda v, b: apply(v, b).sum(),
+            batches=[x * jnp.nan],
+            key=jax.random.key(0),
+        )
     with pytest.raises(GraphError, match=f"activation: nothing reads '{name}'"):
         jp.score(
             jp.activation(),
