@@ -18,6 +18,9 @@ from jaxprune.pricing import Weights, checked_weights, concrete, fitting
 from jaxprune.sharded import fetched
 from jaxprune.steering import Strength
 
+# What is added to a product, by the names that it has in libraries.
+_ADDED = ("bias", "b", "beta", "offset", "shift")
+
 
 def init_gates(graph: Graph) -> dict[str, jax.Array]:
     """Gates {group: float32[C]} of ones: every channel passes unchanged."""
@@ -28,8 +31,11 @@ def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
     """The variables with each channel scaled by its gate, once wherever it is read.
 
     The gate is folded into the trained kernels that read the channel. A group that none
-    reads has one of its makers scaled: the trained one of least rank, biases aside, and
-    the bias beside it. What reads a channel otherwise, a norm over the channels or an
+    reads, such as queries and keys, has one of its makers scaled: the trained one of
+    least rank, biases aside, and the biases beside it, which are known by their names
+    (bias, b, beta, offset, shift). Of several kernels, that is right where they are
+    multiplied, and not where they are added up, which a graph does not tell. What reads
+    a channel otherwise, a norm over the channels or an
     elementwise product, sees the ungated value, until the gate is 0: then everything
     that belongs to the channel is 0, and no gradient reaches it or its gate. So gates
     of 0 and 1 do what `mask` does. A kernel that both makes and reads a channel (tied
@@ -65,11 +71,11 @@ def _one_maker(graph: Graph, names: Collection[str]) -> Graph:
 
     def reduced(group: Group) -> Group:
         makers = [s for s in group.slots if leaves[s.path].trained and s.role == "out"]
-        products = [s for s in makers if s.path[-1] != "bias"]
+        added = [s for s in makers if s.path[-1] in _ADDED]
+        products = [s for s in makers if s not in added]
         if products:
             one = min(products, key=lambda s: len(leaves[s.path].shape))
-            bias = (*one.path[:-1], "bias")
-            makers = [s for s in makers if s is one or s.path == bias]
+            makers = [one, *(s for s in added if s.path[:-1] == one.path[:-1])]
         return dataclasses.replace(group, slots=tuple(makers))
 
     return dataclasses.replace(

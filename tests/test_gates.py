@@ -98,6 +98,45 @@ def test_a_group_that_nobody_reads_is_gated_where_it_is_made():
     chex.assert_trees_all_close(gated, expected)
 
 
+@pytest.mark.parametrize("names", [("kernel", "bias"), ("w", "b"), ("gamma", "beta")])
+def test_queries_are_gated_where_they_are_made_with_their_bias(names):
+    """With a norm behind the kernel where its parameters are named gamma and beta."""
+    rng, (first, second) = np.random.default_rng(0), names
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    norm = first == "gamma"
+    v = {"k": {"w": normal(4, 8)}, "o": {"w": normal(4, 3)}}
+    if norm:
+        v |= {"q": {"w": normal(4, 8)}, "n": {first: normal(8), second: normal(8)}}
+    else:
+        v |= {"q": {first: normal(4, 8), second: normal(8)}}
+
+    def query(v, x):
+        if norm:
+            h = x @ v["q"]["w"]
+            h = h / jnp.sqrt(1 + jnp.square(h).mean(axis=(0, 1)))
+            return h * v["n"][first] + v["n"][second]
+        return x @ v["q"][first] + v["q"][second]
+
+    def attend(v, x):
+        scores = query(v, x) @ (x @ v["k"]["w"]).swapaxes(-1, -2)
+        return jax.nn.softmax(scores) @ (x @ v["o"]["w"])
+
+    x = normal(2, 5, 4)
+    graph = jaxprune.trace(attend, v, x)
+    (name,) = graph.groups
+    scale = rng.uniform(0.1, 2, graph.groups[name].size).astype(np.float32)
+    gated = gate(graph, {name: scale}, v)
+    # Either the queries are scaled, or the keys.
+    made = [query(gated, x) / query(v, x), gated["k"]["w"] / v["k"]["w"]]
+    kept = [np.allclose(m, 1, rtol=1e-5) for m in made]
+    assert sorted(kept) == [False, True]
+    changed = made[kept.index(False)]
+    np.testing.assert_allclose(changed, np.broadcast_to(scale, changed.shape), 1e-4)
+
+
 def test_gates_are_soft_thresholded():
     gates = {"l0": jnp.array([1.0, -1, 0.2, -0.2, 0, 3])}
     updates = {"l0": jnp.array([0.0, 0, 0, 0, 0.5, -3])}
