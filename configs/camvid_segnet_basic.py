@@ -26,7 +26,7 @@ def get_config() -> train.Config:
     )
     return train.Config(
         name="camvid_segnet_basic",
-        network=train.Network("segnet_basic"),
+        network=train.Network("segnet_basic", pixel_scale=255.0),
         data=train.Data("camvid", size=(360, 480), augment=data.Augment()),
         train=fit,
         prune=train.Prune("criterion", ratio=0.5, rounds=2, recovery_epochs=10),

@@ -156,6 +156,18 @@ def as_markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_writable(file: Path) -> None:
+    """Raise ConfigError for a file that `write` could not write, and leave it alone."""
+    new = not file.exists()
+    try:
+        with file.open("a", encoding="utf-8"):
+            pass
+        if new:
+            file.unlink()
+    except OSError as error:
+        raise ConfigError(f"--json {file}: {error.strerror}") from error
+
+
 def write(result: Mapping[str, Any], file: Path) -> None:
     """The result as JSON. Raises ConfigError where the file can't be written."""
     try:

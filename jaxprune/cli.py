@@ -7,6 +7,7 @@ command, 130 Ctrl-C; docs/faults.md has them in a table.
 """
 
 import argparse
+import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -122,6 +123,7 @@ def _run(args: argparse.Namespace) -> int:
     settings = config.load_config(args.config, args.settings)
     if args.distributed:
         peers.join(args.distributed)
+    _check_plots()
     workdir = args.workdir or Path("runs") / Path(args.config).stem
     run(settings, workdir, tensorboard=args.tensorboard, profile=args.profile)
     if jax.process_index() == 0:
@@ -138,6 +140,7 @@ def _compare(args: argparse.Namespace) -> int:
     settings = config.load_config(args.config, args.settings)
     if args.distributed:
         peers.join(args.distributed)
+    _check_plots()
     name = f"{Path(args.config).stem}-compare"
     workdir = Path(args.workdir or Path("runs") / name)
     budgets = [_ratio(text) for text in args.budgets.split(",")]
@@ -147,6 +150,12 @@ def _compare(args: argparse.Namespace) -> int:
         print(tabulate.as_markdown(rows))
         print(f"plot: {report.frontier(rows, workdir / 'frontier.png')}")
     return 0
+
+
+def _check_plots() -> None:
+    """Raise for a report that could not be drawn when the hours of its run are over."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(name="matplotlib")
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -205,11 +214,13 @@ def _predict_stream(args: argparse.Namespace) -> int:
 
     if args.samples:
         raise base.ConfigError("--samples goes with image files and an --out folder")
+    to_stdout, source = args.out == streams.STDIN, streams.frames(args.inputs, args.raw)
+    if not to_stdout:
+        streams.check_apart(args.inputs, Path(args.out))
     pruned = checkpoint.load(inspection.saved(args.folder))
-    to_stdout = args.out == streams.STDIN
     for name in streams.write(
         pruned,
-        streams.frames(args.inputs, args.raw),
+        source,
         sys.stdout.buffer if to_stdout else Path(args.out),
         size=args.size,
         batch=args.batch,
@@ -223,8 +234,10 @@ def _predict_stream(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from jaxprune import inspection
-    from jaxprune.bench import as_markdown, bench_saved, write
+    from jaxprune.bench import as_markdown, bench_saved, check_writable, write
 
+    if args.json:
+        check_writable(Path(args.json))
     result = bench_saved(
         inspection.saved(args.folder),
         batches=args.batch,

@@ -143,6 +143,9 @@ def _setting(text: str) -> tuple[str, Any]:
     field, equals, value = text.partition("=")
     if not (equals and field.isidentifier()):
         raise base.ConfigError(f"--set {text!r}: write FIELD=VALUE, num_classes=19")
+    plain = {"true": True, "yes": True, "false": False, "no": False, "none": None}
+    if value.strip().lower() in plain:
+        return field, plain[value.strip().lower()]
     try:
         return field, ast.literal_eval(value)
     except (SyntaxError, ValueError):

@@ -114,11 +114,13 @@ def write(
     whose values are the class numbers. samples: of Monte-Carlo dropout, if any (see
     `sample`): NAME_uncertainty.png is written too, the standard deviation in grey,
     white being the most there can be. Yields each overlay's path as it is written.
-    Raises DataError for a damaged file before anything is written, ConfigError as
-    `predict` and `sample` do, DiskError where the disk is full or read-only.
+    Raises DataError for a damaged file before anything is written, ConfigError for a
+    result that would overwrite one of the files, and as `predict` and `sample` do,
+    DiskError where the disk is full or read-only.
     """
     names, colors = classes(pruned)
-    stems = _stems(files)
+    stems = stems_of(files)
+    check_apart(files, out, stems)
     for file in files:  # all are looked at first: no work is half done
         read_image(file)
     size = size_to_run_at(pruned, size, batch)
@@ -209,7 +211,20 @@ def _expand(entry: str | Path) -> list[Path]:
     return files
 
 
-def _stems(files: Sequence[Path]) -> list[str]:
+def check_apart(files: Sequence[Path], out: Path, stems: Sequence[str]) -> None:
+    """Raise ConfigError where a result, of one of the stems, would replace a file."""
+    given = {file.resolve() for file in files}
+    for stem in stems:
+        for kind in ("overlay", "labels", "uncertainty"):
+            target = out / f"{stem}_{kind}.png"
+            if target.resolve() in given:
+                raise base.ConfigError(
+                    f"{target} is one of the inputs, and a result would overwrite it; "
+                    "write to another folder with --out, or name the images alone"
+                )
+
+
+def stems_of(files: Sequence[Path]) -> list[str]:
     """A name for each file's results: the stem, or more of the path where two agree."""
     root = os.path.commonpath([file.resolve().parent for file in files])
     inner = [file.resolve().relative_to(root) for file in files]

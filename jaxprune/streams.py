@@ -7,6 +7,7 @@ Nothing here holds more than a batch of frames, however long the stream.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import sys
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from jaxprune import predict, report
-from jaxprune.base import DataError
+from jaxprune.base import ConfigError, DataError
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 STDIN = "-"
@@ -28,6 +29,13 @@ _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _MOST_HEAD = 1000  # bytes of fill or text before there is a number
 # A frame larger than this is no frame, but a damaged header.
 _MOST = 1 << 28
+
+
+class Source(NamedTuple):
+    """A name for what is written of it, and '-', a video or an image file."""
+
+    name: str
+    entry: str | Path
 
 
 class Frame(NamedTuple):
@@ -42,30 +50,80 @@ def is_stream(entry: str | Path) -> bool:
     return str(entry) == STDIN or Path(entry).suffix.lower() in VIDEOS
 
 
+def find(inputs: Sequence[str | Path]) -> list[Source]:
+    """What `inputs` name, in order: videos, '-', and whatever `predict.find` finds.
+
+    Raises DataError, before any is read, for an input that is missing, for a video
+    without the package that reads it, and for two whose frames would have one name.
+    """
+    found: dict[str | Path, None] = {}
+    for entry in inputs:
+        if not is_stream(entry):
+            found.update(dict.fromkeys(predict.find([entry])))
+            continue
+        entry = STDIN if str(entry) == STDIN else Path(entry)
+        if entry in found:
+            raise DataError(f"{entry} is named twice")
+        if isinstance(entry, Path):
+            _check_video(entry)
+        found[entry] = None
+    files = [Path(entry) for entry in found if not is_stream(entry)]
+    stems = dict(zip(files, predict.stems_of(files))) if files else {}
+    named = [
+        Source("stdin" if e == STDIN else stems.get(Path(e), Path(e).stem), e)
+        for e in found
+    ]
+    seen: dict[str, str | Path] = {}
+    for name, entry in named:
+        if name in seen:
+            raise DataError(
+                f"the results of {seen[name]} and {entry} would have the same names; "
+                "predict them in two calls with different --out folders"
+            )
+        seen[name] = entry
+    return named
+
+
 def frames(
     inputs: Sequence[str | Path],
     raw: predict.Size | None = None,
     stdin: BinaryIO | None = None,
 ) -> Iterator[Frame]:
-    """The frames of `inputs` in order: videos, '-', and whatever `predict.find` finds.
+    """The frames of `inputs` in order, as `find` names them.
 
     '-' is standard input (or `stdin`): PNG, JPEG and PPM images one after another, or,
     with raw=(H, W), bare RGB frames of 3 H W bytes; each picture of a file of several,
     as of some phones (MPO), is a frame. Nothing is read beyond a frame that a pipe has
-    not given yet. Raises DataError that names the input, or the number of the frame,
-    for what is missing, empty, damaged or cut off.
+    not given yet. Raises, at once, what `find` does, and ConfigError for raw without
+    '-'; then DataError that names the input, or the number of the frame, for what is
+    empty, damaged or cut off.
     """
-    for entry in inputs:
-        if str(entry) == STDIN:
+    sources = find(inputs)
+    if raw and all(source.entry != STDIN for source in sources):
+        raise ConfigError("--raw says how frames of standard input lie: name -")
+    return _read(sources, raw, stdin)
+
+
+def _read(
+    sources: Sequence[Source], raw: predict.Size | None, stdin: BinaryIO | None
+) -> Iterator[Frame]:
+    for name, entry in sources:
+        if entry == STDIN:
             stream = stdin if stdin is not None else sys.stdin.buffer
             with _peekable(stream) as ahead:
                 images = _raw(ahead, raw) if raw else _images(ahead)
-                yield from _named("stdin", images, "standard input")
+                yield from _named(name, images, "standard input")
         elif is_stream(entry):
-            yield from _named(Path(entry).stem, _video(Path(entry)), str(entry))
+            yield from _named(name, _video(Path(entry)), str(entry))
         else:
-            for file in predict.find([entry]):
-                yield Frame(file.stem, predict.read_image(file))
+            yield Frame(name, predict.read_image(Path(entry)))
+
+
+def check_apart(inputs: Sequence[str | Path], out: Path) -> None:
+    """Raise ConfigError where a result would replace one of the image files."""
+    images = [s for s in find(inputs) if not is_stream(s.entry)]
+    names = [source.name for source in images]
+    predict.check_apart([Path(source.entry) for source in images], out, names)
 
 
 def write(
@@ -133,16 +191,19 @@ def _named(stem: str, images: Iterable[np.ndarray], what: str) -> Iterator[Frame
         raise DataError(f"{what} is empty: there is no frame in it")
 
 
-def _video(file: Path) -> Iterator[np.ndarray]:
-    try:
-        import imageio_ffmpeg
-    except ImportError as error:
+def _check_video(file: Path) -> None:
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
         raise DataError(
             f"{file} is a video, which needs the package imageio-ffmpeg: pip install "
             "'jaxprune[video]'; or give a folder of its frames"
-        ) from error
+        )
     if not file.is_file():
         raise DataError(f"{file} does not exist; name a video, a folder or '-'")
+
+
+def _video(file: Path) -> Iterator[np.ndarray]:
+    import imageio_ffmpeg
+
     reader = imageio_ffmpeg.read_frames(str(file), pix_fmt="rgb24")
     try:
         width, height = next(reader)["size"]

@@ -210,6 +210,22 @@ def test_a_missing_extra_is_one_line(missing, monkeypatch, capsys):
     assert "pip install '.[all]' in the checkout" in error_line(capsys)
 
 
+@pytest.mark.parametrize("verb", ["run", "compare"])
+def test_what_the_report_needs_is_looked_for_first(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    argv = [verb, "configs/quickstart.py", "--workdir", str(tmp_path / "run")]
+    assert cli.main(argv) == 2
+    assert "matplotlib is not installed" in error_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_inspect_reads_words_as_run_does(capsys):
+    for text in ("norm=no", "norm=false", "norm=False"):
+        assert cli.main(["inspect", "unet", "--set", text, "--size", "16x16"]) == 0
+        # The sum of (k^2 C_in + 1) C_out over its 23 convolutions.
+        assert "31,032,395" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("error", "said", "code"),
     [
@@ -329,6 +345,12 @@ def test_inspect_a_user_s_function(my_nets, function, said, capsys):
         (["no/such/folder"], "is not a folder"),
         (["segnet", "--set", "width=3"], "width"),
         (["segnet", "--set", "width"], "FIELD=VALUE"),
+        (["segnet", "--set", "dropout=abc"], "dropout='abc'; must be a rate"),
+        (["segnet", "--set", "dropout=2.0"], "a rate in"),
+        (["unet", "--set", "norm=maybe"], "true or false"),
+        (["segnet_basic", "--set", "pixel_scale=abc"], "pixel_scale='abc'"),
+        (["segnet_basic", "--set", "pixel_scale=0"], "positive"),
+        (["segnet_basic", "--set", "dtype=int8"], "of floats"),
     ],
 )
 def test_inspect_bad_targets(my_nets, argv, said, capsys):

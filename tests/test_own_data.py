@@ -76,6 +76,31 @@ def write_pair(folder: Path, stem: str, rng: np.random.Generator) -> None:
         picture.save(folder / name / f"{stem}.{ending}")
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("data.counts=8,3,4", "test: no such folder"),
+        ("network.widths=8,8", "widths"),
+        ("network.encoder=nothere.npz", "nothere.npz"),
+    ],
+)
+def test_faults_are_found_before_anything_is_decoded(
+    own, setting, said, tmp_path, monkeypatch, capsys
+):
+    data, config, _ = own
+    if setting.startswith("data"):
+        data = Path(shutil.copytree(data, tmp_path / "data"))
+        shutil.rmtree(data / "test")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for verb in ("run", "compare"):
+        command = [verb, str(config), "--workdir", str(tmp_path / "work")]
+        command += ["--set", f"data.root={data}", "--set", setting]
+        assert cli.main(command) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "work").exists()
+
+
 def masks(data: Path, split: str) -> np.ndarray:
     """The labels of a split as they lie on the disk."""
     files = sorted((data / split / "masks").iterdir())

@@ -54,6 +54,21 @@ def test_labels_come_back_in_the_image_s_size(net, shape, size):
     np.testing.assert_array_equal(answer, labels)
 
 
+def test_no_input_is_overwritten(net, tmp_path):
+    image, _ = halves(8, 12)
+    for name in ("a", "a_overlay", "b", "b_labels"):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for names in (["a"], ["b"]):
+        files = predict.find([tmp_path / f"{n}*.png" for n in names])
+        with pytest.raises(base.ConfigError, match="one of the inputs"):
+            list(predict.write(net, files, tmp_path))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    # What another command has written there before is.
+    (written,) = predict.write(net, [tmp_path / "a.png"], tmp_path)
+    assert written.read_bytes() != before["a_overlay.png"]
+
+
 @pytest.mark.parametrize("size", [None, "native"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 def test_batches_keep_the_order(net, size, batch):

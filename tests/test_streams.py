@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxprune import checkpoint, cli, exits, inspection, streams
-from jaxprune.base import DataError
+from jaxprune.base import ConfigError, DataError
 
 INFO = {
     "classes": {"names": ["red", "blue"], "colors": [[230, 159, 0], [0, 114, 178]]},
@@ -234,6 +234,13 @@ def test_a_folder_of_frames_comes_in_order(tmp_path: Any) -> None:
         (tmp_path / f"frame{i}.png").write_bytes(encoded(image, "PNG"))
     found = list(streams.frames([tmp_path]))
     assert [f.name for f in found] == ["frame0", "frame1", "frame2"]
+    # Of one name in two folders, with standard input in front: told apart, in order.
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "frame0.png").write_bytes(encoded(images(1)[0], "PNG"))
+    named = streams.find(["-", tmp_path, tmp_path / "more", tmp_path / "frame1.png"])
+    assert [s.name for s in named] == [
+        *("stdin", "frame0.png", "frame1.png", "frame2.png", "more_frame0.png")
+    ]
 
 
 def test_a_video_without_its_package_is_refused(
@@ -241,7 +248,22 @@ def test_a_video_without_its_package_is_refused(
 ) -> None:
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(DataError, match=r"pip install 'jaxprune\[video\]'"):
-        list(streams.frames([tmp_path / "a.mp4"]))
+        streams.frames(["-", tmp_path / "a.mp4"])
+
+
+def test_inputs_are_looked_at_before_any_is_read(tmp_path: Any) -> None:
+    (tmp_path / "stdin.png").write_bytes(encoded(images(1)[0], "PNG"))
+    with pytest.raises(DataError, match="nothere.png does not exist"):
+        streams.frames(["-", tmp_path / "nothere.png"], None, Pipe(b""))
+    with pytest.raises(DataError, match=r"of - and .*stdin.png would have the same"):
+        streams.frames(["-", tmp_path / "stdin.png"], None, Pipe(b""))
+    with pytest.raises(DataError, match="- is named twice"):
+        streams.frames(["-", "-"], None, Pipe(b""))
+    with pytest.raises(ConfigError, match="--raw says how frames of standard input"):
+        streams.frames([tmp_path], (8, 12))
+    with pytest.raises(ConfigError, match=r"stdin_overlay.png is one of the inputs"):
+        (tmp_path / "stdin_overlay.png").write_bytes(b"")
+        streams.check_apart([tmp_path], tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -4,6 +4,8 @@
 import dataclasses
 import json
 import math
+import operator
+import re
 
 import jax
 import numpy as np
@@ -61,10 +63,16 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
         estimate="fisher",
         scope="local",
         per_cost=True,
+        normalize="max",
     )
     steered = dataclasses.replace(CONFIG, prune=steered)
-    for method in study.METHODS:
+    for method, own in study.METHODS.items():
         plan = train.config.check(study.planned(steered, method, 0.5, 3, ["l1"]))
+        if plan.prune.method == "criterion":
+            ranks = operator.attrgetter("scope", "per_cost", "normalize")
+            assert ranks(plan.prune) == ranks(plans[method].prune)
+            assert plan.prune.per_cost == (method == "taylor_per_cost")
+            assert plan.prune.criterion == own["criterion"]
         # Steered to the study's budget, not to what the config says for its own; where
         # the path goes the rest, to half of the way, in factors.
         wanted = dict.fromkeys(("lasso", "ssl_filters", "ssl_channels", "gates"), 0.5)
@@ -86,6 +94,18 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
     assert (plan.prune.lasso_epochs, plan.retrain.epochs) == (0.5, 0.5)
     with pytest.raises(ConfigError, match="no method 'tailor'; is 'taylor' meant"):
         study.planned(CONFIG, "tailor", 0.5, 0, ["l1"])
+    for budget in (-0.5, 0.0, 1.5, math.nan, math.inf):
+        with pytest.raises(ConfigError, match=re.escape(f"prune.ratio = {budget}:")):
+            study.planned(CONFIG, "lasso_then_path", budget, 0, ["l1"])
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    page = tmp_path / "comparison.md"
+    page.write_text("my own")
+    for folder in (tmp_path, page):
+        with pytest.raises(ConfigError, match=r"no folder of a comparison"):
+            study.study(CONFIG, folder, ["path"], [0.5])
+    assert page.read_text() == "my own"
 
 
 def test_who_begins_anew_has_the_widths_of_the_first_that_cuts_channels():

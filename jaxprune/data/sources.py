@@ -34,39 +34,52 @@ def load(
 
     Raises DataError, naming the file or field and the way out, at the first fault.
     """
+    return caches.store(find(source, root, split, size, cache, count=count), cache)
+
+
+def find(
+    source: str,
+    root: str | os.PathLike | None = None,
+    split: str = "train",
+    size: Size | None = None,
+    cache: str | os.PathLike | bool | None = None,
+    *,
+    count: int | None = None,
+) -> Source:
+    """What `load` would decode: its files are found and looked at, not read.
+
+    Raises DataError for a fault that shows by then.
+    """
     if split not in folder.SPLITS:
         raise DataError(f"split {split!r}: must be one of {', '.join(folder.SPLITS)}")
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise DataError(f"size {size!r}: must be (height, width), each at least 1")
     if count is not None and count < 1:
         raise DataError(f"count {count!r}: must be at least 1")
-    found = _find(source, root, split, size, cache, count)
-    return caches.store(found, cache)
+    return _first(_source(source, root, split, size, cache, count), count)
 
 
-def _find(source, root, split, size, cache, count) -> Source:
+def _source(source, root, split, size, cache, count) -> Source:
     if source == "synthetic":
         from jaxprune.data import synthetic
 
         return synthetic.source(split, size, count)
     if source == "camvid":
-        found = camvid.source(root, split, size)
-    elif source == "folder":
+        return camvid.source(root, split, size)
+    if source == "folder":
         if root is None:
             raise DataError(
                 "source 'folder': name the folder of images and masks with --set"
                 " data.root=DIR (in Python: root=DIR)"
             )
-        found = folder.source(Path(root), split, size)
-    elif source.startswith("tfds:"):
+        return folder.source(Path(root), split, size)
+    if source.startswith("tfds:"):
         from jaxprune.data import tfds_source
 
-        found = tfds_source.source(source[5:], root, split, size, cache)
-    else:
-        raise DataError(
-            f"source {source!r}: must be 'camvid', 'folder', 'synthetic' or 'tfds:NAME'"
-        )
-    return _first(found, count)
+        return tfds_source.source(source[5:], root, split, size, cache)
+    raise DataError(
+        f"source {source!r}: must be 'camvid', 'folder', 'synthetic' or 'tfds:NAME'"
+    )
 
 
 def _first(source: Source, count: int | None) -> Source:

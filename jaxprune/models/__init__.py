@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Networks that can be pruned, each rebuilt smaller from shrunk variables."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -117,10 +118,27 @@ def _construct(kind: Any, name: str, args: Mapping[str, Any]) -> nn.Module:
             values["dtype"] = jnp.dtype(values["dtype"])
         except TypeError as error:
             raise base.ConfigError(f"{name}: dtype={values['dtype']!r}") from error
+    for field, value in values.items():
+        fits, need = _FIELDS.get(field, (None, ""))
+        if fits and not fits(value):
+            raise base.ConfigError(f"{name}: {field}={_short(value)}; must be {need}")
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise base.ConfigError(f"{name} with {_short(args)}: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# What constructors take as it is, and what it must be.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "norm": (lambda x: isinstance(x, bool), "true or false"),
+    "dropout": (lambda x: _is_number(x) and 0 <= x < 1, "a rate in [0, 1)"),
+    "pixel_scale": (lambda x: _is_number(x) and 0 < x < math.inf, "positive"),
+    "dtype": (lambda x: x is None or jnp.issubdtype(x, jnp.floating), "of floats"),
+}
 
 
 def _numbers(name: str, field: str, value: Any) -> tuple[int, ...]:

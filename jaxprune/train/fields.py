@@ -19,6 +19,7 @@ class Network:
     the computation; parameters, batch statistics and logits stay float32. stride: of
     the finest features that FCN scores, 32, 16 or 8; None: its own. depths: the blocks
     of DeepLab's and RefineNet's four stages, (3, 4, 23, 3) for ResNet-101; (): 50's.
+    pixel_scale: of SegNet-Basic's input normalisation, 255 for its authors'; None: 1.
     """
 
     name: Literal["segnet", "segnet_basic", "unet", "fcn", "deeplab", "refinenet"] = (
@@ -30,6 +31,7 @@ class Network:
     dtype: Literal["float32", "bfloat16"] = "float32"
     stride: int | None = None
     depths: tuple[int, ...] = ()
+    pixel_scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

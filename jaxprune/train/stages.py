@@ -34,7 +34,7 @@ from jaxprune.train.loop import Job, Splits, counts_of, ended, train
 from jaxprune.train.metrics import judged
 from jaxprune.train.progress import Progress
 
-_SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 def run(
@@ -64,11 +64,12 @@ def run(
     _check_devices(config)
     workdir = Path(os.path.abspath(workdir))
     folder.check_free(config, workdir)
-    splits = Splits(*(load_split(config, n) for n in _SPLITS))
+    sources = [find_split(config, n) for n in SPLITS]
+    if not (workdir / "graph.json").exists():
+        check_methods([config], len(sources[0].classes))
+    splits = Splits(*(load_split(config, s.split, source=s) for s in sources))
     _check_choice(config, splits.val)
     args = network_args(config, len(splits.train.classes))
-    if not (workdir / "graph.json").exists():
-        check_methods([config], len(splits.train.classes))
     net = models.build(config.network.name, args)
     with peers.told(), folder.claim(config, workdir):
         folder.check_data((splits.train, splits.val, splits.test), workdir)
@@ -205,23 +206,40 @@ def network_args(config: Config, classes: int) -> dict[str, Any]:
         args["stride"] = net.stride
     if net.depths:
         args["depths"] = list(net.depths)
+    if net.pixel_scale is not None:
+        args["pixel_scale"] = net.pixel_scale
     return args
 
 
-def load_split(config: Config, name: str, *, evaluated: bool = False) -> data.Split:
-    """A split of the data; 'train' as stored for training, unless it is evaluated.
+def find_split(config: Config, name: str, *, evaluated: bool = False) -> data.Source:
+    """A split's files, not read yet; 'train' as stored for it, unless it is evaluated.
 
     Raises ConfigError for a name that is none of 'train', 'val' and 'test', and
-    DataError for a split without a labelled pixel.
+    DataError as `data.find`.
     """
-    if name not in _SPLITS:
-        raise ConfigError(f"split {name!r}: must be one of {', '.join(_SPLITS)}")
+    if name not in SPLITS:
+        raise ConfigError(f"split {name!r}: must be one of {', '.join(SPLITS)}")
     where = config.data
     stored = where.stored if name == "train" and not evaluated else None
-    count = where.counts and where.counts[_SPLITS.index(name)]
-    found = data.load(
-        where.source, where.root, name, stored or where.size, where.cache, count=count
-    )
+    count = where.counts and where.counts[SPLITS.index(name)]
+    size = stored or where.size
+    return data.find(where.source, where.root, name, size, where.cache, count=count)
+
+
+def load_split(
+    config: Config,
+    name: str,
+    *,
+    evaluated: bool = False,
+    source: data.Source | None = None,
+) -> data.Split:
+    """A split, decoded; source: what `find_split` finds.
+
+    Raises what that does, and DataError for a split without a labelled pixel.
+    """
+    where = config.data
+    source = source or find_split(config, name, evaluated=evaluated)
+    found = data.store(source, where.cache)
     ignore = found.classes.ignore
     if not any((label != ignore).any() for label in found.labels):
         raise DataError(

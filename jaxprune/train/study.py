@@ -42,29 +42,28 @@ from jaxprune.train.loop import steps_of
 
 # Prices that are estimated anew as channels go: fixed ones empty whole layers.
 _STEERED = {"adaptive": 1.0, "criterion": "taylor", "cuts_in_training": 7}
+# How a criterion ranks where its entry says nothing else: over all layers, as it is.
+_RANKED = {"normalize": "none", "scope": "global", "per_cost": False}
+_OVER_MEAN = {"normalize": "mean"}
 # What of `Prune` makes a method, as its paper has it: over all layers or in each alike,
-# as the scores are or over their group's. Its other fields are the config's.
+# as the scores are or over their group's mean. Its other fields are the config's.
 METHODS: dict[str, dict[str, Any]] = {
     "path": {"method": "path", "estimate": "taylor"},
     "path_measured": {"method": "path", "estimate": "measured"},
-    "l1": {"criterion": "magnitude", "normalize": "none", "scope": "local"},
-    "magnitude": {"criterion": "magnitude"},
-    "l2": {"criterion": "l2", "normalize": "none", "scope": "local"},
-    "group_l2": {"criterion": "group_l2"},
-    "taylor": {"criterion": "taylor", "normalize": "none"},
-    "taylor_per_cost": {"criterion": "taylor", "normalize": "none", "per_cost": True},
-    "fisher": {"criterion": "fisher", "normalize": "none"},
-    "bn_scale": {"criterion": "bn_scale", "normalize": "none"},
-    "geometric_median": {
-        "criterion": "geometric_median",
-        "normalize": "none",
-        "scope": "local",
-    },
-    "activation": {"criterion": "activation"},
-    "apoz": {"criterion": "apoz"},
+    "l1": {**_RANKED, "criterion": "magnitude", "scope": "local"},
+    "magnitude": {**_RANKED, "criterion": "magnitude", **_OVER_MEAN},
+    "l2": {**_RANKED, "criterion": "l2", "scope": "local"},
+    "group_l2": {**_RANKED, "criterion": "group_l2", **_OVER_MEAN},
+    "taylor": {**_RANKED, "criterion": "taylor"},
+    "taylor_per_cost": {**_RANKED, "criterion": "taylor", "per_cost": True},
+    "fisher": {**_RANKED, "criterion": "fisher"},
+    "bn_scale": {**_RANKED, "criterion": "bn_scale"},
+    "geometric_median": {**_RANKED, "criterion": "geometric_median", "scope": "local"},
+    "activation": {**_RANKED, "criterion": "activation", **_OVER_MEAN},
+    "apoz": {**_RANKED, "criterion": "apoz", **_OVER_MEAN},
     "reconstruction": {"method": "layerwise", "reconstruct": 8},
-    "lamp": {"criterion": "lamp"},
-    "random": {"criterion": "random"},
+    "lamp": {**_RANKED, "criterion": "lamp"},
+    "random": {**_RANKED, "criterion": "random", **_OVER_MEAN},
     "random_masks": {"method": "random_masks"},
     "particles": {"method": "particles"},
     "weights": {"method": "weights"},
@@ -100,11 +99,13 @@ def study(
     channels, of a budget and a seed. Of 'weights', the budget is the share of FLOPs or
     parameters that are not of zeros; its rows tell the cost on hardware for dense
     products, and that share beside it.
-    Raises ConfigError for an unknown method, or a run that another config has begun,
-    BudgetError for a budget that no network meets, before any work (of milliseconds,
-    before the training of each run), and what `run` does.
+    Raises ConfigError for an unknown method, a budget that is no fraction, a folder of
+    other things, or a run that another config has begun, BudgetError for a budget that
+    no network meets, before any work (of milliseconds, before the training of each
+    run), and what `run` does.
     """
     workdir = Path(os.path.abspath(workdir))
+    _check_own(workdir)
     plans = [
         (method, budget, seed, planned(config, method, budget, seed, scratched))
         for seed in seeds
@@ -119,8 +120,9 @@ def study(
     for method, budget, seed, plan in plans:
         check(plan)
         check_free(plan, workdir / _name(method, budget, seed))
-    train = stages.load_split(config, "train")
-    stages.check_methods([plan for *_, plan in plans], len(train.classes))
+    source, *_ = [stages.find_split(config, n) for n in stages.SPLITS]
+    stages.check_methods([plan for *_, plan in plans], len(source.classes))
+    train = stages.load_split(config, "train", source=source)
     for method, budget, seed, plan in plans:
         folder = workdir / _name(method, budget, seed)
         _take_over(workdir, folder, plan, len(train))
@@ -132,6 +134,19 @@ def study(
     write_json(workdir / "comparison.json", {"rows": rows, "runs": runs})
     write_text(workdir / "comparison.md", tabulate.as_markdown(rows))
     return rows
+
+
+def _check_own(workdir: Path) -> None:
+    """Raise ConfigError for a folder that is not empty and holds no run of a study."""
+    if not workdir.exists():
+        return
+    if not workdir.is_dir() or (
+        (names := os.listdir(workdir)) and not any(map(_NAME.fullmatch, names))
+    ):
+        raise ConfigError(
+            f"{workdir} is no folder of a comparison, and not empty; choose another "
+            "--workdir"
+        )
 
 
 def _name(method: str, budget: float, seed: int) -> str:
@@ -235,6 +250,11 @@ def planned(
         near = difflib.get_close_matches(method, METHODS, 1, 0.5)
         hint = f"is {near[0]!r} meant?" if near else f"there are {', '.join(METHODS)}"
         raise ConfigError(f"compare: no method {method!r}; {hint}")
+    if not 0 < budget <= 1:
+        raise ConfigError(
+            f"compare: a budget is a run's prune.ratio = {budget!r}: must be the "
+            "fraction that stays, in (0, 1]"
+        )
     prune = dataclasses.replace(
         config.prune, method="criterion", ratio=budget, choose="budget"
     )
