@@ -82,7 +82,7 @@ def check_roles(roles: Any) -> None:
 
 
 def check_separate(batches: Any, what: str = "batches") -> None:
-    """Raise DataError for one array or dict, which would be taken apart."""
+    """Raise DataError for one array, dict, or (images, labels), to be taken apart."""
     name = what.split()[-1]
     if isinstance(batches, Mapping):
         raise DataError(f"{what} is one dict; of a single batch, it is [{name}]")
@@ -91,6 +91,13 @@ def check_separate(batches: Any, what: str = "batches") -> None:
             f"{what} is one array; of a single batch it is [{name}], or list({name}) "
             "of an array whose first axis is that of the batches"
         )
+    if isinstance(batches, tuple | list):
+        ranks = [getattr(x, "ndim", None) for x in batches]
+        if len(set(ranks)) > 1 and None not in ranks:
+            raise DataError(
+                f"{what} are arrays of {', '.join(map(str, ranks))} axes; of a single "
+                f"batch of several arrays it is [{name}]"
+            )
 
 
 def check_function(apply: Any) -> None:

@@ -50,9 +50,16 @@ def thinned(batches):
 @pytest.mark.parametrize(
     "call", [scored, walked, validated, searched, refitted, thinned]
 )
-@pytest.mark.parametrize("batches", [IMAGES, jnp.asarray(IMAGES), {"x": IMAGES}])
-def test_a_single_batch_is_named(call, batches):
+@pytest.mark.parametrize(
+    ("batches", "kind"),
+    [
+        (IMAGES, "is one array"),
+        (jnp.asarray(IMAGES), "is one array"),
+        ({"x": IMAGES}, "is one dict"),
+        ((IMAGES, np.zeros(2, int)), "are arrays of 2, 1 axes"),
+    ],
+)
+def test_a_single_batch_is_named(call, batches, kind):
     name = "validation" if call is validated else "batches"
-    kind = "dict" if isinstance(batches, dict) else "array"
-    with pytest.raises(DataError, match=rf"{name} is one {kind}.*\[{name}\]"):
+    with pytest.raises(DataError, match=rf"{name} {kind}.*\[{name}\]"):
         call(batches)
