@@ -35,12 +35,12 @@ def gate(graph: Graph, gates: Mapping[str, Any], variables: PyTree) -> PyTree:
     least rank, biases aside, and the biases beside it, which are known by their names
     (bias, b, beta, offset, shift). Of several kernels, that is right where they are
     multiplied, and not where they are added up, which a graph does not tell. What reads
-    a channel otherwise, a norm over the channels or an
-    elementwise product, sees the ungated value, until the gate is 0: then everything
-    that belongs to the channel is 0, and no gradient reaches it or its gate. So gates
-    of 0 and 1 do what `mask` does. A kernel that both makes and reads a channel (tied
-    embeddings) is scaled once, so that a gate between them counts twice there. Raises
-    GraphError for gates that do not fit the graph.
+    a channel otherwise, a norm over the channels or an elementwise product, sees the
+    ungated value, until the gate is 0: then everything that belongs to the channel is
+    0, and no gradient reaches it or its gate. So gates of 0 and 1 do what `mask` does.
+    A kernel that both makes and reads a channel (tied embeddings) is scaled once, so
+    that a gate between them counts twice there. Raises GraphError for gates that do not
+    fit the graph.
 
     Source: Huang & Wang, "Data-driven sparse structure selection for deep neural
     networks", 2018. Theirs may leave 0 again; here 0 is final, as it is for `dead`.
