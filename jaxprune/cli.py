@@ -214,14 +214,14 @@ def _predict_stream(args: argparse.Namespace) -> int:
 
     if args.samples:
         raise base.ConfigError("--samples goes with image files and an --out folder")
-    to_stdout, source = args.out == streams.STDIN, streams.frames(args.inputs, args.raw)
-    if not to_stdout:
-        streams.check_apart(args.inputs, Path(args.out))
+    to_stdout = args.out == streams.STDIN
+    out = None if to_stdout else Path(args.out)
+    source = streams.frames(args.inputs, args.raw, out=out)
     pruned = checkpoint.load(inspection.saved(args.folder))
     for name in streams.write(
         pruned,
         source,
-        sys.stdout.buffer if to_stdout else Path(args.out),
+        out or sys.stdout.buffer,
         size=args.size,
         batch=args.batch,
         opacity=args.opacity,

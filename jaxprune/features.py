@@ -226,9 +226,9 @@ def lasting(gram: jax.Array, steps: int, wanted: jax.Array | None = None) -> jax
     size = jnp.abs(betas).mean(axis=0)
     scores = (betas != 0).mean(axis=0) + 1e-3 * size / (1 + size)
     # The path of what is not finite is 0 all along, which is a score like any other.
-    known = (
-        jnp.isfinite(gram).all() & jnp.isfinite(0 if wanted is None else wanted).all()
-    )
+    known = jnp.isfinite(gram).all()
+    if wanted is not None:
+        known &= jnp.isfinite(wanted).all()
     return jnp.where(known, scores, jnp.nan)
 
 

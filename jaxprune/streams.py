@@ -88,19 +88,25 @@ def frames(
     inputs: Sequence[str | Path],
     raw: predict.Size | None = None,
     stdin: BinaryIO | None = None,
+    out: Path | None = None,
 ) -> Iterator[Frame]:
     """The frames of `inputs` in order, as `find` names them.
 
     '-' is standard input (or `stdin`): PNG, JPEG and PPM images one after another, or,
     with raw=(H, W), bare RGB frames of 3 H W bytes; each picture of a file of several,
     as of some phones (MPO), is a frame. Nothing is read beyond a frame that a pipe has
-    not given yet. Raises, at once, what `find` does, and ConfigError for raw without
-    '-'; then DataError that names the input, or the number of the frame, for what is
-    empty, damaged or cut off.
+    not given yet. out: the folder of the results. Raises, at once, what `find` does,
+    and ConfigError for raw without '-', or where a result would replace an input; then
+    DataError that names the input, or the number of the frame, for what is empty,
+    damaged or cut off.
     """
     sources = find(inputs)
     if raw and all(source.entry != STDIN for source in sources):
         raise ConfigError("--raw says how frames of standard input lie: name -")
+    if out is not None:
+        images = [s for s in sources if not is_stream(s.entry)]
+        files, names = [Path(s.entry) for s in images], [s.name for s in images]
+        predict.check_apart(files, out, names)
     return _read(sources, raw, stdin)
 
 
@@ -117,13 +123,6 @@ def _read(
             yield from _named(name, _video(Path(entry)), str(entry))
         else:
             yield Frame(name, predict.read_image(Path(entry)))
-
-
-def check_apart(inputs: Sequence[str | Path], out: Path) -> None:
-    """Raise ConfigError where a result would replace one of the image files."""
-    images = [s for s in find(inputs) if not is_stream(s.entry)]
-    names = [source.name for source in images]
-    predict.check_apart([Path(source.entry) for source in images], out, names)
 
 
 def write(

@@ -263,7 +263,7 @@ def test_inputs_are_looked_at_before_any_is_read(tmp_path: Any) -> None:
         streams.frames([tmp_path], (8, 12))
     with pytest.raises(ConfigError, match=r"stdin_overlay.png is one of the inputs"):
         (tmp_path / "stdin_overlay.png").write_bytes(b"")
-        streams.check_apart([tmp_path], tmp_path)
+        streams.frames([tmp_path], out=tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -96,7 +96,8 @@ def test_plans_differ_in_the_method_alone_and_train_as_long():
         study.planned(CONFIG, "tailor", 0.5, 0, ["l1"])
     for budget in (-0.5, 0.0, 1.5, math.nan, math.inf):
         with pytest.raises(ConfigError, match=re.escape(f"prune.ratio = {budget}:")):
-            study.planned(CONFIG, "lasso_then_path", budget, 0, ["l1"])
+            plan = study.planned(CONFIG, "lasso_then_path", budget, 0, ["l1"])
+            train.config.check(plan)
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):

@@ -49,7 +49,7 @@ def cut_out(
         raise CheckpointError(f"{out} exists; choose another")
     config = folder.read_config(workdir)
     number, walked = points.load(workdir, number)
-    splits = Splits(*(stages.load_split(config, n) for n in ("train", "val", "test")))
+    splits = Splits(*(stages.load_split(config, n) for n in stages.SPLITS))
     args = stages.network_args(config, len(splits.train.classes))
     net = models.build(config.network.name, args)
     graph = stages.read_graph(net, config, workdir)

@@ -140,9 +140,8 @@ def _check_own(workdir: Path) -> None:
     """Raise ConfigError for a folder that is not empty and holds no run of a study."""
     if not workdir.exists():
         return
-    if not workdir.is_dir() or (
-        (names := os.listdir(workdir)) and not any(map(_NAME.fullmatch, names))
-    ):
+    names = os.listdir(workdir) if workdir.is_dir() else ["no folder"]
+    if names and not any(map(_NAME.fullmatch, names)):
         raise ConfigError(
             f"{workdir} is no folder of a comparison, and not empty; choose another "
             "--workdir"
@@ -250,11 +249,6 @@ def planned(
         near = difflib.get_close_matches(method, METHODS, 1, 0.5)
         hint = f"is {near[0]!r} meant?" if near else f"there are {', '.join(METHODS)}"
         raise ConfigError(f"compare: no method {method!r}; {hint}")
-    if not 0 < budget <= 1:
-        raise ConfigError(
-            f"compare: a budget is a run's prune.ratio = {budget!r}: must be the "
-            "fraction that stays, in (0, 1]"
-        )
     prune = dataclasses.replace(
         config.prune, method="criterion", ratio=budget, choose="budget"
     )
@@ -267,12 +261,13 @@ def planned(
         total = retrain.epochs + prune.recovery_epochs * (prune.rounds - 1)
         spent = min(prune.lasso_epochs, total / 2)
         rounds = 2 if prune.walked else 1
+        half = math.sqrt(max(budget, 0.0))  # below 0 it is the ratio that is refused
         recovery = min(prune.recovery_epochs, (total - spent) / 2)
         rest = total - spent - recovery * (rounds - 1)
         prune = dataclasses.replace(
             prune,
             lasso_epochs=spent,
-            target=_ROOM * (math.sqrt(budget) if prune.walked else budget),
+            target=_ROOM * (half if prune.walked else budget),
             strength=prune.strength if prune.scaled else 0.0,
             ramp=0.0,
             rounds=rounds,
